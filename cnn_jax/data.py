@@ -1,0 +1,333 @@
+"""Image classification sets, from tfds or from IDX files, as arrays on the host. Nothing here needs JAX."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnn_jax.errors import InputFileError, StorageError, UsageError
+from cnn_jax.mnist.idx import idx_header, read_idx, read_idx_shape
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+MNIST_TRAIN_EXAMPLES = 60_000
+RECORDS_A_READ = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A training set and a test set of images of one size.
+
+    Attributes:
+      name: What the user calls it.
+      train_images: (N, height, width, channels), uint8.
+      train_labels: (N,), int32, in 0..num_classes-1.
+      test_images: (M, height, width, channels), uint8.
+      test_labels: (M,), int32, in 0..num_classes-1.
+      num_classes: How many classes there are.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+
+
+def scale_pixels(images, maximum=np.float32(255)):
+    """Turn stored pixels into what the network computes with: the only place where pixels are scaled.
+
+    Args:
+      images: Of any shape, uint8 in 0..255; NumPy's or JAX's.
+      maximum: The pixel value that becomes 1, float32. 255 gives [0, 1], as in training; 1 leaves the pixels
+        unscaled, as the PyTorch tutorial does when it tests.
+
+    Returns:
+      The same shape, float32.
+    """
+    return images.astype(np.float32) / maximum
+
+
+def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> int | None:
+    """Check, without loading anything, that a data set is known, and return the size of its training set.
+
+    Args:
+      dataset: A tfds name; unused when `dataset_dir` is given.
+      dataset_dir: A folder of four IDX files.
+      data_dir: Where tfds keeps its data sets; None for tfds's own choice.
+
+    Returns:
+      The number of training examples, or None where it is known only after tfds has prepared the set.
+
+    Raises:
+      UsageError: there is no such data set or folder, or it is not an image classification set.
+      InputFileError: one of the four files is missing or is not an IDX file.
+    """
+    if dataset_dir is not None:
+        return read_idx_shape(_find_idx_files(dataset_dir)["train", "images"], ndim=3)[0]
+    if dataset == "mnist":
+        return MNIST_TRAIN_EXAMPLES
+    builder = _tfds_builder(dataset, data_dir)
+    return builder.info.splits["train"].num_examples if "train" in builder.info.splits else None
+
+
+def check_batch_size(batch_size: int, train_examples: int | None) -> None:
+    """Refuse a batch larger than the training set, where that size is known.
+
+    Raises:
+      UsageError: not one batch could be made.
+    """
+    if train_examples is not None and batch_size > train_examples:
+        raise UsageError(
+            f"--batch-size {batch_size}: it must be at most {train_examples}, the size of the training set"
+        )
+
+
+def load_dataset(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> Dataset:
+    """Load a data set into memory; tfds prepares it first where that has not been done.
+
+    Args:
+      dataset: A tfds name, `mnist` for the embedded files; unused when `dataset_dir` is given.
+      dataset_dir: A folder of four IDX files, plain, .gz or .xz.
+      data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
+
+    Raises:
+      UsageError: the set is unknown or is not an image classification set.
+      InputFileError: a file is missing, damaged, or disagrees with another.
+      StorageError: the set could not be prepared or read.
+    """
+    if dataset_dir is not None:
+        return _load_idx_folder(dataset_dir)
+    if dataset == "mnist":
+        return _load_mnist(data_dir)
+    builder = _tfds_builder(dataset, data_dir)
+    _prepare(builder, dataset)
+    return _load_tfds(builder, dataset)
+
+
+def _load_mnist(data_dir: Path | None) -> Dataset:
+    from cnn_jax.mnist.builder import SHA256, EmbeddedMnist
+
+    try:
+        builder = EmbeddedMnist(data_dir=data_dir, file_format="array_record")
+    except OSError as error:
+        raise _cannot_prepare("mnist", data_dir, error) from error
+    _prepare(builder, "mnist")
+    dataset = _load_tfds(builder, "mnist")
+    # The published files can be rebuilt from what was read, so damage to the prepared ones cannot pass.
+    for name, array in {
+        "train-images-idx3-ubyte": dataset.train_images[..., 0],
+        "train-labels-idx1-ubyte": dataset.train_labels.astype(np.uint8),
+        "t10k-images-idx3-ubyte": dataset.test_images[..., 0],
+        "t10k-labels-idx1-ubyte": dataset.test_labels.astype(np.uint8),
+    }.items():
+        digest = hashlib.sha256(idx_header(array.shape))
+        digest.update(np.ascontiguousarray(array))
+        if digest.hexdigest() != SHA256[name]:
+            raise _damaged(builder, f"{name} does not have its published SHA-256")
+    return dataset
+
+
+def _tfds_builder(name: str, data_dir: Path | None) -> "tfds.core.DatasetBuilder":
+    """Find a tfds set: one that is prepared on this machine, or one that tfds has the code for."""
+    # tfds reads lists of community sets with TensorFlow when it meets a name with a colon before its slash;
+    # everything else it finds on the disk or in its own code.
+    if not re.fullmatch(r"[A-Za-z]\w*(/[\w.+-]+)?(:[\d.*]+)?", name):
+        raise UsageError(f"--dataset {name}: this is not a tfds name; {_KNOWN_SETS}")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        raise UsageError(f"--dataset {name}: tfds does not know it; {_KNOWN_SETS}") from error
+    _image_and_label_keys(builder, name)
+    return builder
+
+
+_KNOWN_SETS = (
+    "mnist needs no network, tensorflow.org/datasets lists the others, --dataset-dir takes IDX files"
+)
+
+
+def _image_and_label_keys(builder: "tfds.core.DatasetBuilder", name: str) -> tuple[str, str]:
+    """Return the names of the image and the label, for images of one size and one class label each."""
+    import tensorflow_datasets as tfds
+
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if keys and len(keys) == 2 and set(keys) <= set(features):
+        image, label = (features[key] for key in keys)
+        if isinstance(label, tfds.features.ClassLabel) and isinstance(image, tfds.features.Tensor):
+            if len(image.shape) == 3 and None not in image.shape and image.np_dtype == np.uint8:
+                return keys
+            raise UsageError(
+                f"--dataset {name}: its images are {image.shape} {image.np_dtype}, not of one size; {_ONE}"
+            )
+    raise UsageError(f"--dataset {name}: this is not an image classification set; {_ONE}")
+
+
+_ONE = "choose a set of uint8 images of one size with one class label each"
+
+
+def _prepare(builder: "tfds.core.DatasetBuilder", name: str) -> None:
+    """Let tfds write the set, unless it has been written; tfds does so beside it and then renames."""
+    if builder.is_prepared():
+        return
+    import tensorflow_datasets as tfds
+
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.disable_progress_bar()
+    try:
+        # tfds reports to stdout, which belongs to the results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_config=config, file_format="array_record")
+    except InputFileError:
+        raise
+    except Exception as error:  # tfds lets through whatever its builders, the network and the disk raise
+        # Of two processes that prepare at once, the second finds its place taken when it renames.
+        if not builder.is_prepared():
+            raise _cannot_prepare(name, builder.data_dir, error) from error
+
+
+def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
+    splits = builder.info.splits
+    test_split = next((split for split in ("test", "validation") if split in splits), None)
+    if "train" not in splits or test_split is None:
+        raise UsageError(
+            f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed"
+        )
+    image_key, label_key = _image_and_label_keys(builder, name)
+    try:
+        train_images, train_labels = _read_split(builder, "train", image_key, label_key)
+        test_images, test_labels = _read_split(builder, test_split, image_key, label_key)
+    except NotImplementedError as error:
+        raise UsageError(
+            f"--dataset {name}: it is prepared in {builder.data_dir} in a format that only TensorFlow reads; "
+            "prepare it with file_format='array_record', or give another --data-dir"
+        ) from error
+    except Exception as error:  # the reader raises whatever it stumbles on
+        raise _damaged(builder, str(error)) from error
+    num_classes = builder.info.features[label_key].num_classes
+    dataset = Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
+    for labels in (train_labels, test_labels):
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise UsageError(
+                f"--dataset {name}: it has labels outside 0..{num_classes - 1}; choose a labelled set"
+            )
+    return dataset
+
+
+def _read_split(
+    builder: "tfds.core.DatasetBuilder", split: str, image_key: str, label_key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    # tfds's general deserialiser takes 2.3 s for MNIST's 70,000 examples; reading the two features that are
+    # needed straight from each record takes 1.0 s.
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    image_feature = builder.info.features[image_key]
+    images = np.empty((len(source), *image_feature.shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    for start in range(0, len(source), RECORDS_A_READ):
+        stop = min(start + RECORDS_A_READ, len(source))
+        records = source.__getitems__(range(start, stop))
+        examples = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
+        labels[start:stop] = [example[label_key].int64_list.value[0] for example in examples]
+        images[start:stop] = [_decode_image(example[image_key], image_feature) for example in examples]
+    return images, labels
+
+
+def _decode_image(stored, image_feature: "tfds.features.Tensor") -> np.ndarray:
+    if stored.bytes_list.value:
+        return image_feature.decode_example_np(stored.bytes_list.value[0])
+    return np.array(stored.int64_list.value, np.uint8).reshape(image_feature.shape)
+
+
+def _cannot_prepare(name: str, data_dir: object, error: Exception) -> StorageError:
+    if isinstance(error, ModuleNotFoundError):
+        remedy = (
+            f"it needs {error.name} for that: prepare it where that is installed, in the format array_record"
+        )
+    elif isinstance(error, OSError) and error.errno is not None:
+        remedy = "give --data-dir a folder that can be written"
+    else:
+        remedy = "prepare it where there is a network, or give --dataset-dir a folder of IDX files"
+    place = data_dir or "tfds's default place"
+    return StorageError(f"tfds cannot prepare {name} in {place} ({type(error).__name__}: {error}); {remedy}")
+
+
+def _damaged(builder: "tfds.core.DatasetBuilder", reason: str) -> InputFileError:
+    return InputFileError(
+        f"the prepared data set in {builder.data_dir} is damaged ({reason}); "
+        "move that folder away and run the same command again to prepare it anew"
+    )
+
+
+def _load_idx_folder(folder: Path) -> Dataset:
+    files = _find_idx_files(folder)
+    arrays = {
+        split: (read_idx(files[split, "images"], ndim=3), read_idx(files[split, "labels"], ndim=1))
+        for split in ("train", "test")
+    }
+    for split, (images, labels) in arrays.items():
+        if len(images) != len(labels) or len(images) == 0:
+            raise InputFileError(
+                f"{files[split, 'images']} has {len(images):,} images but {files[split, 'labels']} has "
+                f"{len(labels):,} labels; give two files that belong together"
+            )
+    (train_images, train_labels), (test_images, test_labels) = arrays["train"], arrays["test"]
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise InputFileError(
+            f"{folder}: the training images are {train_images.shape[1:]}, the test images {test_images.shape[1:]}; "
+            "give four files of one data set"
+        )
+    num_classes = int(train_labels.max()) + 1
+    if int(test_labels.max()) >= num_classes:
+        raise InputFileError(
+            f"{files['test', 'labels']} has the label {test_labels.max()}, but the training labels end at "
+            f"{num_classes - 1}; give four files of one data set"
+        )
+    return Dataset(
+        name=folder.resolve().name,
+        train_images=train_images[..., np.newaxis],
+        train_labels=train_labels.astype(np.int32),
+        test_images=test_images[..., np.newaxis],
+        test_labels=test_labels.astype(np.int32),
+        num_classes=num_classes,
+    )
+
+
+def _find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
+    """Find the four files by their published names, such as t10k-labels-idx1-ubyte.gz or emnist-...-test-images-..."""
+    if not folder.is_dir():
+        raise UsageError(f"--dataset-dir {folder}: there is no such folder")
+    found = {}
+    for split, kind, name in _idx_names():
+        matches = sorted(path for path in folder.iterdir() if re.fullmatch(name, path.name))
+        if not matches:
+            wanted = (
+                f"{'train' if split == 'train' else 't10k'}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+            )
+            raise InputFileError(
+                f"{folder} has no {wanted} (plain, .gz or .xz); put the four IDX files there"
+            )
+        if len(matches) > 1:
+            raise InputFileError(
+                f"{folder} has both {matches[0].name} and {matches[1].name}; keep one data set's four files in a folder"
+            )
+        found[split, kind] = matches[0]
+    return found
+
+
+def _idx_names() -> Iterator[tuple[str, str, str]]:
+    for split, prefix in (("train", "train"), ("test", "(t10k|test)")):
+        for kind, ndim in (("images", 3), ("labels", 1)):
+            yield split, kind, rf"(.*[-_])?{prefix}-{kind}[-.]idx{ndim}-ubyte(\.gz|\.xz)?"

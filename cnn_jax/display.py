@@ -1,0 +1,111 @@
+"""What a person sees of a run: everything on stderr but the tutorial's own lines, which are all that stdout gets."""
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """A run's output. On a terminal there is a progress bar; elsewhere, a line an epoch and no control characters."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress: Progress | None = None
+        self._task = None
+
+    def say(self, text: str) -> None:
+        """Write a line about the run to stderr."""
+        with self._bar_hidden():
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def result(self, line: str) -> None:
+        """Write one of the tutorial's lines to stdout."""
+        with self._bar_hidden():
+            print(line, flush=True)
+
+    def epoch_cost(self, epoch: int, cost: float) -> None:
+        """Write an epoch's cost to stdout in the tutorial's format; epochs count from 1."""
+        self.result(f"[Epoch: {epoch:>4}] cost = {cost:>.9}")
+
+    def accuracy(self, accuracy: float) -> None:
+        """Write the test accuracy, in [0, 1], to stdout as the tutorial does."""
+        self.result(f"Accuracy: {accuracy:.4f}")
+
+    @contextlib.contextmanager
+    def progress(self, *, total_steps: int, steps_done: int) -> Iterator[None]:
+        """Show a progress bar, on a terminal, until the block ends."""
+        if not self._console.is_terminal:
+            yield
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+            # Lines for stdout must go to stdout, also when that is not the terminal.
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        with self._progress:
+            self._task = self._progress.add_task(
+                "", total=total_steps, completed=steps_done, status="compiling"
+            )
+            yield
+        self._progress = None
+
+    def advance(self, *, epoch: int, epochs: int, step: int, cost: float, examples_per_second: float) -> None:
+        """Move the bar: the step reached, the epoch's mean cost so far and the images trained a second."""
+        if self._progress is not None:
+            self._progress.update(
+                self._task,
+                completed=step,
+                description=f"epoch {epoch}/{epochs}",
+                status=f"cost {cost:.4f}  {examples_per_second:,.0f} images/s",
+            )
+
+    def epoch_line(
+        self, *, epoch: int, epochs: int, accuracy: float, examples_per_second: float, left: float
+    ) -> None:
+        """Without a terminal, say where the run is: it has no bar to show it."""
+        if not self._console.is_terminal:
+            self.say(
+                f"epoch {epoch}/{epochs}: test accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
+                f"{describe_seconds(left)} left"
+            )
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Show a table of names and values."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        with self._bar_hidden():
+            self._console.print(table)
+
+    @contextlib.contextmanager
+    def _bar_hidden(self) -> Iterator[None]:
+        if self._progress is None or self._progress.finished:
+            yield
+            return
+        self._progress.stop()
+        yield
+        self._progress.start()
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a duration as a person says it: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,91 @@
+"""The failures that a user can cause or meet, the exit code of each, and how one is told."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class CnnJaxError(Exception):
+    """A failure that is told in one line naming the thing and the remedy, then ends the program."""
+
+    exit_code = 1
+
+
+class UsageError(CnnJaxError):
+    """The command line is wrong, or its settings do not fit the data, the machine or the run."""
+
+    exit_code = 2
+
+
+class NoCheckpointError(CnnJaxError):
+    """There is no checkpoint that could be used."""
+
+    exit_code = 3
+
+
+class StorageError(CnnJaxError):
+    """Reading or writing failed."""
+
+    exit_code = 4
+
+
+class NonFiniteLossError(CnnJaxError):
+    """The loss became infinite or not a number."""
+
+    exit_code = 5
+
+
+class RunLockedError(CnnJaxError):
+    """Another process is writing the run."""
+
+    exit_code = 6
+
+
+class InputFileError(CnnJaxError):
+    """A file that was given as input is missing, damaged or not what it says it is."""
+
+    exit_code = 65
+
+
+class TargetAccuracyError(CnnJaxError):
+    """The run ended below `--target-accuracy`."""
+
+    exit_code = 70
+
+
+class StoppedBySignal(CnnJaxError):
+    """The run was asked to stop and did so after saving: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@contextlib.contextmanager
+def one_line_failures(debug: bool) -> Iterator[None]:
+    """End the program with one line on stderr and the failure's exit code.
+
+    Args:
+      debug: Let the exception through with its traceback instead.
+    """
+    try:
+        yield
+    except CnnJaxError as error:
+        if debug:
+            raise
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        _end(
+            f"cannot read or write{f' {error.filename}' if error.filename else ''}: "
+            f"{error.strerror or error}; free the place or choose another, then run the same command again",
+            StorageError.exit_code,
+        )
+    except KeyboardInterrupt:
+        _end("stopped by Ctrl-C; run the same command again to continue", 130)
+
+
+def _end(message: str, exit_code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(exit_code)

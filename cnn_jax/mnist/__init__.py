@@ -1,0 +1,1 @@
+"""MNIST itself, embedded, and what reads and prepares it."""

@@ -1,0 +1,333 @@
+"""A run from its settings to its report: load, compile, train epoch by epoch, test, save."""
+
+import collections
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training.train_state import TrainState
+
+from cnn_jax import __version__
+from cnn_jax.checkpoint import Checkpoints, open_checkpoints
+from cnn_jax.config import EvaluateSettings, TrainSettings
+from cnn_jax.data import Dataset, check_batch_size, load_dataset
+from cnn_jax.devices import describe_device, start_devices
+from cnn_jax.display import Display, describe_seconds
+from cnn_jax.errors import NonFiniteLossError, StoppedBySignal, TargetAccuracyError, UsageError
+from cnn_jax.evaluation import Evaluation, evaluate
+from cnn_jax.model import CNN
+from cnn_jax.run_folder import EpochMetrics, RunFolder
+from cnn_jax.signals import StopRequest, listen_for_stop
+from cnn_jax.training import create_train_state, epoch_order, make_keys, run_steps
+
+# A segment is as many steps as take this long: the bar moves and a signal is answered after each.
+SEGMENT_SECONDS = 0.7
+FIRST_SEGMENT_STEPS = 5
+
+
+class Stopwatch:
+    """Where the time goes.
+
+    Attributes:
+      seconds: Of each named part, in the order in which the parts began.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def train_run(settings: TrainSettings) -> None:
+    """Train a run, or continue it, and report it.
+
+    Raises:
+      CnnJaxError: each failure as the class that names it.
+    """
+    display, stopwatch, folder = Display(), Stopwatch(), RunFolder(settings.run_folder)
+    if settings.dry_run:
+        with stopwatch.part("loading"):
+            device, dataset = start_devices(settings.platform), _load(settings)
+        _introduce(display, settings, device, dataset)
+        display.say("dry run: nothing was trained or written")
+        return
+    with contextlib.ExitStack() as held:
+        held.enter_context(folder.locked())
+        if settings.fresh and (aside := folder.move_aside()):
+            display.say(f"the earlier run is now {aside}")
+            held.enter_context(folder.locked())
+        folder.check_settings(settings)
+        with stopwatch.part("loading"):
+            device, dataset = start_devices(settings.platform), _load(settings)
+        folder.write_settings(settings)
+        with open_checkpoints(folder.checkpoints, create=True) as checkpoints:
+            _introduce(display, settings, device, dataset)
+            training = _Training(settings, dataset, folder, checkpoints, display, stopwatch)
+            training.restore()
+            if training.finished:
+                display.say("this run is finished: a larger --epochs continues it, --fresh starts anew")
+            else:
+                training.train()
+            accuracy = training.report()
+    if settings.target_accuracy is not None and accuracy < settings.target_accuracy:
+        raise TargetAccuracyError(
+            f"test accuracy {accuracy:.4f} is below --target-accuracy {settings.target_accuracy}; "
+            "train longer or with other settings"
+        )
+
+
+def evaluate_run(settings: EvaluateSettings) -> None:
+    """Test a run's newest checkpoint on all test images and print the accuracy.
+
+    Raises:
+      CnnJaxError: each failure as the class that names it.
+    """
+    display, folder = Display(), RunFolder(settings.run_folder)
+    trained = dataclasses.replace(folder.read_settings(), data_dir=settings.data_dir)
+    start_devices(settings.platform)
+    with open_checkpoints(folder.checkpoints, create=False) as checkpoints:
+        dataset = _load(trained)
+        state, losses = _initial_state(trained, dataset)
+        state, _ = checkpoints.restore_latest(state, losses)
+    images, labels = jax.device_put((dataset.test_images, dataset.test_labels))
+    result = evaluate(state.apply_fn, state.params, images, labels, unscaled=settings.unscaled)
+    pixels = (
+        "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
+    )
+    display.say(
+        f"{folder.path} after {int(state.step):,} steps: {result.correct:,} of {result.count:,} test images of "
+        f"{dataset.name} right, loss {result.loss:.4f}; on {pixels}"
+    )
+    display.accuracy(result.accuracy)
+
+
+def _load(settings: TrainSettings) -> Dataset:
+    dataset = load_dataset(settings.dataset, settings.dataset_dir, settings.data_dir)
+    check_batch_size(settings.batch_size, len(dataset.train_labels))
+    height, width, _ = dataset.train_images.shape[1:]
+    if min(height, width) < 4:
+        raise UsageError(f"{dataset.name} has images of {height}x{width}; two poolings need at least 4x4")
+    return dataset
+
+
+def _initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainState, jax.Array]:
+    """Return the state before step 0, and room for the losses of an epoch."""
+    init_key, _ = make_keys(settings.seed)
+    model = CNN(num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
+    create = jax.jit(create_train_state, static_argnums=(1, 2, 3))
+    state = create(init_key, model, dataset.train_images.shape[1:], settings.learning_rate)
+    return state, jnp.zeros(len(dataset.train_labels) // settings.batch_size, jnp.float32)
+
+
+def _introduce(display: Display, settings: TrainSettings, device: jax.Device, dataset: Dataset) -> None:
+    shapes = jax.eval_shape(lambda: _initial_state(settings, dataset)[0].params)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    size = "x".join(map(str, dataset.train_images.shape[1:]))
+    display.say(
+        f"cnn-jax {__version__}, jax {jax.__version__} on {describe_device(device)}, {settings.precision}"
+    )
+    display.say(
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
+        f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
+    )
+    display.say(
+        f"{settings.run_folder}: {settings.epochs} epochs of "
+        f"{len(dataset.train_labels) // settings.batch_size:,} steps, batch {settings.batch_size}, "
+        f"Adam at {settings.learning_rate:g}, seed {settings.seed}"
+    )
+
+
+class _Training:
+    """A run in progress: its state on the device, and the files and the display that follow it."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        dataset: Dataset,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        display: Display,
+        stopwatch: Stopwatch,
+    ):
+        self.settings = settings
+        self.folder = folder
+        self.checkpoints = checkpoints
+        self.display = display
+        self.stopwatch = stopwatch
+        self.dataset = dataset
+        self.num_examples = len(dataset.train_labels)
+        with stopwatch.part("loading"):
+            self.train_set = jax.device_put((dataset.train_images, dataset.train_labels))
+            self.test_set = jax.device_put((dataset.test_images, dataset.test_labels))
+        with stopwatch.part("compiling"):
+            self.state, self.losses = _initial_state(settings, dataset)
+        self.steps_per_epoch = len(self.losses)
+        self.last_step = settings.epochs * self.steps_per_epoch
+        self.step = 0
+        self.metrics: list[EpochMetrics] = []
+        self.segment_steps = FIRST_SEGMENT_STEPS
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.last_step
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one, and print what was printed up to there."""
+        if self.checkpoints.latest_step() is not None:
+            with self.stopwatch.part("loading"):
+                self.state, self.losses = self.checkpoints.restore_latest(self.state, self.losses)
+            self.step = int(self.state.step)
+            self.display.say(f"continuing after step {self.step:,} of {self.last_step:,}")
+        # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again.
+        self.metrics = [epoch for epoch in self.folder.read_metrics() if epoch.step <= self.step]
+        for epoch in self.metrics:
+            self.display.epoch_cost(epoch.epoch, epoch.cost)
+
+    def train(self) -> None:
+        """Train to the last epoch, unless a signal stops it."""
+        progress = self.display.progress(total_steps=self.last_step, steps_done=self.step)
+        with listen_for_stop() as request, progress:
+            self._compile()
+            while not self.finished:
+                self._train_epoch(request)
+
+    def _compile(self) -> None:
+        with self.stopwatch.part("compiling"):
+            # A loop over no steps compiles all that training needs, and changes nothing.
+            self.state, self.losses = run_steps(
+                self.state, self.losses, *self.train_set, self._order(0), 0, 0
+            )
+            jax.block_until_ready(self.losses)
+
+    def _order(self, epoch: int) -> jax.Array:
+        _, order_key = make_keys(self.settings.seed)
+        batch_size = self.settings.batch_size
+        return epoch_order(order_key, epoch, num_examples=self.num_examples, batch_size=batch_size)
+
+    def _train_epoch(self, request: StopRequest) -> None:
+        """Train from the step reached to the end of its epoch, then test, write the metrics and save."""
+        epoch = self.step // self.steps_per_epoch
+        order = self._order(epoch)
+        begin, seconds = self.step, 0.0
+        while True:
+            if request.signal_number is not None:
+                self._stop(request.signal_number)
+            seconds += self._train_segment(order)
+            examples_per_second = (self.step - begin) * self.settings.batch_size / seconds
+            losses = np.asarray(self.losses)[: self.step - epoch * self.steps_per_epoch]
+            cost = float(losses.mean(dtype=np.float64))
+            self.display.advance(
+                epoch=epoch + 1,
+                epochs=self.settings.epochs,
+                step=self.step,
+                cost=cost,
+                examples_per_second=examples_per_second,
+            )
+            if self.step % self.steps_per_epoch == 0:
+                break
+            if self._saves_at(self.step):
+                self._save()
+        result = self.test()
+        self.metrics.append(
+            EpochMetrics(
+                epoch=epoch + 1,
+                step=self.step,
+                cost=cost,
+                test_accuracy=result.accuracy,
+                test_loss=result.loss,
+                seconds=seconds,
+                examples_per_second=examples_per_second,
+            )
+        )
+        with self.stopwatch.part("saving"):
+            self.folder.write_metrics(self.metrics)
+        self._save()
+        self.display.epoch_cost(epoch + 1, cost)
+        self.display.epoch_line(
+            epoch=epoch + 1,
+            epochs=self.settings.epochs,
+            accuracy=result.accuracy,
+            examples_per_second=examples_per_second,
+            left=(self.last_step - self.step) * self.settings.batch_size / examples_per_second,
+        )
+
+    def _train_segment(self, order: jax.Array) -> float:
+        """Run the next few steps of the epoch in one compiled loop, and return the seconds that took."""
+        first = self.step % self.steps_per_epoch
+        length = min(self.segment_steps, self.steps_per_epoch - first)
+        if self.settings.checkpoint_every_steps is not None:
+            length = min(
+                length,
+                self.settings.checkpoint_every_steps - self.step % self.settings.checkpoint_every_steps,
+            )
+        start = time.perf_counter()
+        self.state, self.losses = run_steps(
+            self.state, self.losses, *self.train_set, order, first, first + length
+        )
+        losses = np.asarray(self.losses)[first : first + length]
+        seconds = time.perf_counter() - start
+        self.stopwatch.seconds["training"] += seconds
+        # The state of a non-finite loss is lost with this exception: it is never tested, written down or saved.
+        if not np.isfinite(losses).all():
+            step = self.step + int(np.argmin(np.isfinite(losses))) + 1
+            raise NonFiniteLossError(
+                f"the loss of step {step:,} is {losses[step - self.step - 1]}; the checkpoints in "
+                f"{self.checkpoints.folder} are from before; lower --learning-rate"
+            )
+        self.step += length
+        self.segment_steps = max(1, round(length * SEGMENT_SECONDS / seconds))
+        return seconds
+
+    def test(self, *, unscaled: bool = False) -> Evaluation:
+        """Test the network as it is now on all test images."""
+        with self.stopwatch.part("testing"):
+            return evaluate(self.state.apply_fn, self.state.params, *self.test_set, unscaled=unscaled)
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.settings.checkpoint_every_steps
+        return every is not None and step % every == 0
+
+    def _save(self) -> None:
+        with self.stopwatch.part("saving"):
+            self.checkpoints.save(self.step, self.state, self.losses)
+
+    def _stop(self, signal_number: int) -> NoReturn:
+        if self.step > 0 and self.checkpoints.latest_step() != self.step:
+            self._save()
+        raise StoppedBySignal(
+            f"stopped by {signal.Signals(signal_number).name} after step {self.step:,} of {self.last_step:,}, "
+            "which is saved; run the same command again to continue",
+            signal_number,
+        )
+
+    def report(self) -> float:
+        """Print the test accuracy and where the time went; return the accuracy."""
+        last = self.metrics[-1]
+        self.display.accuracy(last.test_accuracy)
+        rows = [
+            (
+                "test accuracy",
+                f"{last.test_accuracy:.4f} on pixels in [0, 1], of {len(self.test_set[1]):,} images",
+            )
+        ]
+        # Only MNIST's tutorial has a number to compare this with.
+        if self.dataset.name == "mnist":
+            unscaled = self.test(unscaled=True).accuracy
+            rows.append(("as the tutorial tests", f"{unscaled:.4f} on pixels in 0..255"))
+        rows += [(name, describe_seconds(seconds)) for name, seconds in self.stopwatch.seconds.items()]
+        rows.append(("written to", str(self.folder.path)))
+        self.display.table("Result", rows)
+        return last.test_accuracy

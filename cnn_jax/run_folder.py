@@ -1,0 +1,163 @@
+"""The files of a run beside its checkpoints: its settings, its metrics, and the lock of the process that writes it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cnn_jax.config import TrainSettings
+from cnn_jax.errors import NoCheckpointError, RunLockedError, StorageError, UsageError
+
+# What a run's results depend on. Its other settings may change from one start to the next.
+DECIDING_FIELDS = ("dataset", "dataset_dir", "batch_size", "learning_rate", "seed", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochMetrics:
+    """One line of metrics.jsonl.
+
+    Attributes:
+      epoch: From 1.
+      step: Steps behind it since the run began.
+      cost: Mean of the epoch's batch losses.
+      test_accuracy: Fraction of the test images, on scaled pixels, in [0, 1].
+      test_loss: Mean softmax cross-entropy over the test images.
+      seconds: Training time of the epoch, or of its part that this process trained; without testing.
+      examples_per_second: Images trained a second, over those seconds.
+    """
+
+    epoch: int
+    step: int
+    cost: float
+    test_accuracy: float
+    test_loss: float
+    seconds: float
+    examples_per_second: float
+
+
+class RunFolder:
+    """A run's folder.
+
+    Attributes:
+      path: The folder; it need not exist.
+      checkpoints: The folder of its checkpoints.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "steps"
+
+    def read_settings(self) -> TrainSettings:
+        """Return the settings that the run was last started with.
+
+        Raises:
+          NoCheckpointError: there is no run in this folder.
+          StorageError: its config.json cannot be understood.
+        """
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); train it first")
+        try:
+            fields = json.loads(file.read_text())
+            for name in ("dataset_dir", "data_dir", "checkpoint_dir"):
+                fields[name] = Path(fields[name]) if fields[name] is not None else None
+            return TrainSettings(**fields)
+        except (ValueError, KeyError, TypeError, UsageError) as error:
+            raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
+
+    def write_settings(self, settings: TrainSettings) -> None:
+        """Record the settings of this start."""
+        fields = {
+            name: str(value.resolve()) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(settings).items()
+        }
+        _write_atomically(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
+
+    def check_settings(self, settings: TrainSettings) -> None:
+        """Refuse to continue a run with settings that would have given other results.
+
+        Raises:
+          UsageError: naming each difference.
+        """
+        if not (self.path / "config.json").is_file():
+            return
+        old = self.read_settings()
+        differences = []
+        for name in DECIDING_FIELDS:
+            before, now = getattr(old, name), getattr(settings, name)
+            if name == "dataset_dir" and now is not None:
+                now = now.resolve()
+            if before != now:
+                differences.append(f"{name} was {before} and is {now}")
+        if settings.epochs < old.epochs:
+            differences.append(f"epochs was {old.epochs} and is {settings.epochs}")
+        if differences:
+            raise UsageError(
+                f"the run {self.path} has other settings: {'; '.join(differences)}; "
+                "give them as they were, another --run-name, or --fresh"
+            )
+
+    def read_metrics(self) -> list[EpochMetrics]:
+        """Return the metrics of the epochs that are done, in order."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return []
+        try:
+            return [EpochMetrics(**json.loads(line)) for line in file.read_text().splitlines()]
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
+
+    def write_metrics(self, metrics: list[EpochMetrics]) -> None:
+        """Replace metrics.jsonl: a line for each epoch."""
+        lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in metrics]
+        _write_atomically(self.path / "metrics.jsonl", "".join(lines))
+
+    def move_aside(self) -> Path | None:
+        """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""
+        if not self.path.exists():
+            return None
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        return aside
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder if it is missing and hold it alone; the system lets go when the process ends, however it ends.
+
+        Raises:
+          RunLockedError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunLockedError(
+                    f"process {file.read().strip() or '?'} is writing the run {self.path}; "
+                    "wait for it, stop it, or give another --run-name"
+                ) from error
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    """Replace a file so that whoever reads it, whenever the power fails, finds the old text or the new."""
+    new = file.with_name(file.name + ".new")
+    with new.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,11 @@
+"""Train the tutorial's network on MNIST: `python train.py --epochs 15`, or `--help` for the settings."""
+
+import sys
+
+from cnn_jax.__main__ import train
+from cnn_jax.config import TrainSettings, read_settings
+from cnn_jax.errors import one_line_failures
+
+if __name__ == "__main__":
+    with one_line_failures(debug="--debug" in sys.argv):
+        train(read_settings(TrainSettings, sys.argv[1:], prog="train.py"))
