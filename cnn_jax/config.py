@@ -5,7 +5,6 @@ import dataclasses
 import io
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar

@@ -62,13 +62,10 @@ def _backward(pool, dtype, residuals, cotangent):
     convolved_cotangent = convolved_cotangent.astype(dtype)
     if patches is None:
         patches = _extract_patches(images, kernel.shape)
-    # As a product of matrices: 1 to 3 ms where XLA's convolution takes 19.
-    kernel_cotangent = lax.dot_general(
-        patches,
-        convolved_cotangent,
-        (((0, 1, 2), (0, 1, 2)), ((), ())),
-        precision=_precision(dtype),
-        preferred_element_type=convolved.dtype,
+    # As a product of two plain matrices: 1 to 3 ms where XLA's convolution takes 19. Left in four dimensions, the
+    # same product costs a step 43 ms in place of 28.
+    kernel_cotangent = _matmul(
+        patches.reshape(-1, patches.shape[-1]).T, convolved_cotangent.reshape(-1, kernel.shape[-1])
     ).reshape(kernel.shape)
     image_cotangent = _scatter_patches(
         _matmul(convolved_cotangent, kernel.reshape(-1, kernel.shape[-1]).T), images.shape, kernel.shape
@@ -122,10 +119,7 @@ def _extract_patches(images, kernel_shape):
     padded = jnp.pad(images, ((0, 0), _same_padding(rows), _same_padding(columns), (0, 0)))
     # Nested stacks of slices: 1.8 ms for block 2; one concatenation of the nine slices takes 3 to 13, a gather 4.7.
     patches = jnp.stack(
-        [
-            jnp.stack([padded[:, i : i + height, j : j + width] for j in range(columns)], axis=3)
-            for i in range(rows)
-        ],
+        [jnp.stack([padded[:, i : i + height, j : j + width] for j in range(columns)], axis=3) for i in range(rows)],
         axis=3,
     )
     return patches.reshape(n, height, width, rows * columns * channels)

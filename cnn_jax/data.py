@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MNIST_TRAIN_EXAMPLES = 60_000
 RECORDS_A_READ = 10_000
+PIXEL_MAXIMUM = np.float32(255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Dataset:
     num_classes: int
 
 
-def scale_pixels(images, maximum=np.float32(255)):
+def scale_pixels(images, maximum=PIXEL_MAXIMUM):
     """Turn stored pixels into what the network computes with: the only place where pixels are scaled.
 
     Args:
@@ -117,7 +119,8 @@ def _load_mnist(data_dir: Path | None) -> Dataset:
     from cnn_jax.mnist.builder import SHA256, EmbeddedMnist
 
     try:
-        builder = EmbeddedMnist(data_dir=data_dir, file_format="array_record")
+        with _quiet_tfds():
+            builder = EmbeddedMnist(data_dir=data_dir, file_format="array_record")
     except OSError as error:
         raise _cannot_prepare("mnist", data_dir, error) from error
     _prepare(builder, "mnist")
@@ -145,16 +148,15 @@ def _tfds_builder(name: str, data_dir: Path | None) -> "tfds.core.DatasetBuilder
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        with _quiet_tfds():
+            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UsageError(f"--dataset {name}: tfds does not know it; {_KNOWN_SETS}") from error
     _image_and_label_keys(builder, name)
     return builder
 
 
-_KNOWN_SETS = (
-    "mnist needs no network, tensorflow.org/datasets lists the others, --dataset-dir takes IDX files"
-)
+_KNOWN_SETS = "mnist needs no network, tensorflow.org/datasets lists the others, --dataset-dir takes IDX files"
 
 
 def _image_and_label_keys(builder: "tfds.core.DatasetBuilder", name: str) -> tuple[str, str]:
@@ -185,8 +187,7 @@ def _prepare(builder: "tfds.core.DatasetBuilder", name: str) -> None:
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()
     try:
-        # tfds reports to stdout, which belongs to the results.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quiet_tfds():
             builder.download_and_prepare(download_config=config, file_format="array_record")
     except InputFileError:
         raise
@@ -196,13 +197,24 @@ def _prepare(builder: "tfds.core.DatasetBuilder", name: str) -> None:
             raise _cannot_prepare(name, builder.data_dir, error) from error
 
 
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keep tfds from reporting to stdout, which belongs to the results, and from warning of sets not yet prepared."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
     splits = builder.info.splits
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test_split is None:
-        raise UsageError(
-            f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed"
-        )
+        raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
     image_key, label_key = _image_and_label_keys(builder, name)
     try:
         train_images, train_labels = _read_split(builder, "train", image_key, label_key)
@@ -218,9 +230,7 @@ def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
     dataset = Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
     for labels in (train_labels, test_labels):
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise UsageError(
-                f"--dataset {name}: it has labels outside 0..{num_classes - 1}; choose a labelled set"
-            )
+            raise UsageError(f"--dataset {name}: it has labels outside 0..{num_classes - 1}; choose a labelled set")
     return dataset
 
 
@@ -253,9 +263,7 @@ def _decode_image(stored, image_feature: "tfds.features.Tensor") -> np.ndarray:
 
 def _cannot_prepare(name: str, data_dir: object, error: Exception) -> StorageError:
     if isinstance(error, ModuleNotFoundError):
-        remedy = (
-            f"it needs {error.name} for that: prepare it where that is installed, in the format array_record"
-        )
+        remedy = f"it needs {error.name} for that: prepare it where that is installed, in the format array_record"
     elif isinstance(error, OSError) and error.errno is not None:
         remedy = "give --data-dir a folder that can be written"
     else:
@@ -313,12 +321,8 @@ def _find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
     for split, kind, name in _idx_names():
         matches = sorted(path for path in folder.iterdir() if re.fullmatch(name, path.name))
         if not matches:
-            wanted = (
-                f"{'train' if split == 'train' else 't10k'}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
-            )
-            raise InputFileError(
-                f"{folder} has no {wanted} (plain, .gz or .xz); put the four IDX files there"
-            )
+            wanted = f"{'train' if split == 'train' else 't10k'}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+            raise InputFileError(f"{folder} has no {wanted} (plain, .gz or .xz); put the four IDX files there")
         if len(matches) > 1:
             raise InputFileError(
                 f"{folder} has both {matches[0].name} and {matches[1].name}; keep one data set's four files in a folder"

@@ -28,9 +28,7 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> jax.Device:
             "gpu": "; on an NVIDIA GPU it needs pip install 'cnn-jax[cuda]'",
             "tpu": "; it needs cnn-jax[tpu]",
         }
-        wanted = (
-            f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        )
+        wanted = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         raise UsageError(f"{wanted}: JAX finds no such device here{extra.get(platform, '')}") from error
 
 

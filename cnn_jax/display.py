@@ -53,9 +53,7 @@ class Display:
             redirect_stderr=False,
         )
         with self._progress:
-            self._task = self._progress.add_task(
-                "", total=total_steps, completed=steps_done, status="compiling"
-            )
+            self._task = self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
             yield
         self._progress = None
 
@@ -69,9 +67,7 @@ class Display:
                 status=f"cost {cost:.4f}  {examples_per_second:,.0f} images/s",
             )
 
-    def epoch_line(
-        self, *, epoch: int, epochs: int, accuracy: float, examples_per_second: float, left: float
-    ) -> None:
+    def epoch_line(self, *, epoch: int, epochs: int, accuracy: float, examples_per_second: float, left: float) -> None:
         """Without a terminal, say where the run is: it has no bar to show it."""
         if not self._console.is_terminal:
             self.say(

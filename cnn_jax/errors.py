@@ -53,7 +53,7 @@ class TargetAccuracyError(CnnJaxError):
     exit_code = 70
 
 
-class StoppedBySignal(CnnJaxError):
+class StopSignalError(CnnJaxError):
     """The run was asked to stop and did so after saving: 130 for SIGINT, 143 for SIGTERM."""
 
     def __init__(self, message: str, signal_number: int):

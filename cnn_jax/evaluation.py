@@ -53,6 +53,11 @@ def evaluate(
     return Evaluation(correct=int(correct), count=len(labels), loss=float(loss_sum) / len(labels))
 
 
+def compile_evaluation(apply_fn: Callable, params: dict, images: jax.Array, labels: jax.Array) -> None:
+    """Compile what `evaluate` runs with these arguments, without running it."""
+    sum_over_images.lower(params, images, labels, jnp.float32(255), apply_fn=apply_fn).compile()
+
+
 @functools.partial(jax.jit, static_argnames=("apply_fn", "batch_size"))
 def sum_over_images(
     params: dict,

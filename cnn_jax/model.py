@@ -32,15 +32,11 @@ class CNN(nn.Module):
         The shapes on the right are those of the tutorial's images, (N, 28, 28, 1).
         """
         first, second = self.features
-        x = ConvBlock(features=first, pool=self.pool, dtype=self.dtype, name="layer1")(
-            images
-        )  # (N, 14, 14, 32)
+        x = ConvBlock(features=first, pool=self.pool, dtype=self.dtype, name="layer1")(images)  # (N, 14, 14, 32)
         x = ConvBlock(features=second, pool=self.pool, dtype=self.dtype, name="layer2")(x)  # (N, 7, 7, 64)
         x = x.reshape(x.shape[0], -1)  # (N, 3136)
         xavier, uniform = nn.initializers.xavier_uniform(), torch_uniform(fan_in=x.shape[-1])
-        return nn.Dense(features=self.num_classes, kernel_init=xavier, bias_init=uniform, name="fc")(
-            x
-        )  # (N, 10)
+        return nn.Dense(features=self.num_classes, kernel_init=xavier, bias_init=uniform, name="fc")(x)  # (N, 10)
 
 
 class ConvBlock(nn.Module):

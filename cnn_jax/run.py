@@ -19,8 +19,8 @@ from cnn_jax.config import EvaluateSettings, TrainSettings
 from cnn_jax.data import Dataset, check_batch_size, load_dataset
 from cnn_jax.devices import describe_device, start_devices
 from cnn_jax.display import Display, describe_seconds
-from cnn_jax.errors import NonFiniteLossError, StoppedBySignal, TargetAccuracyError, UsageError
-from cnn_jax.evaluation import Evaluation, evaluate
+from cnn_jax.errors import NonFiniteLossError, StopSignalError, TargetAccuracyError, UsageError
+from cnn_jax.evaluation import Evaluation, compile_evaluation, evaluate
 from cnn_jax.model import CNN
 from cnn_jax.run_folder import EpochMetrics, RunFolder
 from cnn_jax.signals import StopRequest, listen_for_stop
@@ -58,23 +58,24 @@ def train_run(settings: TrainSettings) -> None:
       CnnJaxError: each failure as the class that names it.
     """
     display, stopwatch, folder = Display(), Stopwatch(), RunFolder(settings.run_folder)
-    if settings.dry_run:
-        with stopwatch.part("loading"):
-            device, dataset = start_devices(settings.platform), _load(settings)
-        _introduce(display, settings, device, dataset)
-        display.say("dry run: nothing was trained or written")
-        return
     with contextlib.ExitStack() as held:
-        held.enter_context(folder.locked())
-        if settings.fresh and (aside := folder.move_aside()):
-            display.say(f"the earlier run is now {aside}")
+        if not settings.dry_run:
             held.enter_context(folder.locked())
-        folder.check_settings(settings)
+            if settings.fresh and (aside := folder.move_aside()):
+                display.say(f"the earlier run is now {aside}")
+                held.enter_context(folder.locked())
+        if not settings.fresh:
+            folder.check_settings(settings)
         with stopwatch.part("loading"):
-            device, dataset = start_devices(settings.platform), _load(settings)
+            device = start_devices(settings.platform)
+            display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_device(device)}")
+            dataset = _load(settings)
+        _introduce(display, settings, dataset)
+        if settings.dry_run:
+            display.say("dry run: nothing was trained or written")
+            return
         folder.write_settings(settings)
         with open_checkpoints(folder.checkpoints, create=True) as checkpoints:
-            _introduce(display, settings, device, dataset)
             training = _Training(settings, dataset, folder, checkpoints, display, stopwatch)
             training.restore()
             if training.finished:
@@ -104,9 +105,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
         state, _ = checkpoints.restore_latest(state, losses)
     images, labels = jax.device_put((dataset.test_images, dataset.test_labels))
     result = evaluate(state.apply_fn, state.params, images, labels, unscaled=settings.unscaled)
-    pixels = (
-        "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
-    )
+    pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
     display.say(
         f"{folder.path} after {int(state.step):,} steps: {result.correct:,} of {result.count:,} test images of "
         f"{dataset.name} right, loss {result.loss:.4f}; on {pixels}"
@@ -132,13 +131,10 @@ def _initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainStat
     return state, jnp.zeros(len(dataset.train_labels) // settings.batch_size, jnp.float32)
 
 
-def _introduce(display: Display, settings: TrainSettings, device: jax.Device, dataset: Dataset) -> None:
+def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> None:
     shapes = jax.eval_shape(lambda: _initial_state(settings, dataset)[0].params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     size = "x".join(map(str, dataset.train_images.shape[1:]))
-    display.say(
-        f"cnn-jax {__version__}, jax {jax.__version__} on {describe_device(device)}, {settings.precision}"
-    )
     display.say(
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
         f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
@@ -146,7 +142,7 @@ def _introduce(display: Display, settings: TrainSettings, device: jax.Device, da
     display.say(
         f"{settings.run_folder}: {settings.epochs} epochs of "
         f"{len(dataset.train_labels) // settings.batch_size:,} steps, batch {settings.batch_size}, "
-        f"Adam at {settings.learning_rate:g}, seed {settings.seed}"
+        f"Adam at {settings.learning_rate:g}, {settings.precision}, seed {settings.seed}"
     )
 
 
@@ -206,11 +202,8 @@ class _Training:
 
     def _compile(self) -> None:
         with self.stopwatch.part("compiling"):
-            # A loop over no steps compiles all that training needs, and changes nothing.
-            self.state, self.losses = run_steps(
-                self.state, self.losses, *self.train_set, self._order(0), 0, 0
-            )
-            jax.block_until_ready(self.losses)
+            run_steps.lower(self.state, self.losses, *self.train_set, self._order(0), 0, 0).compile()
+            compile_evaluation(self.state.apply_fn, self.state.params, *self.test_set)
 
     def _order(self, epoch: int) -> jax.Array:
         _, order_key = make_keys(self.settings.seed)
@@ -274,9 +267,7 @@ class _Training:
                 self.settings.checkpoint_every_steps - self.step % self.settings.checkpoint_every_steps,
             )
         start = time.perf_counter()
-        self.state, self.losses = run_steps(
-            self.state, self.losses, *self.train_set, order, first, first + length
-        )
+        self.state, self.losses = run_steps(self.state, self.losses, *self.train_set, order, first, first + length)
         losses = np.asarray(self.losses)[first : first + length]
         seconds = time.perf_counter() - start
         self.stopwatch.seconds["training"] += seconds
@@ -307,7 +298,7 @@ class _Training:
     def _stop(self, signal_number: int) -> NoReturn:
         if self.step > 0 and self.checkpoints.latest_step() != self.step:
             self._save()
-        raise StoppedBySignal(
+        raise StopSignalError(
             f"stopped by {signal.Signals(signal_number).name} after step {self.step:,} of {self.last_step:,}, "
             "which is saved; run the same command again to continue",
             signal_number,

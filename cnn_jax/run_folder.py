@@ -127,7 +127,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder if it is missing and hold it alone; the system lets go when the process ends, however it ends.
+        """Create the folder if it is missing and hold it alone; the system lets go when the process ends in any way.
 
         Raises:
           RunLockedError: another process holds it.

@@ -61,9 +61,7 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple
 
 
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
-def epoch_order(
-    order_key: jax.Array, epoch: jax.Array | int, *, num_examples: int, batch_size: int
-) -> jax.Array:
+def epoch_order(order_key: jax.Array, epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
     """Return which images make up each batch of an epoch: a function of the seed and the epoch alone.
 
     Args:

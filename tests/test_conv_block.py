@@ -65,9 +65,7 @@ def draw(shape, kernel_shape, dtype, *, integers=False):
     ],
     ids=["block 1", "block 2", "odd size, even kernel, few channels", "odd width, even kernel"],
 )
-def test_values_and_gradients_equal_those_of_convolution_relu_and_reduce_window(
-    shape, kernel_shape, pool, dtype
-):
+def test_values_and_gradients_equal_those_of_convolution_relu_and_reduce_window(shape, kernel_shape, pool, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         *operands, cotangent = draw(shape, kernel_shape, dtype)
         ours = value_and_gradients(lambda *args: conv_block(*args, pool, dtype), operands, cotangent)

@@ -45,9 +45,7 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> np.ndarray:
     if len(values) != size:
         found = "more bytes" if len(values) > size else f"only {len(values):,} bytes"
         announced = "x".join(map(str, shape))
-        raise InputFileError(
-            f"{path} announces {announced} = {size:,} values but holds {found}; fetch it again"
-        )
+        raise InputFileError(f"{path} announces {announced} = {size:,} values but holds {found}; fetch it again")
     if sha256 is not None and hashlib.sha256(header + values).hexdigest() != sha256:
         raise InputFileError(f"{path} is damaged: its SHA-256 is not {sha256}; reinstall the package")
     return np.frombuffer(values, np.uint8).reshape(shape)
