@@ -166,28 +166,28 @@ def _image_and_label_keys(builder: "tfds.core.DatasetBuilder", name: str) -> tup
     features, keys = builder.info.features, builder.info.supervised_keys
     if keys and len(keys) == 2 and set(keys) <= set(features):
         image, label = (features[key] for key in keys)
-        if isinstance(label, tfds.features.ClassLabel) and isinstance(image, tfds.features.Tensor):
-            if len(image.shape) == 3 and None not in image.shape and image.np_dtype == np.uint8:
+        is_image = isinstance(image, tfds.features.Image | tfds.features.Tensor) and len(image.shape) == 3
+        if is_image and isinstance(label, tfds.features.ClassLabel):
+            if None not in image.shape and image.np_dtype == np.uint8:
                 return keys
-            raise UsageError(
-                f"--dataset {name}: its images are {image.shape} {image.np_dtype}, not of one size; {_ONE}"
-            )
-    raise UsageError(f"--dataset {name}: this is not an image classification set; {_ONE}")
+            size = "x".join(str(length or "?") for length in image.shape)
+            raise UsageError(f"--dataset {name}: its images are {size} of {image.np_dtype}; {_NEEDED}")
+    raise UsageError(f"--dataset {name}: this is not an image classification set; {_NEEDED}")
 
 
-_ONE = "choose a set of uint8 images of one size with one class label each"
+_NEEDED = "choose a set of uint8 images of one size with one class label each"
 
 
 def _prepare(builder: "tfds.core.DatasetBuilder", name: str) -> None:
     """Let tfds write the set, unless it has been written; tfds does so beside it and then renames."""
-    if builder.is_prepared():
-        return
     import tensorflow_datasets as tfds
 
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()
     try:
         with _quiet_tfds():
+            if builder.is_prepared():
+                return
             builder.download_and_prepare(download_config=config, file_format="array_record")
     except InputFileError:
         raise

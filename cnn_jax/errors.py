@@ -1,8 +1,10 @@
 """The failures that a user can cause or meet, the exit code of each, and how one is told."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class CnnJaxError(Exception):
@@ -70,22 +72,23 @@ def one_line_failures(debug: bool) -> Iterator[None]:
     """
     try:
         yield
-    except CnnJaxError as error:
+    except Exception as error:
         if debug:
             raise
-        _end(str(error), error.exit_code)
-    except OSError as error:
-        if debug:
-            raise
-        _end(
-            f"cannot read or write{f' {error.filename}' if error.filename else ''}: "
-            f"{error.strerror or error}; free the place or choose another, then run the same command again",
-            StorageError.exit_code,
-        )
+        if isinstance(error, StopSignalError):
+            _end(str(error), error.exit_code)
+        if isinstance(error, CnnJaxError):
+            _end(f"error: {error}", error.exit_code)
+        if isinstance(error, OSError):
+            place = f" {error.filename}" if error.filename else ""
+            _end(f"error: cannot read or write{place}: {error.strerror or error}", StorageError.exit_code)
+        _end(f"error: {type(error).__name__}: {error}; --debug shows where", CnnJaxError.exit_code)
     except KeyboardInterrupt:
-        _end("stopped by Ctrl-C; run the same command again to continue", 130)
+        if debug:
+            raise
+        _end("stopped by SIGINT; run the same command again to continue", 128 + signal.SIGINT)
 
 
-def _end(message: str, exit_code: int) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _end(line: str, exit_code: int) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
     sys.exit(exit_code)

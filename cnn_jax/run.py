@@ -78,9 +78,7 @@ def train_run(settings: TrainSettings) -> None:
         with open_checkpoints(folder.checkpoints, create=True) as checkpoints:
             training = _Training(settings, dataset, folder, checkpoints, display, stopwatch)
             training.restore()
-            if training.finished:
-                display.say("this run is finished: a larger --epochs continues it, --fresh starts anew")
-            else:
+            if not training.finished:
                 training.train()
             accuracy = training.report()
     if settings.target_accuracy is not None and accuracy < settings.target_accuracy:
@@ -97,7 +95,8 @@ def evaluate_run(settings: EvaluateSettings) -> None:
       CnnJaxError: each failure as the class that names it.
     """
     display, folder = Display(), RunFolder(settings.run_folder)
-    trained = dataclasses.replace(folder.read_settings(), data_dir=settings.data_dir)
+    trained = folder.read_settings()
+    trained = dataclasses.replace(trained, data_dir=settings.data_dir or trained.data_dir)
     start_devices(settings.platform)
     with open_checkpoints(folder.checkpoints, create=False) as checkpoints:
         dataset = _load(trained)
@@ -186,7 +185,10 @@ class _Training:
             with self.stopwatch.part("loading"):
                 self.state, self.losses = self.checkpoints.restore_latest(self.state, self.losses)
             self.step = int(self.state.step)
-            self.display.say(f"continuing after step {self.step:,} of {self.last_step:,}")
+            if self.finished:
+                self.display.say("this run is finished: a larger --epochs continues it, --fresh starts anew")
+            else:
+                self.display.say(f"continuing after step {self.step:,} of {self.last_step:,}")
         # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again.
         self.metrics = [epoch for epoch in self.folder.read_metrics() if epoch.step <= self.step]
         for epoch in self.metrics:
