@@ -18,7 +18,7 @@ S = TypeVar("S")
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """Train the tutorial's network; the same command again continues an unfinished run."""
+    """Train the tutorial's network; the same command continues an unfinished run."""
 
     epochs: Annotated[int, tyro.conf.arg(metavar="N")] = 15
     """Passes over the training set."""

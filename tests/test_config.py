@@ -1,0 +1,100 @@
+"""Every setting is checked before JAX is imported, and a wrong one ends in one line and exit code 2."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cnn_jax.config import TrainSettings, read_settings
+from cnn_jax.errors import UsageError
+
+from .conftest import ROOT
+
+
+def read(*arguments):
+    return read_settings(TrainSettings, arguments, prog="train.py")
+
+
+def test_the_defaults_are_the_tutorials():
+    settings = read()
+    assert settings == TrainSettings()
+    assert (settings.epochs, settings.batch_size, settings.learning_rate, settings.seed) == (15, 100, 0.001, 777)
+    assert str(settings.run_folder) == "checkpoints/mnist-seed777"
+
+
+def test_a_run_is_named_after_what_differs_from_the_defaults():
+    settings = read("--seed", "1", "--batch-size", "200", "--learning-rate", "1e-2", "--precision", "bfloat16")
+    assert settings.run_folder.name == "mnist-seed1-batch200-lr0.01-bfloat16"
+    assert read("--dataset", "emnist/letters").run_folder.name == "emnist-letters-seed777"
+    assert read("--dataset-dir", "some/kmnist").run_folder.name == "kmnist-seed777"
+    assert str(read("--checkpoint-dir", "a", "--run-name", "b").run_folder) == "a/b"
+
+
+WRONG = {
+    "--epochs 0": "--epochs 0: it must be at least 1",
+    "--epochs -3": "--epochs -3: it must be at least 1",
+    "--epochs many": "Error parsing --epochs: .*'many'",
+    "--epochs": "Missing value for argument '--epochs'",
+    "--batch-size 0": "--batch-size 0: it must be at least 1",
+    "--learning-rate 0": "--learning-rate 0.0: it must be a positive number",
+    "--learning-rate -0.1": "--learning-rate -0.1: it must be a positive number",
+    "--learning-rate nan": "--learning-rate nan: it must be a positive number",
+    "--learning-rate inf": "--learning-rate inf: it must be a positive number",
+    "--seed -1": "--seed -1: it must be from 0 to 4294967295",
+    "--target-accuracy 98": "--target-accuracy 98.0: it must be between 0 and 1",
+    "--checkpoint-every-steps 0": "--checkpoint-every-steps 0: it must be at least 1",
+    "--run-name ../x": "--run-name ../x: it must be a folder's name",
+    "--precision float16": "invalid choice 'float16' for argument '--precision'",
+    "--platform abacus": "invalid choice 'abacus' for argument '--platform'",
+    "--epoch 3": "Unrecognized options: --epoch, 3 .*--epochs",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_value_is_refused_and_named(arguments):
+    with pytest.raises(UsageError, match=WRONG[arguments]):
+        read(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--epochs 0", "--epochs 0: it must be at least 1"),
+        ("--batch-size 60001", "--batch-size 60001: it must be at most 60000, the size of the training set"),
+        ("--dataset no_such_set", "--dataset no_such_set: tfds does not know it"),
+        ("--dataset-dir no/such/folder", "--dataset-dir no/such/folder: there is no such folder"),
+    ],
+)
+def test_it_ends_the_program_in_one_line_with_exit_code_2_before_jax_is_imported(arguments, complaint):
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('jax' in sys.modules)); "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    seconds = time.monotonic() - start
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == "False\n"
+    assert ended.stderr.startswith(f"error: {complaint}")
+    assert len(ended.stderr.splitlines()) == 1
+    # It takes 0.2 to 0.8 s; the bound leaves room for a busy machine.
+    assert seconds < 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train.py", "--help"], ["-m", "cnn_jax", "--help"], ["-m", "cnn_jax", "train", "-h"]]
+)
+def test_help_fits_80_columns(arguments):
+    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+    assert ended.stderr == ""
+
+
+def test_help_tells_every_setting_its_default_and_its_meaning():
+    ended = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in TrainSettings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in ended.stdout
+    assert "Passes over the training set. (default: 15)" in ended.stdout

@@ -1,0 +1,236 @@
+"""A run can be stopped, killed and continued and ends in the same bits; what it writes is what it did."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.checkpoint import open_checkpoints
+from cnn_jax.model import CNN
+from cnn_jax.training import create_train_state, make_keys
+
+pytestmark = pytest.mark.optax_promotes
+
+EPOCHS, STEPS_PER_EPOCH = 3, 20
+
+
+@pytest.fixture
+def train(command, small_mnist, tmp_path):
+    """Train on the small set, by the command, in a folder of the test's own."""
+
+    def run(*options, epochs=EPOCHS):
+        return command(
+            "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+            "--epochs", epochs, *options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, small_mnist):
+    """The folder of a run that nothing interrupted."""
+    from cnn_jax.__main__ import main
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with jax.numpy_dtype_promotion("standard"):
+        main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
+              "--epochs", str(EPOCHS)])  # fmt: skip
+    return folder / "run"
+
+
+def newest_state(folder):
+    """The step, weights, optimiser state and losses of a run's newest checkpoint, as arrays."""
+    template = create_train_state(make_keys(0)[0], CNN(), (28, 28, 1), 0.001)
+    with open_checkpoints(folder / "steps", create=False) as checkpoints:
+        return jax.tree.leaves(checkpoints.restore_latest(template, jnp.zeros(STEPS_PER_EPOCH, jnp.float32)))
+
+
+def metrics_of(folder):
+    """The run's metrics without its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "examples_per_second")} for line in lines]
+
+
+def assert_same_run(folder, reference):
+    assert metrics_of(folder) == metrics_of(reference)
+    for one, other in zip(newest_state(folder), newest_state(reference), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(train, tmp_path):
+    code, out, err = train(epochs=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (code, out) == (
+        0,
+        f"[Epoch:    1] cost = {lines[0]['cost']:>.9}\n"
+        f"[Epoch:    2] cost = {lines[1]['cost']:>.9}\n"
+        f"Accuracy: {lines[1]['test_accuracy']:.4f}\n",
+    )
+    assert [list(line) for line in lines] == [
+        ["epoch", "step", "cost", "test_accuracy", "test_loss", "seconds", "examples_per_second"]
+    ] * 2
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 20), (2, 40)]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
+    for part in ("2,030 training and 510 test images", "50,186 parameters", "loading", "compiling", "written to"):
+        assert part in err
+    # The cost is the mean of the epoch's batch losses, which the checkpoint at its end still holds.
+    losses = np.asarray(newest_state(tmp_path / "run")[-1], np.float64)
+    assert lines[1]["cost"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_a_run_resumed_from_an_epochs_end_equals_an_uninterrupted_run(train, tmp_path, uninterrupted):
+    assert train(epochs=1)[0] == 0
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS)
+    assert "continuing after step 20 of 60" in err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_resumed_from_an_epochs_middle_equals_an_uninterrupted_run(train, tmp_path, uninterrupted):
+    assert train("--checkpoint-every-steps", 7)[0] == 0
+    # Going back to an older checkpoint is what a kill does.
+    for step in ("56", "60"):
+        shutil.rmtree(tmp_path / "run" / "steps" / step)
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS)
+    assert "continuing after step 49 of 60" in err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, program, uninterrupted):
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 23)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS), err
+    assert "continuing after step" in err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mnist, program):
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", 1000, "--checkpoint-every-steps", 5,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 10)
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == exit_code, err
+    assert time.monotonic() - start < 4
+    last = err.splitlines()[-1]
+    assert last.startswith(f"stopped by {number.name} after step ")
+    assert last.endswith("run the same command again to continue")
+    step = int(last.split("after step ")[1].split()[0].replace(",", ""))
+    assert (tmp_path / "run" / "steps" / str(step)).is_dir()
+    assert len(out.splitlines()) == step // STEPS_PER_EPOCH
+
+
+def wait_for_step(run, step):
+    deadline = time.monotonic() + 60
+    while not any(int(f.name) >= step for f in (run / "steps").glob("*") if f.name.isdigit()):
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+
+
+def test_a_finished_run_is_reported_and_not_trained_again(train, tmp_path):
+    _, first_out, _ = train(epochs=1)
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    code, out, err = train(epochs=1)
+    assert (code, out) == (0, first_out)
+    assert "this run is finished" in err
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_fresh_moves_a_run_aside_and_starts_anew(train, tmp_path):
+    train(epochs=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    code, _, err = train("--fresh", epochs=1)
+    assert code == 0
+    assert "run.old-1" in err
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == before
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+def test_other_settings_are_refused_and_named(train):
+    train(epochs=2)
+    code, _, err = train("--learning-rate", 0.01, epochs=1)
+    assert code == 2
+    assert "learning_rate was 0.001 and is 0.01; epochs was 2 and is 1" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        code, out, err = train()
+    assert (code, out) == (6, "")
+    assert f"process {os.getpid()} is writing the run" in err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_bad(train, tmp_path):
+    code, _, err = train("--learning-rate", 1e30)
+    assert code == 5
+    assert "the loss of step 3 is" in err or "the loss of step 2 is" in err
+    assert list((tmp_path / "run" / "steps").glob("*")) == []
+
+
+def test_a_run_below_its_target_accuracy_ends_with_70(train):
+    code, out, err = train("--target-accuracy", 0.999, epochs=1)
+    assert code == 70
+    assert "is below --target-accuracy 0.999" in err
+    assert "Accuracy:" in out
+    assert train("--target-accuracy", 0.5, epochs=1)[0] == 0
+
+
+def test_a_dry_run_writes_nothing(train, tmp_path):
+    code, out, err = train("--dry-run")
+    assert (code, out) == (0, "")
+    assert "3 epochs of 20 steps, batch 100, Adam at 0.001, float32, seed 777" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_learns_too(train, tmp_path):
+    assert train("--precision", "bfloat16", epochs=1)[0] == 0
+    assert metrics_of(tmp_path / "run")[0]["test_accuracy"] > 0.7
+
+
+def test_evaluate_gives_the_accuracy_that_training_gave_and_the_tutorials(train, command, tmp_path):
+    _, trained, _ = train(epochs=1)
+    code, out, err = command("evaluate", tmp_path / "run")
+    assert (code, out) == (0, trained.splitlines()[-1] + "\n")
+    assert "of 510 test images" in err
+    code, unscaled, err = command("evaluate", "run", "--checkpoint-dir", tmp_path, "--unscaled")
+    assert code == 0
+    assert unscaled != out
+    assert "0..255" in err
+    code, _, err = command("evaluate", "no-such-run", "--checkpoint-dir", tmp_path)
+    assert code == 3
+    assert "no-such-run is not a run" in err
+
+
+def test_a_disk_error_ends_with_4_and_names_the_place(train, tmp_path):
+    train(epochs=1)
+    shutil.rmtree(tmp_path / "run" / "steps")
+    (tmp_path / "run" / "steps").write_text("in the way")
+    code, _, err = train(epochs=2)
+    assert code == 4
+    assert "steps" in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
