@@ -12,6 +12,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from cnn_jax.errors import NoCheckpointError, StorageError
 
 KEPT_CHECKPOINTS = 3
+ITEM = "default"  # Orbax's own name for what a step holds, where it holds one thing
 
 
 class Checkpoints:
@@ -61,6 +62,11 @@ class Checkpoints:
             raise NoCheckpointError(f"{self.folder} holds no checkpoint; train the run first")
         template = jax.tree.map(_abstract, {"state": state, "losses": losses})
         try:
+            # Compared first: Orbax notices another shape while it reads several arrays at once, and converts
+            # another dtype in silence.
+            differing = _shapes(template).items() ^ _shapes(self._manager.item_metadata(step).tree).items()
+            if differing:
+                raise ValueError(f"it holds other arrays: {', '.join(sorted({name for name, _ in differing}))}")
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(template))
         except Exception as error:  # Orbax raises ValueError, KeyError, FileNotFoundError and bare Exception
             raise NoCheckpointError(
@@ -89,10 +95,21 @@ def open_checkpoints(folder: Path, *, create: bool) -> Iterator[Checkpoints]:
         # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
         enable_async_checkpointing=False,
     )
-    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        handlers.add(ITEM, args, ocp.StandardCheckpointHandler())
+    with ocp.CheckpointManager(folder.resolve(), options=options, handler_registry=handlers) as manager:
         yield Checkpoints(folder, manager)
 
 
 def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shapes(tree: object) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and dtype of every array of a tree, under its path: `state.params.fc.bias`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

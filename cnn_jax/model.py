@@ -36,7 +36,9 @@ class CNN(nn.Module):
         x = ConvBlock(features=second, pool=self.pool, dtype=self.dtype, name="layer2")(x)  # (N, 7, 7, 64)
         x = x.reshape(x.shape[0], -1)  # (N, 3136)
         xavier, uniform = nn.initializers.xavier_uniform(), torch_uniform(fan_in=x.shape[-1])
-        return nn.Dense(features=self.num_classes, kernel_init=xavier, bias_init=uniform, name="fc")(x)  # (N, 10)
+        # Full float32 on every platform, as in the blocks: a GPU's default would round the operands to TF32.
+        fc = nn.Dense(self.num_classes, kernel_init=xavier, bias_init=uniform, precision="highest", name="fc")
+        return fc(x)  # (N, 10)
 
 
 class ConvBlock(nn.Module):
