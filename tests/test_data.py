@@ -11,7 +11,7 @@ from PIL import Image
 
 from cnn_jax.data import count_train_examples, load_dataset
 from cnn_jax.errors import InputFileError, StorageError, UsageError
-from cnn_jax.mnist.builder import SHA256
+from cnn_jax.mnist.builder import SHA256, EmbeddedMnist
 from cnn_jax.mnist.idx import idx_header, read_idx
 
 from .conftest import EMBEDDED, write_idx
@@ -70,6 +70,18 @@ def test_damaged_prepared_files_are_refused(tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputFileError, match=r"embedded_mnist/1\.0\.0 is damaged .*prepare it anew"):
+        load_dataset("mnist", None, tmp_path)
+
+
+def test_prepared_files_that_are_sound_but_hold_other_images_are_refused(tmp_path, monkeypatch):
+    def generate_swapped(self, prefix):
+        examples = list(published(self, prefix))
+        examples[0][1]["label"], examples[1][1]["label"] = examples[1][1]["label"], examples[0][1]["label"]
+        return examples
+
+    published = EmbeddedMnist._generate_examples
+    monkeypatch.setattr(EmbeddedMnist, "_generate_examples", generate_swapped)
+    with pytest.raises(InputFileError, match="train-labels-idx1-ubyte does not have its published SHA-256"):
         load_dataset("mnist", None, tmp_path)
 
 
