@@ -127,6 +127,34 @@ class EvaluateSettings:
         return Path(self.run) if Path(self.run).is_dir() else self.checkpoint_dir / self.run
 
 
+@dataclasses.dataclass(frozen=True)
+class CompareSettings:
+    """Train the tutorial in this program and in PyTorch, and report how they differ."""
+
+    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+    """Runs of each framework; at least 2."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 777
+    """The first seed; the others follow it."""
+    epochs: Annotated[int, tyro.conf.arg(metavar="N")] = 15
+    """Passes over the training set."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("benchmarks/comparison")
+    """Where the runs and the report go; runs that are there already are not run again."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that could not be compared.
+
+        Raises:
+          UsageError: naming the option, its value and what it must be.
+        """
+        _require(self.seeds >= 2, "--seeds", self.seeds, "at least 2, for a spread")
+        _require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, "from 0 to 4294967295")
+        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+
+
 def read_settings(kind: type[S], arguments: Sequence[str], *, prog: str) -> S:
     """Read settings from a command line.
 

@@ -316,10 +316,13 @@ class _Training:
                 f"{last.test_accuracy:.4f} on pixels in [0, 1], of {len(self.test_set[1]):,} images",
             )
         ]
+        result = {"test_accuracy": last.test_accuracy}
         # Only MNIST's tutorial has a number to compare this with.
         if self.dataset.name == "mnist":
-            unscaled = self.test(unscaled=True).accuracy
+            result["unscaled_test_accuracy"] = unscaled = self.test(unscaled=True).accuracy
             rows.append(("as the tutorial tests", f"{unscaled:.4f} on pixels in 0..255"))
+        if "training" in self.stopwatch.seconds:
+            self.folder.write_result(result | {"seconds": self.stopwatch.seconds})
         rows += [(name, describe_seconds(seconds)) for name, seconds in self.stopwatch.seconds.items()]
         rows.append(("written to", str(self.folder.path)))
         self.display.table("Result", rows)

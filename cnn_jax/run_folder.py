@@ -115,6 +115,10 @@ class RunFolder:
         lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in metrics]
         _write_atomically(self.path / "metrics.jsonl", "".join(lines))
 
+    def write_result(self, result: dict) -> None:
+        """Write result.json: the accuracies, in [0, 1], and where the seconds of the process that ended it went."""
+        _write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
     def move_aside(self) -> Path | None:
         """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""
         if not self.path.exists():

@@ -1,0 +1,240 @@
+"""The same training in both frameworks from several seeds, each run in a process of its own, and the report of it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from cnn_jax.config import CompareSettings
+from cnn_jax.data import load_dataset
+from cnn_jax.display import Display, describe_seconds
+from cnn_jax.errors import StorageError
+from cnn_jax.plots import plot_comparison
+
+FRAMEWORKS = ("cnn-jax", "PyTorch")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedResult:
+    """One training.
+
+    Attributes:
+      seed: Where its weights and its order came from.
+      costs: Mean of the batch losses of each epoch.
+      accuracy: Of the test images on pixels in [0, 1], a fraction.
+      unscaled_accuracy: The same on pixels in 0..255.
+      seconds: Of the process: in `starting` (imports and data), `compiling`, `training` and `testing`.
+    """
+
+    seed: int
+    costs: list[float]
+    accuracy: float
+    unscaled_accuracy: float
+    seconds: dict[str, float]
+
+
+def compare(settings: CompareSettings) -> None:
+    """Train every seed in both frameworks, skipping what is done, and write report.json, report.md and report.png."""
+    display = Display()
+    settings.output.mkdir(parents=True, exist_ok=True)
+    results = {framework: [] for framework in FRAMEWORKS}
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        # Side by side in time, so that what slows the machine down for a while slows both.
+        for framework in FRAMEWORKS:
+            results[framework].append(_result_of(framework, seed, settings, display))
+    report = summarize(results, epochs=settings.epochs)
+    (settings.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (settings.output / "report.md").write_text(to_markdown(report))
+    plot_comparison(report, settings.output / "report.png")
+    display.say(to_markdown(report))
+    display.say(f"written to {settings.output / 'report.md'}")
+
+
+def train_in_pytorch(*, seed: int, epochs: int, data_dir: Path | None, output: Path) -> None:
+    """Train one seed in PyTorch and write its result: what `compare` starts as a process of its own."""
+    begin = time.perf_counter()
+    from cnn_jax.pytorch.tutorial import train_torch
+
+    dataset = load_dataset("mnist", None, data_dir)
+    loading = time.perf_counter() - begin
+    run = train_torch(
+        dataset,
+        seed=seed,
+        epochs=epochs,
+        batch_size=100,
+        learning_rate=0.001,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    seconds = {"starting": loading, "compiling": run.seconds.pop("starting"), **run.seconds}
+    _write(output, SeedResult(seed, run.costs, run.accuracy, run.unscaled_accuracy, seconds))
+
+
+def _result_of(framework, seed, settings, display):
+    name = f"{framework.lower()}-seed{seed}-epochs{settings.epochs}"
+    file = settings.output / "runs" / f"{name}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        display.say(f"{framework}, seed {seed}: training")
+        if framework == "PyTorch":
+            call = (
+                "from pathlib import Path; from cnn_jax.pytorch.compare import train_in_pytorch as train; "
+                f"train(seed={seed}, epochs={settings.epochs}, output=Path({str(file)!r}), "
+                f"data_dir={settings.data_dir and str(settings.data_dir)!r})"
+            )
+            _run([sys.executable, "-c", call], name)
+        else:
+            _train_in_jax(seed, settings, name, file)
+    return SeedResult(**json.loads(file.read_text()))
+
+
+def _train_in_jax(seed, settings, name, file):
+    arguments = ["--seed", seed, "--epochs", settings.epochs, "--checkpoint-dir", file.parent, "--run-name", name]
+    if settings.data_dir is not None:
+        arguments += ["--data-dir", settings.data_dir]
+    _run([sys.executable, "-m", "cnn_jax", "train", *map(str, arguments)], name)
+    run = file.parent / name
+    result = json.loads((run / "result.json").read_text())
+    costs = [json.loads(line)["cost"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = result["seconds"]
+    seconds = {
+        "starting": seconds["loading"],
+        "compiling": seconds["compiling"],
+        "training": seconds["training"],
+        "testing": seconds["testing"],
+    }
+    _write(file, SeedResult(seed, costs, result["test_accuracy"], result["unscaled_test_accuracy"], seconds))
+
+
+def _run(command, name):
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if ended.returncode != 0:
+        raise StorageError(f"the training {name} ended with exit code {ended.returncode}; its own message is above")
+
+
+def _write(file, result):
+    new = file.with_name(file.name + ".new")
+    new.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    new.replace(file)
+
+
+def summarize(results: dict[str, list[SeedResult]], *, epochs: int) -> dict:
+    """Return the report: every result, each framework's mean and spread, and the difference with its interval."""
+    frameworks = {}
+    for framework, runs in results.items():
+        frameworks[framework] = {
+            "accuracy": _spread([run.accuracy for run in runs]),
+            "unscaled_accuracy": _spread([run.unscaled_accuracy for run in runs]),
+            "last_cost": _spread([run.costs[-1] for run in runs]),
+            "seconds": {part: float(np.mean([run.seconds[part] for run in runs])) for part in runs[0].seconds},
+            "runs": [dataclasses.asdict(run) for run in runs],
+        }
+    ours, theirs = ([run.accuracy for run in results[framework]] for framework in FRAMEWORKS)
+    return {
+        "epochs": epochs,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "accuracy_difference": welch_interval(ours, theirs),
+        "frameworks": frameworks,
+    }
+
+
+def describe_machine() -> str:
+    """Return the processor's name and the cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0] if lines else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def welch_interval(left: list[float], right: list[float]) -> dict[str, float]:
+    """Return the difference of two means and its 95 % interval.
+
+    The two frameworks draw different numbers from the same seed, so runs do not pair. Welch's interval
+    (Biometrika 34, 1947): d +- t * s, with s^2 = s1^2 / n1 + s2^2 / n2 and t the 97.5 % quantile of Student's
+    distribution with s^4 / ((s1^2 / n1)^2 / (n1 - 1) + (s2^2 / n2)^2 / (n2 - 1)) degrees of freedom.
+
+    Args:
+      left: At least two values.
+      right: At least two values.
+
+    Returns:
+      `mean`, left minus right, and the interval's ends `low` and `high`.
+    """
+    difference = float(np.mean(left) - np.mean(right))
+    parts = [np.var(values, ddof=1) / len(values) for values in (left, right)]
+    variance = sum(parts)
+    if variance == 0:
+        return {"mean": difference, "low": difference, "high": difference}
+    counts = (len(left), len(right))
+    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return {"mean": difference, "low": difference - half, "high": difference + half}
+
+
+def to_markdown(report: dict) -> str:
+    """Return the report as Markdown, with what was found in its first sentence."""
+    interval = report["accuracy_difference"]
+    apart = "differ" if interval["low"] > 0 or interval["high"] < 0 else "do not differ measurably"
+    count = len(report["frameworks"]["PyTorch"]["runs"])
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join(
+        [
+            "# cnn-jax and PyTorch on the tutorial",
+            "",
+            f"Over {count} seeds of {report['epochs']} epochs the test accuracies {apart}: cnn-jax minus PyTorch is "
+            f"{interval['mean']:+.4f}, with a 95 % interval from {interval['low']:+.4f} to {interval['high']:+.4f}.",
+            "",
+            accuracy_table(report),
+            "",
+            "The interval is Welch's for two independent samples: from one seed the two frameworks draw different "
+            "numbers, so the runs do not pair. The spread after a mean is the standard deviation over the seeds.",
+            "",
+            "![cost of each epoch and test accuracy of each seed](report.png)",
+            "",
+            f"{report['machine']}; {versions}; {report['date']}. Each run was a process of its own, the two frameworks "
+            "in turn. PyTorch ran in its channels_last form with the data in memory; its `compiling` is its first "
+            "step.",
+            "",
+        ]
+    )
+
+
+def accuracy_table(report: dict) -> str:
+    """Return the table of accuracies, costs and times, as Markdown."""
+    sides = [report["frameworks"][framework] for framework in FRAMEWORKS]
+    seeds = " / ".join(str(run["seed"]) for run in sides[0]["runs"])
+    rows = [
+        ("", *FRAMEWORKS),
+        ("---", "---", "---"),
+        ("test accuracy, mean", *(_mean(side["accuracy"]) for side in sides)),
+        (f"of seeds {seeds}", *(" / ".join(f"{run['accuracy']:.4f}" for run in side["runs"]) for side in sides)),
+        ("tested on unscaled pixels", *(_mean(side["unscaled_accuracy"]) for side in sides)),
+        ("cost after epoch 1", *(f"{np.mean([run['costs'][0] for run in side['runs']]):.4f}" for side in sides)),
+        (f"cost after epoch {report['epochs']}", *(_mean(side["last_cost"]) for side in sides)),
+    ]
+    for part in ("starting", "compiling", "training", "testing"):
+        rows.append((part, *(describe_seconds(side["seconds"][part]) for side in sides)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _mean(spread):
+    return f"{spread['mean']:.4f} ± {spread['standard_deviation']:.4f}"
+
+
+def _spread(values):
+    return {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values, ddof=1))}

@@ -1,0 +1,193 @@
+"""The tutorial's network and its training in PyTorch, in the forms that it is compared in."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from cnn_jax.data import Dataset
+
+Form = Literal["eager", "channels_last", "bfloat16", "compiled", "cuda_graph"]
+
+
+class TutorialCNN(nn.Module):
+    """The network as the tutorial writes it: (N, 1, 28, 28) float32 -> (N, 10) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(
+            nn.Conv2d(1, 32, kernel_size=3, stride=1, padding=1), nn.ReLU(), nn.MaxPool2d(kernel_size=2, stride=2)
+        )
+        self.layer2 = nn.Sequential(
+            nn.Conv2d(32, 64, kernel_size=3, stride=1, padding=1), nn.ReLU(), nn.MaxPool2d(kernel_size=2, stride=2)
+        )
+        self.fc = nn.Linear(7 * 7 * 64, 10, bias=True)
+        nn.init.xavier_uniform_(self.fc.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        out = self.layer2(self.layer1(x))
+        return self.fc(out.reshape(out.size(0), -1))
+
+
+class TutorialImages(torch.utils.data.Dataset):
+    """The training set as torchvision's MNIST and its `ToTensor` give it: each image from PIL, one at a time."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images[..., 0], labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Return an image, (1, 28, 28) float32 in [0, 1], and its label."""
+        image = Image.fromarray(self.images[index])
+        pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).view(image.size[1], image.size[0], 1)
+        return pixels.permute((2, 0, 1)).contiguous().to(torch.float32).div(255), int(self.labels[index])
+
+
+def default_device() -> torch.device:
+    """Return the tutorial's choice: the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def make_step(
+    model: nn.Module, form: Form, device: torch.device, learning_rate: float = 0.001
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the tutorial's training step in a form.
+
+    Args:
+      model: The network, on the device.
+      form: `eager` as written; `channels_last` the same in that memory format; `bfloat16` with autocast too;
+        `compiled` by torch.compile; `cuda_graph` replays one recorded step, on a GPU only.
+      device: Where it runs.
+      learning_rate: Adam's step size.
+
+    Returns:
+      A function of images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64, that takes one step and returns
+      the batch's mean loss before it.
+    """
+    if form != "eager":
+        model.to(memory_format=torch.channels_last)
+    capturable = form == "cuda_graph"
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=capturable)
+    criterion = nn.CrossEntropyLoss()
+    forward = torch.compile(model) if form == "compiled" else model
+
+    def step(images, labels):
+        optimizer.zero_grad(set_to_none=not capturable)
+        with torch.autocast(device.type, torch.bfloat16) if form == "bfloat16" else contextlib.nullcontext():
+            cost = criterion(forward(images), labels)
+        cost.backward()
+        optimizer.step()
+        return cost.detach()
+
+    return _record_step(step, device) if form == "cuda_graph" else step
+
+
+def _record_step(step, device):
+    """Record a step of 100 images as a CUDA graph and return a function that replays it."""
+    images = torch.zeros(100, 1, 28, 28, device=device).to(memory_format=torch.channels_last)
+    labels = torch.zeros(100, dtype=torch.int64, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(images, labels)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cost = step(images, labels)
+
+    def replay(batch, batch_labels):
+        images.copy_(batch)
+        labels.copy_(batch_labels)
+        graph.replay()
+        return cost
+
+    return replay
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchRun:
+    """How a training in PyTorch went.
+
+    Attributes:
+      costs: Mean of the batch losses of each epoch.
+      accuracy: Of the test images on pixels in [0, 1], a fraction.
+      unscaled_accuracy: The same on pixels in 0..255, as the tutorial tests.
+      seconds: Spent on the first step (`starting`), on the others (`training`) and on both tests (`testing`).
+    """
+
+    costs: list[float]
+    accuracy: float
+    unscaled_accuracy: float
+    seconds: dict[str, float]
+
+
+def train_torch(
+    dataset: Dataset, *, seed: int, epochs: int, batch_size: int, learning_rate: float, say: Callable[[str], None]
+) -> TorchRun:
+    """Train the tutorial's network in PyTorch's fastest float32 form, from its own seed, and test it both ways.
+
+    Args:
+      dataset: MNIST.
+      seed: For PyTorch's generator: the initial weights and the order of the images.
+      epochs: Passes over the training set.
+      batch_size: Images a step.
+      learning_rate: Adam's step size.
+      say: Takes a line after each epoch.
+    """
+    device = default_device()
+    torch.manual_seed(seed)
+    model = TutorialCNN().to(device)
+    step = make_step(model, "channels_last", device, learning_rate)
+    images, labels = (
+        _scaled(dataset.train_images).to(device),
+        torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device),
+    )
+    costs, seconds = [], {"starting": 0.0, "training": 0.0, "testing": 0.0}
+    for epoch in range(epochs):
+        epoch_costs = []
+        for batch in _shuffled_batches(len(labels), batch_size):
+            start = time.perf_counter()
+            epoch_costs.append(step(images[batch].contiguous(memory_format=torch.channels_last), labels[batch]).item())
+            part = "starting" if epoch == 0 and len(epoch_costs) == 1 else "training"
+            seconds[part] += time.perf_counter() - start
+        costs.append(float(np.mean(epoch_costs)))
+        say(f"pytorch, seed {seed}, epoch {epoch + 1}/{epochs}: cost {costs[-1]:.6f}")
+    start = time.perf_counter()
+    accuracy = torch_accuracy(model, dataset)
+    unscaled_accuracy = torch_accuracy(model, dataset, maximum=1)
+    seconds["testing"] = time.perf_counter() - start
+    return TorchRun(costs=costs, accuracy=accuracy, unscaled_accuracy=unscaled_accuracy, seconds=seconds)
+
+
+@torch.no_grad()
+def torch_accuracy(model: nn.Module, dataset: Dataset, *, maximum: int = 255) -> float:
+    """Return the fraction of the test images that a network gets right; `maximum` is the pixel value that becomes 1."""
+    device = next(model.parameters()).device
+    images = _scaled(dataset.test_images, maximum).to(device)
+    predicted = torch.cat([model(part).argmax(dim=1) for part in images.split(1000)]).cpu()
+    return float((predicted.numpy() == dataset.test_labels).mean())
+
+
+def _scaled(images, maximum=255):
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / maximum
+
+
+def _shuffled_batches(num_examples: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """The order of a DataLoader with shuffle=True and drop_last=True, from PyTorch's generator."""
+    yield from torch.randperm(num_examples)[: num_examples // batch_size * batch_size].split(batch_size)
