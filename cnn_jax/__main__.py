@@ -7,14 +7,25 @@ from typing import Annotated
 
 import tyro
 
-from cnn_jax.config import CompareSettings, EvaluateSettings, TrainSettings, read_settings
+from cnn_jax.config import (
+    BenchmarkSettings,
+    CompareSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ImportTorchSettings,
+    TrainSettings,
+    read_settings,
+)
 from cnn_jax.data import check_batch_size, count_train_examples
 from cnn_jax.errors import UsageError, one_line_failures
 
 Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
+    | Annotated[ImportTorchSettings, tyro.conf.subcommand("import-torch")]
+    | Annotated[ExportSettings, tyro.conf.subcommand("export")]
     | Annotated[CompareSettings, tyro.conf.subcommand("compare")]
+    | Annotated[BenchmarkSettings, tyro.conf.subcommand("benchmark")]
 )
 
 
@@ -26,22 +37,6 @@ def train(settings: TrainSettings) -> None:
     from cnn_jax.run import train_run
 
     train_run(settings)
-
-
-def evaluate(settings: EvaluateSettings) -> None:
-    """Test a run's newest checkpoint."""
-    from cnn_jax.run import evaluate_run
-
-    evaluate_run(settings)
-
-
-def compare(settings: CompareSettings) -> None:
-    """Train in both frameworks and report how they differ."""
-    require_torch()
-
-    from cnn_jax.pytorch.compare import compare
-
-    compare(settings)
 
 
 def require_torch() -> None:
@@ -59,12 +54,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     with one_line_failures(debug="--debug" in arguments):
         settings = read_settings(Command, arguments, prog="cnn-jax")
-        if isinstance(settings, TrainSettings):
-            train(settings)
-        elif isinstance(settings, EvaluateSettings):
-            evaluate(settings)
-        else:
+        run_command(settings)
+
+
+def run_command(settings: Command) -> None:
+    """Run the command whose settings these are; each imports what it needs."""
+    if isinstance(settings, TrainSettings):
+        train(settings)
+    elif isinstance(settings, EvaluateSettings):
+        from cnn_jax.run import evaluate_run
+
+        evaluate_run(settings)
+    else:
+        require_torch()
+        if isinstance(settings, ImportTorchSettings):
+            from cnn_jax.pytorch.exchange import import_torch
+
+            import_torch(settings)
+        elif isinstance(settings, ExportSettings):
+            from cnn_jax.pytorch.exchange import export
+
+            export(settings)
+        elif isinstance(settings, CompareSettings):
+            from cnn_jax.pytorch.compare import compare
+
             compare(settings)
+        else:
+            from cnn_jax.pytorch.benchmark import benchmark
+
+            benchmark(settings)
 
 
 if __name__ == "__main__":

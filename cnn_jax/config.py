@@ -123,8 +123,84 @@ class EvaluateSettings:
 
     @property
     def run_folder(self) -> Path:
-        """The run's folder: the path itself where that is a folder, else the name in `checkpoint_dir`."""
-        return Path(self.run) if Path(self.run).is_dir() else self.checkpoint_dir / self.run
+        """The run's folder."""
+        return find_run_folder(self.run, self.checkpoint_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportTorchSettings:
+    """Make a run of weights that PyTorch trained: it can be tested, and trained on with train --run-name."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """A state_dict with the tutorial's names, as torch.save writes it, or a .safetensors file."""
+    run_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The run's folder; by default the file's name without its ending."""
+    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
+    """Where runs are written, a folder each."""
+    dataset: Annotated[str, tyro.conf.arg(metavar="NAME")] = "mnist"
+    """The tfds set that the weights are for."""
+    dataset_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A folder of four IDX files to use in place of --dataset."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    @property
+    def train_settings(self) -> TrainSettings:
+        """The settings of the run that the weights become."""
+        return TrainSettings(
+            dataset=self.dataset,
+            dataset_dir=self.dataset_dir,
+            data_dir=self.data_dir,
+            checkpoint_dir=self.checkpoint_dir,
+            run_name=self.run_name or self.file.stem,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """Write the weights of a run's newest checkpoint to a file that another program reads."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The run's folder, or its name in --checkpoint-dir."""
+    to: Literal["torch"]
+    """The file's format: torch is a state_dict with the tutorial's names."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """The file to write."""
+    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
+    """Where runs are written, a folder each."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder."""
+        return find_run_folder(self.run, self.checkpoint_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """Measure a training step in this program and in PyTorch, side by side in one run."""
+
+    rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+    """How often each form is measured, all of them in turn."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("benchmarks/results")
+    """Where the table, the JSON and the plot go, named by machine and date."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would measure nothing.
+
+        Raises:
+          UsageError: naming the option, its value and what it must be.
+        """
+        _require(self.rounds >= 1, "--rounds", self.rounds, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +229,11 @@ class CompareSettings:
         _require(self.seeds >= 2, "--seeds", self.seeds, "at least 2, for a spread")
         _require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, "from 0 to 4294967295")
         _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+
+
+def find_run_folder(run: str, checkpoint_dir: Path) -> Path:
+    """Return the folder that `run` names: the path itself where that is a folder, else the name in `checkpoint_dir`."""
+    return Path(run) if Path(run).is_dir() else checkpoint_dir / run
 
 
 def read_settings(kind: type[S], arguments: Sequence[str], *, prog: str) -> S:

@@ -11,8 +11,8 @@ COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
 
 
 def plot_comparison(report: dict, file: Path) -> None:
-    """Draw a comparison's cost curves and accuracies, a line or a point a seed, to a PNG file."""
-    figure, (costs, accuracies) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """Draw a comparison's costs and accuracies, a line or a point a seed, and its distance from equal weights."""
+    figure, (costs, accuracies, apart) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for place, (framework, side) in enumerate(report["frameworks"].items()):
         for run in side["runs"]:
             epochs = range(1, len(run["costs"]) + 1)
@@ -26,5 +26,35 @@ def plot_comparison(report: dict, file: Path) -> None:
     costs.legend()
     accuracies.set(ylabel="test accuracy", title="Test: each seed, mean and standard deviation", xlim=(-0.5, 1.5))
     accuracies.set_xticks(range(len(report["frameworks"])), list(report["frameworks"]))
+    steps = range(1, len(report["agreement"]["costs"]) + 1)
+    apart.semilogy(steps, report["agreement"]["distances"], color="#555555", label="weights, relative to their way")
+    apart.semilogy(steps, report["agreement"]["costs"], ".", color="#d1495b", markersize=2, label="cost")
+    apart.semilogy(
+        steps,
+        report["agreement"]["pytorch_costs"],
+        ".",
+        color="#30638e",
+        markersize=2,
+        label="cost, PyTorch and itself",
+    )
+    apart.set(xlabel="step", ylabel="difference", title="From equal weights and order")
+    apart.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def plot_benchmark(result: dict, file: Path) -> None:
+    """Draw a benchmark's milliseconds a step, a bar a form with its quartiles, and the machine's floor."""
+    measured = {name: form for name, form in result["forms"].items() if "error" not in form}
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(measured) + 1.5), layout="constrained")
+    for place, (name, form) in enumerate(measured.items()):
+        spread = [[form["milliseconds"] - form["low"]], [form["high"] - form["milliseconds"]]]
+        colour = COLOURS["cnn-jax"] if name.startswith("cnn-jax") else COLOURS["PyTorch"]
+        axes.barh(place, form["milliseconds"], xerr=spread, color=colour, capsize=3)
+    axes.axvline(result["floor"]["milliseconds"], color="#555555", linestyle="--", label="floor, float32")
+    axes.set_yticks(range(len(measured)), list(measured))
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds a step of 100 images", title=result["device"])
+    axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)

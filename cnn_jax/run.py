@@ -6,6 +6,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -69,7 +70,7 @@ def train_run(settings: TrainSettings) -> None:
         with stopwatch.part("loading"):
             device = start_devices(settings.platform)
             display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_device(device)}")
-            dataset = _load(settings)
+            dataset = load_run_data(settings)
         _introduce(display, settings, dataset)
         if settings.dry_run:
             display.say("dry run: nothing was trained or written")
@@ -95,13 +96,8 @@ def evaluate_run(settings: EvaluateSettings) -> None:
       CnnJaxError: each failure as the class that names it.
     """
     display, folder = Display(), RunFolder(settings.run_folder)
-    trained = folder.read_settings()
-    trained = dataclasses.replace(trained, data_dir=settings.data_dir or trained.data_dir)
     start_devices(settings.platform)
-    with open_checkpoints(folder.checkpoints, create=False) as checkpoints:
-        dataset = _load(trained)
-        state, losses = _initial_state(trained, dataset)
-        state, _ = checkpoints.restore_latest(state, losses)
+    state, dataset = restore_run(folder, settings.data_dir)
     images, labels = jax.device_put((dataset.test_images, dataset.test_labels))
     result = evaluate(state.apply_fn, state.params, images, labels, unscaled=settings.unscaled)
     pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
@@ -112,7 +108,26 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     display.accuracy(result.accuracy)
 
 
-def _load(settings: TrainSettings) -> Dataset:
+def restore_run(folder: RunFolder, data_dir: Path | None) -> tuple[TrainState, Dataset]:
+    """Return the state of a run's newest checkpoint, and the data set that it was trained on.
+
+    Args:
+      folder: The run's folder.
+      data_dir: Where tfds keeps its data sets; None for where the run found them.
+
+    Raises:
+      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+    """
+    settings = folder.read_settings()
+    settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
+    with open_checkpoints(folder.checkpoints, create=False) as checkpoints:
+        dataset = load_run_data(settings)
+        state, _ = checkpoints.restore_latest(*initial_state(settings, dataset))
+    return state, dataset
+
+
+def load_run_data(settings: TrainSettings) -> Dataset:
+    """Load the data set that a run's settings name, and refuse one that does not fit them or the network."""
     dataset = load_dataset(settings.dataset, settings.dataset_dir, settings.data_dir)
     check_batch_size(settings.batch_size, len(dataset.train_labels))
     height, width, _ = dataset.train_images.shape[1:]
@@ -121,7 +136,7 @@ def _load(settings: TrainSettings) -> Dataset:
     return dataset
 
 
-def _initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainState, jax.Array]:
+def initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainState, jax.Array]:
     """Return the state before step 0, and room for the losses of an epoch."""
     init_key, _ = make_keys(settings.seed)
     model = CNN(num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
@@ -131,7 +146,7 @@ def _initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainStat
 
 
 def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> None:
-    shapes = jax.eval_shape(lambda: _initial_state(settings, dataset)[0].params)
+    shapes = jax.eval_shape(lambda: initial_state(settings, dataset)[0].params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     size = "x".join(map(str, dataset.train_images.shape[1:]))
     display.say(
@@ -168,7 +183,7 @@ class _Training:
             self.train_set = jax.device_put((dataset.train_images, dataset.train_labels))
             self.test_set = jax.device_put((dataset.test_images, dataset.test_labels))
         with stopwatch.part("compiling"):
-            self.state, self.losses = _initial_state(settings, dataset)
+            self.state, self.losses = initial_state(settings, dataset)
         self.steps_per_epoch = len(self.losses)
         self.last_step = settings.epochs * self.steps_per_epoch
         self.step = 0

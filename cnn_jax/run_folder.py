@@ -77,12 +77,12 @@ class RunFolder:
         _write_atomically(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
 
     def check_settings(self, settings: TrainSettings) -> None:
-        """Refuse to continue a run with settings that would have given other results.
+        """Refuse to continue a run with settings that would have given other results; before step 1 all may change.
 
         Raises:
           UsageError: naming each difference.
         """
-        if not (self.path / "config.json").is_file():
+        if not any(step.name not in ("0", "") and step.name.isdigit() for step in self.checkpoints.glob("*")):
             return
         old = self.read_settings()
         differences = []

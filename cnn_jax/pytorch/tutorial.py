@@ -185,7 +185,7 @@ def torch_accuracy(model: nn.Module, dataset: Dataset, *, maximum: int = 255) ->
 
 
 def _scaled(images, maximum=255):
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / maximum
+    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(torch.float32) / maximum
 
 
 def _shuffled_batches(num_examples: int, batch_size: int) -> Iterator[torch.Tensor]:
