@@ -1,12 +1,18 @@
 """The block op computes what JAX's own convolution, ReLU and pooling compute, and so do its gradients."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from cnn_jax.conv_block import conv_block
+from cnn_jax.conv_block import _convolve_natively, _convolve_pixels, _convolve_windows, _pool, conv_block
+
+from .conftest import ROOT
 
 
 def reference_block(images, kernel, bias, pool):
@@ -74,6 +80,47 @@ def test_values_and_gradients_equal_those_of_convolution_relu_and_reduce_window(
             assert mine.dtype == reference.dtype == dtype
             tolerance = (1e-5 if dtype == jnp.float32 else 1e-13) * jnp.abs(reference).max()
             np.testing.assert_allclose(mine, reference, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("convolve", [_convolve_pixels, _convolve_windows, _convolve_natively])
+@pytest.mark.parametrize(
+    ("shape", "kernel_shape"),
+    [((2, 9, 7, 3), (5, 2, 3, 4)), ((2, 6, 5, 12), (4, 3, 12, 3)), ((1, 4, 4, 1), (3, 3, 1, 2))],
+)
+def test_each_lowering_is_right_for_any_size_whichever_platform_it_is_for(convolve, shape, kernel_shape):
+    with jax.enable_x64(True):
+        *operands, cotangent = draw(shape, kernel_shape, jnp.float64)
+
+        def block(images, kernel, bias):
+            bias = bias[jnp.newaxis, jnp.newaxis, jnp.newaxis, :]
+            return _pool("max", bias, *convolve(jnp.float64, images, kernel))
+
+        ours = value_and_gradients(block, operands, cotangent)
+        theirs = value_and_gradients(lambda *args: reference_block(*args, "max"), operands, cotangent)
+        for mine, reference in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-13 * jnp.abs(reference).max())
+
+
+def test_it_can_be_sharded_over_devices():
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from cnn_jax.conv_block import conv_block
+assert len(jax.devices()) == 4
+random = np.random.default_rng(0)
+images = random.normal(size=(8, 14, 14, 32)).astype(np.float32)
+kernel = random.normal(size=(3, 3, 32, 64)).astype(np.float32)
+bias = jnp.zeros(64)
+gradient = jax.jit(jax.value_and_grad(lambda *args: conv_block(*args).sum(), argnums=(0, 1, 2)))
+expected = gradient(images, kernel, bias)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+sharded = gradient(jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))), kernel, bias)
+assert len(sharded[1][0].sharding.device_set) == 4
+for one, other in zip(jax.tree.leaves(sharded), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_the_gradient_at_a_tie_goes_to_the_first_maximum_of_the_window():

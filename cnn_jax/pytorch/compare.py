@@ -231,8 +231,8 @@ def to_markdown(report: dict) -> str:
             "numbers, so the runs do not pair. The spread after a mean is the standard deviation over the seeds.",
             "",
             f"From equal weights and an equal order of the images the logits agree within {agreement['logits']:.0e} "
-            f"and every gradient within {agreement['gradients']:.0e} of its largest entry. The costs of 100 Adam steps in "
-            f"float64 agree within {max(agreement['float64_costs']):.0e}; in float32 within "
+            f"and every gradient within {agreement['gradients']:.0e} of its largest entry. The costs of 100 Adam steps "
+            f"in float64 agree within {max(agreement['float64_costs']):.0e}; in float32 within "
             f"{max(agreement['costs'][:100]):.0e}, which is rounding: PyTorch in another memory format differs from "
             f"itself by up to {max(agreement['pytorch_costs'][:100]):.0e} over the same steps.",
             "",
