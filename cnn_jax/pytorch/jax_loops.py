@@ -1,0 +1,69 @@
+"""The loops in JAX that PyTorch's are measured against: ours, and a network as one first writes it in Flax."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cnn_jax.data import Dataset
+from cnn_jax.model import CNN, torch_uniform
+from cnn_jax.training import create_train_state, epoch_order, make_keys, run_steps, train_step
+
+
+class PlainCNN(nn.Module):
+    """The network as one writes it in Flax without thinking about speed."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the logits, (N, 10), of images (N, 28, 28, 1)."""
+        for name, features in (("layer1", 32), ("layer2", 64)):
+            fan_in = 9 * x.shape[-1]
+            initializer = torch_uniform(fan_in)
+            x = nn.Conv(features, (3, 3), kernel_init=initializer, bias_init=initializer, name=name)(x)
+            x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
+        return nn.Dense(10, kernel_init=nn.initializers.xavier_uniform(), name="fc")(x.reshape(x.shape[0], -1))
+
+
+def make_plain_loop(dataset: Dataset, batch_size: int) -> Callable[[int], None]:
+    """Return a function that runs a number of steps of the plain model, one jitted call each."""
+    init_key, order_key = make_keys(0)
+    state = create_train_state(init_key, PlainCNN(), (28, 28, 1), 0.001)
+    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
+    order = epoch_order(order_key, 0, num_examples=len(labels), batch_size=batch_size)
+    taken = 0
+
+    def run(steps):
+        nonlocal state, taken
+        for _ in range(steps):
+            batch = order[taken % len(order)]
+            taken += 1
+            state, loss = train_step(state, images[batch], labels[batch])
+        loss.block_until_ready()
+
+    return run
+
+
+def make_compiled_loop(dataset: Dataset, dtype: str, batch_size: int) -> Callable[[int], None]:
+    """Return a function that runs a number of our steps in one compiled program, as a training does.
+
+    Args:
+      dataset: MNIST.
+      dtype: `float32` or `bfloat16`, of the operands.
+      batch_size: Images a step.
+    """
+    init_key, order_key = make_keys(0)
+    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
+    order = epoch_order(order_key, 0, num_examples=len(labels), batch_size=batch_size)
+    state = create_train_state(init_key, CNN(dtype=jnp.dtype(dtype)), (28, 28, 1), 0.001)
+    losses, first = jnp.zeros(len(order), jnp.float32), 0
+
+    def run(steps):
+        nonlocal state, losses, first
+        if first + steps > len(order):
+            first = 0
+        state, losses = run_steps(state, losses, images, labels, order, first, first + steps)
+        first += steps
+        losses.block_until_ready()
+
+    return run
