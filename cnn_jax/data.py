@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,16 @@ def scale_pixels(images, maximum=PIXEL_MAXIMUM):
       The same shape, float32.
     """
     return images.astype(np.float32) / maximum
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return the SHA-256, in hexadecimal, of a data set's images and labels with their shapes."""
+    sha256 = hashlib.sha256()
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        array = getattr(dataset, name)
+        sha256.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
 
 
 def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> int | None:
@@ -119,12 +130,15 @@ def _load_mnist(data_dir: Path | None) -> Dataset:
     from cnn_jax.mnist.builder import SHA256, EmbeddedMnist
 
     try:
-        with _quiet_tfds():
+        with _reading_tfds("mnist", data_dir):
             builder = EmbeddedMnist(data_dir=data_dir, file_format="array_record")
     except OSError as error:
         raise _cannot_prepare("mnist", data_dir, error) from error
     _prepare(builder, "mnist")
-    dataset = _load_tfds(builder, "mnist")
+    try:
+        dataset = _load_tfds(builder, "mnist")
+    except UsageError as error:  # this set is never one that cannot be used
+        raise _damaged(builder.data_dir, str(error)) from error
     # The published files can be rebuilt from what was read, so damage to the prepared ones cannot pass.
     for name, array in {
         "train-images-idx3-ubyte": dataset.train_images[..., 0],
@@ -135,7 +149,7 @@ def _load_mnist(data_dir: Path | None) -> Dataset:
         digest = hashlib.sha256(idx_header(array.shape))
         digest.update(np.ascontiguousarray(array))
         if digest.hexdigest() != SHA256[name]:
-            raise _damaged(builder, f"{name} does not have its published SHA-256")
+            raise _damaged(builder.data_dir, f"{name} does not have its published SHA-256")
     return dataset
 
 
@@ -148,7 +162,7 @@ def _tfds_builder(name: str, data_dir: Path | None) -> "tfds.core.DatasetBuilder
     import tensorflow_datasets as tfds
 
     try:
-        with _quiet_tfds():
+        with _reading_tfds(name, data_dir):
             builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UsageError(f"--dataset {name}: tfds does not know it; {_KNOWN_SETS}") from error
@@ -210,9 +224,24 @@ def _quiet_tfds() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _reading_tfds(name: str, data_dir: Path | None) -> Iterator[None]:
+    """Say which set is damaged where tfds cannot read how it was prepared."""
+    from google.protobuf.json_format import ParseError
+
+    try:
+        with _quiet_tfds():
+            yield
+    except (ParseError, UnicodeDecodeError) as error:
+        folder = "embedded_mnist" if name == "mnist" else name
+        raise _damaged(f"{_place(data_dir)}/{folder}", str(error)) from error
+
+
 def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
     splits = builder.info.splits
     test_split = next((split for split in ("test", "validation") if split in splits), None)
+    if not splits:
+        raise _damaged(builder.data_dir, "it has no dataset_info.json")
     if "train" not in splits or test_split is None:
         raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
     image_key, label_key = _image_and_label_keys(builder, name)
@@ -225,7 +254,7 @@ def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
             "prepare it with file_format='array_record', or give another --data-dir"
         ) from error
     except Exception as error:  # the reader raises whatever it stumbles on
-        raise _damaged(builder, str(error)) from error
+        raise _damaged(builder.data_dir, str(error)) from error
     num_classes = builder.info.features[label_key].num_classes
     dataset = Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
     for labels in (train_labels, test_labels):
@@ -268,13 +297,16 @@ def _cannot_prepare(name: str, data_dir: object, error: Exception) -> StorageErr
         remedy = "give --data-dir a folder that can be written"
     else:
         remedy = "prepare it where there is a network, or give --dataset-dir a folder of IDX files"
-    place = data_dir or "tfds's default place"
-    return StorageError(f"tfds cannot prepare {name} in {place} ({type(error).__name__}: {error}); {remedy}")
+    return StorageError(f"tfds cannot prepare {name} in {_place(data_dir)} ({type(error).__name__}: {error}); {remedy}")
 
 
-def _damaged(builder: "tfds.core.DatasetBuilder", reason: str) -> InputFileError:
+def _place(data_dir: object) -> object:
+    return data_dir or os.environ.get("TFDS_DATA_DIR") or "tfds's default place"
+
+
+def _damaged(place: object, reason: str) -> InputFileError:
     return InputFileError(
-        f"the prepared data set in {builder.data_dir} is damaged ({reason}); "
+        f"the prepared data set in {place} is damaged ({reason}); "
         "move that folder away and run the same command again to prepare it anew"
     )
 

@@ -5,7 +5,8 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,13 +18,20 @@ from flax.training.train_state import TrainState
 from cnn_jax import __version__
 from cnn_jax.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.config import EvaluateSettings, TrainSettings
-from cnn_jax.data import Dataset, check_batch_size, load_dataset
+from cnn_jax.data import Dataset, check_batch_size, fingerprint, load_dataset
 from cnn_jax.devices import describe_device, start_devices
 from cnn_jax.display import Display, describe_seconds
-from cnn_jax.errors import NonFiniteLossError, StopSignalError, TargetAccuracyError, UsageError
+from cnn_jax.errors import (
+    InputFileError,
+    NoCheckpointError,
+    NonFiniteLossError,
+    StopSignalError,
+    TargetAccuracyError,
+    UsageError,
+)
 from cnn_jax.evaluation import Evaluation, compile_evaluation, evaluate
 from cnn_jax.model import CNN
-from cnn_jax.run_folder import EpochMetrics, RunFolder
+from cnn_jax.run_folder import EpochMetrics, RunFolder, deciding_settings
 from cnn_jax.signals import StopRequest, listen_for_stop
 from cnn_jax.training import create_train_state, epoch_order, make_keys, run_steps
 
@@ -76,7 +84,7 @@ def train_run(settings: TrainSettings) -> None:
             display.say("dry run: nothing was trained or written")
             return
         folder.write_settings(settings)
-        with open_checkpoints(folder.checkpoints, create=True) as checkpoints:
+        with open_checkpoints(folder.checkpoints, writing=True, warn=display.say) as checkpoints:
             training = _Training(settings, dataset, folder, checkpoints, display, stopwatch)
             training.restore()
             if not training.finished:
@@ -97,7 +105,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     """
     display, folder = Display(), RunFolder(settings.run_folder)
     start_devices(settings.platform)
-    state, dataset = restore_run(folder, settings.data_dir)
+    state, dataset = restore_run(folder, settings.data_dir, display.say)
     images, labels = jax.device_put((dataset.test_images, dataset.test_labels))
     result = evaluate(state.apply_fn, state.params, images, labels, unscaled=settings.unscaled)
     pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
@@ -108,22 +116,25 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     display.accuracy(result.accuracy)
 
 
-def restore_run(folder: RunFolder, data_dir: Path | None) -> tuple[TrainState, Dataset]:
+def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]) -> tuple[TrainState, Dataset]:
     """Return the state of a run's newest checkpoint, and the data set that it was trained on.
 
     Args:
       folder: The run's folder.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
+      warn: Told, in a line, of each checkpoint that is damaged.
 
     Raises:
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
     """
     settings = folder.read_settings()
     settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
-    with open_checkpoints(folder.checkpoints, create=False) as checkpoints:
+    with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
         dataset = load_run_data(settings)
-        state, _ = checkpoints.restore_latest(*initial_state(settings, dataset))
-    return state, dataset
+        restored = checkpoints.restore_latest(*initial_state(settings, dataset))
+    if restored is None:
+        raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
+    return restored.state, dataset
 
 
 def load_run_data(settings: TrainSettings) -> Dataset:
@@ -143,6 +154,16 @@ def initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainState
     create = jax.jit(create_train_state, static_argnums=(1, 2, 3))
     state = create(init_key, model, dataset.train_images.shape[1:], settings.learning_rate)
     return state, jnp.zeros(len(dataset.train_labels) // settings.batch_size, jnp.float32)
+
+
+def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
+    """Return what a run's results depend on, as JSON's types: what each of its checkpoints records."""
+    return {
+        "settings": deciding_settings(settings),
+        "versions": {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "data": fingerprint(dataset),
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    }
 
 
 def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> None:
@@ -184,6 +205,7 @@ class _Training:
             self.test_set = jax.device_put((dataset.test_images, dataset.test_labels))
         with stopwatch.part("compiling"):
             self.state, self.losses = initial_state(settings, dataset)
+        self.meta = describe_run(settings, dataset)
         self.steps_per_epoch = len(self.losses)
         self.last_step = settings.epochs * self.steps_per_epoch
         self.step = 0
@@ -196,18 +218,36 @@ class _Training:
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one, and print what was printed up to there."""
-        if self.checkpoints.latest_step() is not None:
-            with self.stopwatch.part("loading"):
-                self.state, self.losses = self.checkpoints.restore_latest(self.state, self.losses)
+        with self.stopwatch.part("loading"):
+            restored = self.checkpoints.restore_latest(self.state, self.losses)
+        if restored is not None:
+            self._check(restored.meta)
+            self.state, self.losses = restored.state, restored.losses
             self.step = int(self.state.step)
             if self.finished:
                 self.display.say("this run is finished: a larger --epochs continues it, --fresh starts anew")
             else:
                 self.display.say(f"continuing after step {self.step:,} of {self.last_step:,}")
         # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again.
-        self.metrics = [epoch for epoch in self.folder.read_metrics() if epoch.step <= self.step]
+        metrics = self.folder.read_metrics()
+        self.metrics = [epoch for epoch in metrics if epoch.step <= self.step]
+        if self.metrics != metrics:
+            self.folder.write_metrics(self.metrics)
         for epoch in self.metrics:
             self.display.epoch_cost(epoch.epoch, epoch.cost)
+
+    def _check(self, saved: dict) -> None:
+        """Refuse to continue on data that have changed; say what else differs that may change the bits."""
+        if saved["data"] != self.meta["data"]:
+            raise InputFileError(
+                f"the data in {self.settings.dataset_dir or self.dataset.name} are not those that the run "
+                f"{self.folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
+            )
+        for name in ("device", "versions"):
+            if saved[name] != self.meta[name]:
+                self.display.say(
+                    f"the run was saved with {name} {saved[name]} and continues with {self.meta[name]}: bits may differ"
+                )
 
     def train(self) -> None:
         """Train to the last epoch, unless a signal stops it."""
@@ -310,14 +350,15 @@ class _Training:
 
     def _save(self) -> None:
         with self.stopwatch.part("saving"):
-            self.checkpoints.save(self.step, self.state, self.losses)
+            self.checkpoints.save(self.step, self.state, self.losses, self.meta)
 
     def _stop(self, signal_number: int) -> NoReturn:
         if self.step > 0 and self.checkpoints.latest_step() != self.step:
             self._save()
+        saved = "which is saved; run the same command again to continue"
         raise StopSignalError(
             f"stopped by {signal.Signals(signal_number).name} after step {self.step:,} of {self.last_step:,}, "
-            "which is saved; run the same command again to continue",
+            + (saved if self.step > 0 else "before anything was to be saved; run the same command again to start"),
             signal_number,
         )
 

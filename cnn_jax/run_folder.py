@@ -15,6 +15,12 @@ from cnn_jax.errors import NoCheckpointError, RunLockedError, StorageError, Usag
 DECIDING_FIELDS = ("dataset", "dataset_dir", "batch_size", "learning_rate", "seed", "precision")
 
 
+def deciding_settings(settings: TrainSettings) -> dict:
+    """Return the settings that a run's results depend on, as JSON's types."""
+    values = {name: getattr(settings, name) for name in DECIDING_FIELDS}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class EpochMetrics:
     """One line of metrics.jsonl.
@@ -137,6 +143,7 @@ class RunFolder:
           RunLockedError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
         with (self.path / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,8 +167,13 @@ def _write_atomically(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

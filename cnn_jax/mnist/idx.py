@@ -13,6 +13,7 @@ import numpy as np
 from cnn_jax.errors import InputFileError
 
 UNSIGNED_BYTE = 0x08
+MAXIMUM_BYTES = 2**32  # of the values; EMNIST, the largest set of the kind, has 0.6 GiB
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -37,9 +38,10 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> np.ndarray:
         try:
             shape, header = _read_header(file, path, ndim=ndim)
             size = math.prod(shape)
-            # One byte more than announced is asked for, so that a longer file shows, and a file that unpacks
-            # to gigabytes is not unpacked.
-            values = file.read(size + 1)
+            if size > MAXIMUM_BYTES:
+                announced = "x".join(map(str, shape))
+                raise InputFileError(f"{path} announces {announced} = {size:,} values, more than 4 GiB; fetch it again")
+            values = _read_up_to(file, size + 1)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise InputFileError(f"{path} is damaged ({error}); fetch or copy it again") from error
     if len(values) != size:
@@ -49,6 +51,16 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> np.ndarray:
     if sha256 is not None and hashlib.sha256(header + values).hexdigest() != sha256:
         raise InputFileError(f"{path} is damaged: its SHA-256 is not {sha256}; reinstall the package")
     return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _read_up_to(file: IO[bytes], size: int) -> bytes:
+    """Read so many bytes, or all where there are fewer: one more than announced shows a file that is too long."""
+    # Piece by piece: asked for all at once, Python reserves what a header announces before it looks for it.
+    pieces, left = [], size
+    while left > 0 and (piece := file.read(min(left, 2**24))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def read_idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from cnn_jax.devices import start_devices
 from cnn_jax.display import Display
 from cnn_jax.errors import UsageError
 from cnn_jax.pytorch.weights import params_from_torch, params_to_torch, read_torch_file, write_torch_file
-from cnn_jax.run import initial_state, load_run_data, restore_run
+from cnn_jax.run import describe_run, initial_state, load_run_data, restore_run
 from cnn_jax.run_folder import RunFolder
 
 
@@ -28,13 +28,13 @@ def import_torch(settings: ImportTorchSettings) -> None:
     state = state.replace(
         params={layer: {k: jnp.asarray(v) for k, v in weights.items()} for layer, weights in params.items()}
     )
-    folder = RunFolder(run.run_folder)
-    with folder.locked(), open_checkpoints(folder.checkpoints, create=True) as checkpoints:
+    display, folder = Display(), RunFolder(run.run_folder)
+    with folder.locked(), open_checkpoints(folder.checkpoints, writing=True, warn=display.say) as checkpoints:
         if checkpoints.latest_step() is not None:
             raise UsageError(f"the run {folder.path} is there already; give another --run-name")
         folder.write_settings(run)
-        checkpoints.save(0, state, losses)
-    Display().say(f"{settings.file} is now the run {folder.path}")
+        checkpoints.save(0, state, losses, describe_run(run, dataset))
+    display.say(f"{settings.file} is now the run {folder.path}")
 
 
 def export(settings: ExportSettings) -> None:
@@ -45,7 +45,7 @@ def export(settings: ExportSettings) -> None:
       StorageError: the file could not be written.
     """
     start_devices(None)
-    folder = RunFolder(settings.run_folder)
-    state, dataset = restore_run(folder, settings.data_dir)
+    display, folder = Display(), RunFolder(settings.run_folder)
+    state, dataset = restore_run(folder, settings.data_dir, display.say)
     write_torch_file(settings.output, params_to_torch(state.params, dataset.train_images.shape[1:]))
-    Display().say(f"{folder.path} after {int(state.step):,} steps is now {settings.output}")
+    display.say(f"{folder.path} after {int(state.step):,} steps is now {settings.output}")
