@@ -5,7 +5,8 @@ import sys
 from cnn_jax.__main__ import train
 from cnn_jax.config import TrainSettings, read_settings
 from cnn_jax.errors import one_line_failures
+from cnn_jax.signals import end_on_signals
 
 if __name__ == "__main__":
-    with one_line_failures(debug="--debug" in sys.argv):
+    with end_on_signals(), one_line_failures(debug="--debug" in sys.argv):
         train(read_settings(TrainSettings, sys.argv[1:], prog="train.py"))

@@ -18,6 +18,7 @@ from cnn_jax.config import (
 )
 from cnn_jax.data import check_batch_size, count_train_examples
 from cnn_jax.errors import UsageError, one_line_failures
+from cnn_jax.signals import end_on_signals
 
 Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
@@ -52,7 +53,7 @@ def require_torch() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name, by default the program's own."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with one_line_failures(debug="--debug" in arguments):
+    with end_on_signals(), one_line_failures(debug="--debug" in arguments):
         settings = read_settings(Command, arguments, prog="cnn-jax")
         run_command(settings)
 

@@ -1,7 +1,6 @@
 """The failures that a user can cause or meet, the exit code of each, and how one is told."""
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -83,10 +82,6 @@ def one_line_failures(debug: bool) -> Iterator[None]:
             place = f" {error.filename}" if error.filename else ""
             _end(f"error: cannot read or write{place}: {error.strerror or error}", StorageError.exit_code)
         _end(f"error: {type(error).__name__}: {error}; --debug shows where", CnnJaxError.exit_code)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _end("stopped by SIGINT; run the same command again to continue", 128 + signal.SIGINT)
 
 
 def _end(line: str, exit_code: int) -> NoReturn:

@@ -1,15 +1,36 @@
-"""How a run learns that it should stop: SIGINT (Ctrl-C) and SIGTERM set a flag that it reads between segments."""
+"""How SIGINT (Ctrl-C) and SIGTERM end the program: at once, or, while it trains, after the segment and a save."""
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+
+AT_ONCE = b"stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue\n"
+
+
+@contextlib.contextmanager
+def end_on_signals() -> Iterator[None]:
+    """End the process in one line, with 130 or 143, at the first SIGINT or SIGTERM.
+
+    Python's own way, an exception, arrives wherever the program happens to be, also in an import or in a library that
+    takes it for something else and goes on. Every file is written so that it is old or new whenever the process ends.
+    """
+
+    def end(signal_number: int, frame: object) -> None:
+        line = f"stopped by {signal.Signals(signal_number).name}; run the same command again to continue\n"
+        os.write(2, line.encode())
+        os._exit(128 + signal_number)
+
+    with _handling(end):
+        yield
 
 
 class StopRequest:
     """Whether the run was asked to stop.
 
     Attributes:
-      signal_number: The signal that asked, or None.
+      signal_number: The signal that asked first, or None.
     """
 
     signal_number: int | None = None
@@ -17,17 +38,42 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT interrupts at once."""
+    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT ends the process at once, with 130."""
     request = StopRequest()
 
     def note(signal_number: int, frame: object) -> None:
-        if signal_number == signal.SIGINT and request.signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal_number = signal_number
+        if request.signal_number is None:
+            request.signal_number = signal_number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Python runs a handler only between two of its own instructions: not while XLA compiles, which takes seconds. What
+    # it writes to this pipe comes at once, and another thread reads it.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_end_at_the_second_interrupt, args=(reading,), daemon=True).start()
+    before_pipe = signal.set_wakeup_fd(writing)
     try:
-        yield request
+        with _handling(note):
+            yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before_pipe)
+        os.close(writing)  # the thread reads the end of the pipe and returns
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _end_at_the_second_interrupt(reading: int) -> None:
+    interrupts = 0
+    with open(reading, "rb", buffering=0) as pipe:
+        while numbers := pipe.read(64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                os.write(2, AT_ONCE)
+                os._exit(128 + signal.SIGINT)

@@ -48,8 +48,9 @@ def uninterrupted(tmp_path_factory, small_mnist):
 def newest_state(folder):
     """The step, weights, optimiser state and losses of a run's newest checkpoint, as arrays."""
     template = create_train_state(make_keys(0)[0], CNN(), (28, 28, 1), 0.001)
-    with open_checkpoints(folder / "steps", create=False) as checkpoints:
-        return jax.tree.leaves(checkpoints.restore_latest(template, jnp.zeros(STEPS_PER_EPOCH, jnp.float32)))
+    with open_checkpoints(folder / "steps", writing=False, warn=pytest.fail) as checkpoints:
+        restored = checkpoints.restore_latest(template, jnp.zeros(STEPS_PER_EPOCH, jnp.float32))
+    return jax.tree.leaves((restored.state, restored.losses))
 
 
 def metrics_of(folder):
@@ -138,6 +139,95 @@ def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mn
     assert len(out.splitlines()) == step // STEPS_PER_EPOCH
 
 
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path, small_mnist, program, command):
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", 1000, "--checkpoint-every-steps", 5,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)  # two at once would be one
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("stopped by ")
+    assert command("evaluate", tmp_path / "run")[0] == 0
+
+
+def test_a_second_interrupt_counts_where_python_runs_no_handler(program):
+    # Like compiling, this releases the interpreter's lock and returns, in an hour, to its next instruction.
+    code = """
+import hashlib
+from cnn_jax.signals import listen_for_stop
+with listen_for_stop():
+    print("listening", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    process = program("-c", code)
+    assert process.stdout.readline() == "listening\n"
+    for _ in range(2):
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.startswith("stopped by a second SIGINT; the newest checkpoint is as it was")
+
+
+def damage_newest(run):
+    newest = max((run / "steps").iterdir(), key=lambda step: int(step.name))
+    file = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(train, tmp_path, uninterrupted):
+    assert train(epochs=2)[0] == 0
+    damage_newest(tmp_path / "run")
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS)
+    assert "the checkpoint of step 40 is damaged" in err
+    assert "continuing after step 20 of 60" in err
+    assert (tmp_path / "run" / "quarantine" / "40").is_dir()
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_without_a_sound_checkpoint_ends_with_3_and_says_what_to_do(train, tmp_path):
+    assert train(epochs=1)[0] == 0
+    damage_newest(tmp_path / "run")
+    for _ in range(2):
+        code, out, err = train(epochs=1)
+        assert (code, out) == (3, "")
+        assert err.splitlines()[-1].endswith("start anew with --fresh")
+    assert train("--fresh", epochs=1)[0] == 0
+
+
+def test_a_run_is_not_continued_on_data_that_have_changed(train, tmp_path, small_mnist):
+    data = tmp_path / "data"
+    shutil.copytree(small_mnist, data)
+    assert train("--dataset-dir", data, epochs=1)[0] == 0
+    images = data / "train-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[5000] ^= 1
+    images.write_bytes(content)
+    code, _, err = train("--dataset-dir", data)
+    assert code == 65
+    assert f"the data in {data} are not those that the run" in err.splitlines()[-1]
+
+
+def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_differ(train, tmp_path, small_mnist,
+                                                                                    program):  # fmt: skip
+    assert train(epochs=1)[0] == 0
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.count("[Epoch:")) == (0, 2), err
+    assert "saved with device 1 x cpu and continues with 2 x cpu: bits may differ" in err
+
+
 def wait_for_step(run, step):
     deadline = time.monotonic() + 60
     while not any(int(f.name) >= step for f in (run / "steps").glob("*") if f.name.isdigit()):
@@ -183,6 +273,19 @@ def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
         code, out, err = train()
     assert (code, out) == (6, "")
     assert f"process {os.getpid()} is writing the run" in err
+
+
+def test_different_runs_train_side_by_side(tmp_path, small_mnist, program, uninterrupted):
+    processes = [
+        program("train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
+                "--epochs", EPOCHS)
+        for name in ("one", "other")
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    for name in ("one", "other"):
+        assert_same_run(tmp_path / name, uninterrupted)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_bad(train, tmp_path):

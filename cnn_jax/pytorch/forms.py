@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -73,6 +74,8 @@ def serve(form: str, data_dir: str | None) -> None:
     `error` that kept it from starting; then, for each number read from stdin, the `milliseconds` a step of so many
     steps and the process's `peak_bytes` until then.
     """
+    # A terminal's Ctrl-C reaches every process: the one that asks ends, and with it the pipe that this one reads.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
         begin = time.perf_counter()
         __import__("torch" if is_torch(form) else "cnn_jax.run")
