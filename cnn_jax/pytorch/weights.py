@@ -1,5 +1,7 @@
 """The network's weights as PyTorch names and lays them out, and the files that hold them."""
 
+import contextlib
+import zipfile
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ NAMES = {
 }
 # What the two blocks leave of an image's height and width.
 SHRINKING = 4
+MAXIMUM_BYTES = 2**30  # of a file, packed or not; the tutorial's has 0.2 MiB
 
 
 def params_to_torch(params: dict, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
@@ -70,12 +73,14 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
     """Read a PyTorch `state_dict`, or a safetensors file where its name ends in `.safetensors`.
 
     Raises:
-      InputFileError: the file is missing, damaged, or holds something else; nothing in it is ever executed.
+      InputFileError: the file is missing, damaged, too large, or holds something else; nothing in it is ever
+        executed.
       UsageError: the extra `torch` is not installed.
     """
     if not file.is_file():
         raise InputFileError(f"{file} is not a file; give a PyTorch state_dict or a .safetensors file")
     try:
+        _check_size_and_checksums(file)
         if file.suffix == ".safetensors":
             from safetensors.numpy import load_file
 
@@ -96,6 +101,17 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
             f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
             "save them with torch.save(model.state_dict(), ...)"
         ) from error
+
+
+def _check_size_and_checksums(file: Path) -> None:
+    with contextlib.ExitStack() as held:
+        archive = held.enter_context(zipfile.ZipFile(file)) if zipfile.is_zipfile(file) else None
+        size = file.stat().st_size if archive is None else sum(entry.file_size for entry in archive.infolist())
+        if size > MAXIMUM_BYTES:
+            raise InputFileError(f"{file} unpacks to {size:,} bytes, more than 1 GiB; give the weights of this network")
+        # PyTorch writes a CRC-32 of each part of its archives and does not look at it.
+        if archive is not None and (part := archive.testzip()) is not None:
+            raise InputFileError(f"{file} is damaged: its part {part} does not have its CRC-32; copy it again")
 
 
 def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -1,0 +1,124 @@
+"""Whatever is typed or given, it is used as it was meant or refused in one line with its exit code."""
+
+import gzip
+import io
+import lzma
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.errors import InputFileError
+from cnn_jax.mnist.idx import idx_header, read_idx
+from cnn_jax.pytorch.weights import read_torch_file
+
+# The same examples in every run, with no folder of earlier ones; what a test is given stays the same for all of them.
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+numbers = st.one_of(st.integers(-3, 300), st.integers(), st.floats()).map(str)
+OPTIONS = [
+    *("--epochs", "--batch-size", "--learning-rate", "--seed", "--checkpoint-every-steps", "--target-accuracy"),
+    *("--precision", "--run-name", "--checkpoint-dir", "--data-dir", "--fresh", "--debugg", "--epoch"),
+]
+typed = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(OPTIONS), numbers),
+        st.tuples(st.sampled_from(OPTIONS), words),
+        st.tuples(st.sampled_from(["--precision"]), st.sampled_from(["float32", "bfloat16", "float64"])),
+        st.tuples(st.sampled_from(OPTIONS)),
+        st.tuples(words),
+    ),
+    max_size=4,
+)
+
+
+@fuzz
+@given(typed=typed)
+def test_a_command_line_is_understood_or_refused_in_one_line(typed, command, small_mnist, tmp_path):
+    arguments = [argument for group in typed for argument in group]
+    code, out, err = command(
+        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, *arguments, "--dry-run"
+    )
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    # 4: a folder's name that the system does not take.
+    assert (code, out, len(errors)) in {(0, "", 0), (2, "", 1), (4, "", 1)} or {"-h", "--help"} & set(arguments), err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
+SOUND = idx_header(IMAGES.shape) + IMAGES.tobytes()
+
+
+@st.composite
+def edited(draw, sound):
+    """The bytes of a file with a bit flipped, or some bytes replaced, removed or put in."""
+    content = bytearray(sound)
+    if draw(st.booleans()):
+        content[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
+        return bytes(content)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        length = draw(st.integers(0, draw(st.sampled_from([1, 8, len(content)]))))
+        content[start : start + length] = draw(st.binary(max_size=draw(st.sampled_from([0, 1, 8, 64]))))
+    return bytes(content)
+
+
+def read_or_refuse(read, file, content):
+    """What is read of a file with this content, or None where it is refused."""
+    file.write_bytes(content)
+    try:
+        return read(file)
+    except InputFileError as error:
+        complaint = str(error)
+    assert str(file) in complaint
+    assert len(complaint.splitlines()) == 1
+    return None
+
+
+@fuzz
+@given(content=st.one_of(edited(SOUND), st.binary(max_size=100)))
+def test_an_idx_file_is_read_as_it_announces_or_refused(content, tmp_path):
+    images = read_or_refuse(read_images, tmp_path / "images-idx3-ubyte", content)
+    assert images is None or idx_header(images.shape) + images.tobytes() == content
+
+
+@fuzz
+@given(suffix=st.sampled_from([".gz", ".xz"]), data=st.data())
+def test_a_compressed_idx_file_is_read_unchanged_or_refused(suffix, data, tmp_path):
+    content = data.draw(edited({".gz": gzip.compress(SOUND, mtime=0), ".xz": lzma.compress(SOUND)}[suffix]))
+    images = read_or_refuse(read_images, tmp_path / f"images-idx3-ubyte{suffix}", content)
+    assert images is None or (images == IMAGES).all()
+
+
+def read_images(file):
+    return read_idx(file, ndim=3)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """A state_dict, as arrays, and the bytes of its file."""
+    torch = pytest.importorskip("torch")
+    tensors = {"fc.weight": torch.arange(600.0).reshape(3, 200), "fc.bias": torch.ones(3)}
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}, file.getvalue()
+
+
+@fuzz
+@given(data=st.data())
+def test_a_file_of_weights_is_read_unchanged_or_refused(data, weights, tmp_path):
+    tensors, sound = weights
+    read = read_or_refuse(read_torch_file, tmp_path / "weights.pt", data.draw(edited(sound)))
+    assert read is None or (
+        read.keys() == tensors.keys() and all((read[name] == array).all() for name, array in tensors.items())
+    )
