@@ -49,14 +49,20 @@ def real_images():
 
 
 @pytest.fixture(scope="session")
-def small_mnist(tmp_path_factory, real_images):
-    """A folder of four IDX files with 2,030 real training images and 510 real test images."""
+def small_mnist(tmp_path_factory):
+    """A folder as `write_small_mnist` fills it."""
     folder = tmp_path_factory.mktemp("small-mnist")
-    images, labels = real_images
+    write_small_mnist(folder)
+    return folder
+
+
+def write_small_mnist(folder):
+    """Write four IDX files with 2,030 real training images and 510 real test images."""
+    images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
+    labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)
     for prefix, part in (("train", slice(0, 2030)), ("t10k", slice(2030, 2540))):
         write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.xz", labels[part])
-    return folder
 
 
 def write_idx(path, array):

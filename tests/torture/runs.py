@@ -1,0 +1,75 @@
+"""Real trainings on a few real images, in processes of their own, and whether two of them ended in the same bits."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EPOCHS = 3
+STEPS_PER_EPOCH = 20
+# A checkpoint every second step: a kill at a random time then often meets a save.
+STEPS_A_CHECKPOINT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """How trainings are started.
+
+    Attributes:
+      data: A folder of four IDX files.
+      sabotage: What is broken in the program on purpose: a name that `tests.torture.sabotage` knows, or None.
+    """
+
+    data: Path
+    sabotage: str | None = None
+
+    def start(self, folder: Path, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+        """Start to train the run `run` in a folder, or to continue it."""
+        program = ["-m", "cnn_jax"] if self.sabotage is None else ["-m", "tests.torture.sabotage", self.sabotage]
+        arguments = [
+            "train", "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
+            "--checkpoint-every-steps", STEPS_A_CHECKPOINT, "--platform", "cpu", *options,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, *program, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.data.parent / "compiled")} | (environment or {}),
+        )
+
+    def finish(self, folder: Path) -> tuple[int, str]:
+        """Run the same command to its end and return its exit code and what it wrote to stderr."""
+        process = self.start(folder)
+        _, complaint = process.communicate()
+        return process.returncode, complaint
+
+
+def run_fingerprint(folder: Path) -> str:
+    """Return a digest of all that a finished run holds: its metrics without times, and its newest checkpoint's bits."""
+    run = folder / "run"
+    sha256 = hashlib.sha256()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        epoch = json.loads(line)
+        sha256.update(json.dumps([epoch[k] for k in ("epoch", "step", "cost", "test_accuracy", "test_loss")]).encode())
+    for path, array in read_newest(run / "steps").items():
+        sha256.update(f"{path} {array.dtype} {array.shape}".encode())
+        sha256.update(array.tobytes())
+    return sha256.hexdigest()
+
+
+def read_newest(steps: Path) -> dict:
+    """Return every array of the newest checkpoint under its path, read by Orbax without this program's own checks."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    newest = max((int(step.name) for step in steps.iterdir() if step.name.isdigit()), default=None)
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(steps.resolve() / str(newest) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

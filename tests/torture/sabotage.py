@@ -1,0 +1,41 @@
+"""The program with one thing broken on purpose: `python -m tests.torture.sabotage NAME COMMAND ...`.
+
+A torture that this passes proves nothing.
+"""
+
+import sys
+
+import jax
+
+from cnn_jax import checkpoint, run
+from cnn_jax.__main__ import main
+
+
+def digest_off() -> None:
+    """Believe every checkpoint."""
+    checkpoint.digest = lambda tree, meta: ""
+
+
+def optimizer_left_out() -> None:
+    """Continue with Adam's moments and count as at the start."""
+    read = checkpoint.Checkpoints._read
+
+    def read_without_optimizer(self, step, template):
+        restored = read(self, step, template)
+        blank = jax.tree.map(lambda leaf: leaf * 0, restored.state.opt_state)
+        return restored._replace(state=restored.state.replace(opt_state=blank))
+
+    checkpoint.Checkpoints._read = read_without_optimizer
+
+
+def epoch_left_out() -> None:
+    """Give every epoch the same order."""
+    order = run.epoch_order
+    run.epoch_order = lambda key, epoch, **sizes: order(key, 0, **sizes)
+
+
+SABOTAGES = {"digest off": digest_off, "optimizer left out": optimizer_left_out, "epoch left out": epoch_left_out}
+
+if __name__ == "__main__":
+    SABOTAGES[sys.argv[1]]()
+    main(sys.argv[2:])

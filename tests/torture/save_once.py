@@ -1,0 +1,32 @@
+"""Save one checkpoint in a folder that is full, so that the oldest goes: `python -m tests.torture.save_once FOLDER`.
+
+The process that is killed, or finds the disk full, at each of its file operations in turn.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax.checkpoint import open_checkpoints
+from cnn_jax.errors import one_line_failures
+
+STEPS = (10, 20, 30)
+SAVED = 40
+
+
+def content(step: int) -> tuple[dict, jax.Array]:
+    """Return a state and losses that tell which step they are of."""
+    generator = np.random.default_rng(step)
+    kernel, losses = (jnp.asarray(generator.normal(size=size), jnp.float32) for size in ((300, 10), (20,)))
+    return {"params": {"kernel": kernel}, "step": jnp.int32(step)}, losses
+
+
+if __name__ == "__main__":
+    with (
+        one_line_failures(debug=False),
+        open_checkpoints(Path(sys.argv[1]), writing=True, warn=print) as checkpoints,
+    ):
+        checkpoints.save(SAVED, *content(SAVED), {})

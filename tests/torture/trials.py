@@ -1,0 +1,411 @@
+"""What is done to the program, and what must hold afterwards. Each function returns a `Tally`."""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import itertools
+import lzma
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cnn_jax.checkpoint import open_checkpoints
+from cnn_jax.data import fingerprint, load_dataset
+from cnn_jax.errors import InputFileError, NoCheckpointError
+from cnn_jax.mnist.builder import SHA256
+from cnn_jax.mnist.idx import read_idx
+from tests.conftest import EMBEDDED
+from tests.torture.runs import ROOT, Trainer, run_fingerprint
+from tests.torture.save_once import SAVED, STEPS, content
+
+Say = Callable[[str], None]
+PYTHON_HAS_STARTED = 0.8  # seconds: before that, Python answers signals in its own way
+
+
+@dataclasses.dataclass
+class Tally:
+    """How a kind of trial went.
+
+    Attributes:
+      name: What was done.
+      trials: How often.
+      failures: What went wrong, a line each.
+      counts: What else was counted.
+    """
+
+    name: str
+    trials: int = 0
+    failures: list[str] = dataclasses.field(default_factory=list)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def count(self, what: str) -> None:
+        """Add one to a count."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+def random_kills(trainer: Trainer, reference: str, *, kills: int, choose: random.Random, say: Say) -> Tally:
+    """Kill trainings with SIGKILL, half of them at a random time and half during a save, until each has ended."""
+    tally = Tally("kill -9, then the same command again")
+    while tally.trials < kills and not tally.failures:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            again = 0
+            while tally.trials < kills:
+                process = trainer.start(run)
+                during_save = choose.random() < 0.5
+                if again:  # twice in a row: killed again while it starts
+                    time.sleep(choose.uniform(0.2, 2.5))
+                elif during_save:
+                    _wait_for_a_save(process, run / "run" / "steps", after=choose.randrange(1, 8))
+                    time.sleep(choose.uniform(0, 0.06))
+                else:
+                    time.sleep(choose.uniform(1.5, 5.0))
+                over = process.poll() is not None
+                process.kill()
+                complaint = process.communicate()[1]
+                if over:
+                    if process.returncode != 0:
+                        tally.failures.append(f"ended with {process.returncode}: {_last(complaint)}")
+                    break
+                tally.trials += 1
+                tally.count(
+                    "aimed at a save" if during_save and not again else "twice in a row" if again else "any time"
+                )
+                again = not again and choose.random() < 0.15
+                if any((run / "run" / "quarantine").glob("*")):
+                    tally.count("checkpoints found damaged")
+            _finish_and_compare(trainer, run, reference, tally)
+        say(f"{tally.name}: {tally.trials} of {kills}")
+    return tally
+
+
+def random_signals(trainer: Trainer, reference: str, *, count: int, choose: random.Random, say: Say) -> Tally:
+    """Stop trainings with SIGTERM or SIGINT at random times, and continue them."""
+    tally = Tally("SIGTERM or SIGINT at a random time")
+    while tally.trials < count and not tally.failures:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            while tally.trials < count:
+                before = _newest(run)
+                process = trainer.start(run)
+                number = choose.choice((signal.SIGTERM, signal.SIGINT))
+                time.sleep(choose.uniform(PYTHON_HAS_STARTED, 5.0))
+                trained = _newest(run) > before
+                process.send_signal(number)
+                begin = time.monotonic()
+                complaint = process.communicate()[1]
+                milliseconds = round(1e3 * (time.monotonic() - begin))
+                if process.returncode in (0, -number) and milliseconds < 1000:  # its last step was behind it
+                    break
+                tally.trials += 1
+                if process.returncode != 128 + number or "Traceback" in complaint:
+                    tally.failures.append(f"{number.name} ended with {process.returncode}: {_last(complaint)}")
+                if trained and milliseconds > 2000:
+                    tally.failures.append(f"{number.name} was answered after {milliseconds} ms")
+                tally.count(number.name)
+                slowest = "ms at most until the end " + ("while it trained" if trained else "while it started")
+                tally.counts[slowest] = max(tally.counts.get(slowest, 0), milliseconds)
+            _finish_and_compare(trainer, run, reference, tally)
+        say(f"{tally.name}: {tally.trials} of {count}")
+    return tally
+
+
+def two_writers(trainer: Trainer, reference: str, *, count: int, say: Say) -> Tally:
+    """Start two trainings of one run at once."""
+    tally = Tally("two trainings of one run at once")
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            processes = [trainer.start(run) for _ in range(2)]
+            complaints = [process.communicate()[1] for process in processes]
+            codes = sorted(process.returncode for process in processes)
+            tally.trials += 1
+            if codes != [0, 6]:
+                tally.failures.append(f"ended with {codes}: {_last(complaints[0])}; {_last(complaints[1])}")
+            _finish_and_compare(trainer, run, reference, tally)
+    say(f"{tally.name}: {tally.trials} of {count}")
+    return tally
+
+
+def full_disk_runs(trainer: Trainer, reference: str, *, count: int, choose: random.Random, say: Say) -> Tally:
+    """Let whole trainings find the disk full from a random one of their changes on, and continue them with room."""
+    tally = Tally("disk full at a random time of a training")
+    with tempfile.TemporaryDirectory() as folder:
+        library = _build_strike(Path(folder))
+        for number in range(count):
+            run, mark = Path(folder) / str(number), Path(folder) / "mark"
+            at = int(10 ** choose.uniform(0, 3.7))
+            process = trainer.start(run, environment=_strike(library, run, at, "full", mark))
+            complaint = process.communicate()[1]
+            if mark.exists():
+                tally.trials += 1
+                tally.count(f"ended with {process.returncode}")
+                if process.returncode != 4 or "Traceback" in complaint:
+                    tally.failures.append(f"change {at}: ended with {process.returncode}: {_last(complaint)}")
+                mark.unlink()
+            _finish_and_compare(trainer, run, reference, tally)
+    say(f"{tally.name}: {tally.trials}")
+    return tally
+
+
+def damaged_data(*, flips: int, choose: random.Random, say: Say) -> Tally:
+    """Damage each file of the data in each way, and load them: as they were published, or refused."""
+    tally = Tally("a damaged file of the data")
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, published = Path(folder) / "sound", Path(folder) / "published"
+        sound = _digest_mnist(prepared)
+        published.mkdir()
+        for name in SHA256:
+            shutil.copy(EMBEDDED / f"{name}.xz", published)
+            content = lzma.decompress((EMBEDDED / f"{name}.xz").read_bytes())
+            (published / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+        for file in sorted(path.relative_to(prepared) for path in prepared.rglob("*") if path.is_file()):
+            for what, damaged in _damages((prepared / file).read_bytes(), flips, choose):
+                copy = Path(folder) / "damaged"
+                shutil.copytree(prepared, copy)
+                _write(copy / file, damaged)
+                _load_and_judge(functools.partial(_digest_mnist, copy), sound, f"{file} {what}", tally)
+                shutil.rmtree(copy)
+        for file in sorted(published.iterdir()):
+            ndim = 3 if "idx3" in file.name else 1
+            sound = _digest_idx(file, ndim)
+            for what, damaged in _damages(file.read_bytes(), flips, choose):
+                copy = Path(folder) / file.name
+                _write(copy, damaged)
+                _load_and_judge(functools.partial(_digest_idx, copy, ndim), sound, f"{file.name} {what}", tally)
+                copy.unlink(missing_ok=True)
+    say(f"{tally.name}: {tally.trials}")
+    return tally
+
+
+def _load_and_judge(load, expected, what, tally):
+    tally.trials += 1
+    try:
+        loaded = load()
+    except InputFileError:
+        tally.count("refused")
+    except Exception as error:
+        tally.failures.append(f"{what}: {type(error).__name__}: {error}")
+    else:
+        tally.count("loaded as published")
+        if loaded != expected:
+            tally.count("silent changes")
+            tally.failures.append(f"{what}: other data were loaded")
+
+
+def _digest_mnist(data_dir):
+    return fingerprint(load_dataset("mnist", None, data_dir))
+
+
+def _digest_idx(file, ndim):
+    return hashlib.sha256(read_idx(file, ndim=ndim)).hexdigest()
+
+
+def killed_preparations(*, count: int, choose: random.Random, say: Say) -> Tally:
+    """Kill processes that prepare MNIST at random times, then load it."""
+    tally = Tally("kill -9 while MNIST is prepared")
+    code = "import sys, pathlib; from cnn_jax.data import load_dataset; load_dataset('mnist', None, pathlib.Path({!r}))"
+    sound = None
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            process = subprocess.Popen([sys.executable, "-c", code.format(folder)], stderr=subprocess.DEVNULL, cwd=ROOT)
+            time.sleep(choose.uniform(1.0, 6.0))
+            process.kill()
+            process.wait()
+            if any(Path(folder).rglob("*incomplete*")):
+                tally.count("half prepared")
+            loaded = _digest_mnist(Path(folder))
+            sound = sound or loaded
+            tally.trials += 1
+            if loaded != sound:
+                tally.failures.append("other data were loaded")
+    say(f"{tally.name}: {tally.trials}")
+    return tally
+
+
+def damaged_checkpoints(*, flips: int, choose: random.Random, say: Say) -> Tally:
+    """Damage each file of a checkpoint in each way, and restore: what was saved, or the checkpoint before."""
+    tally = Tally("a damaged file of a checkpoint")
+    with tempfile.TemporaryDirectory() as folder:
+        sound = Path(folder) / "sound" / "steps"
+        _save_three(sound)
+        newest = sound / str(STEPS[-1])
+        for file in sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file()):
+            for what, damaged in _damages((newest / file).read_bytes(), flips, choose):
+                steps = Path(folder) / "damaged" / "steps"
+                shutil.copytree(sound, steps)
+                target = steps / newest.name / file
+                _write(target, damaged)
+                _restore_and_judge(steps, f"{file} {what}", (STEPS[-2], STEPS[-1]), tally)
+                shutil.rmtree(steps.parent)
+    say(f"{tally.name}: {tally.trials}")
+    return tally
+
+
+def _write(file: Path, content: bytes | None) -> None:
+    file.unlink(missing_ok=True)
+    if content is not None:
+        file.write_bytes(content)
+
+
+def _damages(content: bytes, flips: int, choose: random.Random) -> Iterator[tuple[str, bytes | None]]:
+    yield "deleted", None
+    for length in sorted({0, len(content) // 2, max(0, len(content) - 1)}):
+        yield f"cut to {length} bytes", content[:length]
+    yield "zeroed", bytes(len(content))
+    yield "with a byte more", content + b"\0"
+    for _ in range(min(flips, 8 * len(content))):
+        place, bit = choose.randrange(len(content)), choose.randrange(8)
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        yield f"with bit {bit} of byte {place} flipped", bytes(flipped)
+
+
+def killed_saves(*, every: int, say: Say) -> Tally:
+    """Kill a save, retention included, at each (or every so many) of the changes that it makes to its files."""
+    return _at_each_change(Tally("kill -9 at each change that a save makes to its files"), "kill", -9, every, say)
+
+
+def full_disk(*, every: int, say: Say) -> Tally:
+    """Let each (or every so many) of the changes that a save makes to its files find the disk full from there on."""
+    return _at_each_change(Tally("disk full from each change that a save makes to its files"), "full", 4, every, say)
+
+
+def fuzz(*, examples: int, say: Say) -> Tally:
+    """Try made-up command lines, IDX files and files of weights: `tests/test_fuzz.py` with more examples."""
+    tally = Tally("made-up command lines, IDX files and files of weights")
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"FUZZ_EXAMPLES": str(examples)},
+    )
+    tally.trials = 4 * examples
+    tally.failures = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if ended.returncode != 0 and not tally.failures:
+        tally.failures.append(f"pytest ended with {ended.returncode}: {_last(ended.stdout)}")
+    say(f"{tally.name}: {tally.trials}")
+    return tally
+
+
+def _at_each_change(tally, how, expected, every, say):
+    with tempfile.TemporaryDirectory() as folder:
+        library = _build_strike(Path(folder))
+        sound = Path(folder) / "sound" / "steps"
+        _save_three(sound)
+        for number in itertools.count(1, every):
+            steps, mark = Path(folder) / "struck" / "steps", Path(folder) / "mark"
+            shutil.copytree(sound, steps)
+            code, complaint = _save_in_another_process(steps, _strike(library, steps, number, how, mark))
+            struck = mark.exists()
+            mark.unlink(missing_ok=True)
+            if struck:
+                # A save may end well on a full disk, where only what comes after it finds it so.
+                if code not in (expected, 0) or (code == 0 and how == "kill"):
+                    tally.failures.append(f"change {number}: ended with {code}: {_last(complaint)}")
+                tally.count(f"ended with {code}")
+                _restore_and_judge(steps, f"change {number}", (SAVED,) if code == 0 else (STEPS[-1], SAVED), tally)
+                if any((steps.parent / "quarantine").glob("*")):
+                    tally.count("with a checkpoint moved aside")
+            elif code != 0:
+                tally.failures.append(f"a save that nothing struck ended with {code}: {_last(complaint)}")
+            shutil.rmtree(steps.parent)
+            if not struck:  # the save has fewer changes
+                break
+    say(f"{tally.name}: {tally.trials}")
+    return tally
+
+
+def _save_in_another_process(steps, environment):
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.torture.save_once", str(steps)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    return ended.returncode, ended.stderr
+
+
+def _build_strike(folder):
+    library = folder / "strike.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("strike.c")], check=True)
+    return library
+
+
+def _strike(library, folder, at, how, mark):
+    strike = {"STRIKE_FOLDER": folder, "STRIKE_AT": at, "STRIKE_HOW": how, "STRIKE_MARK": mark}
+    return {name: str(value) for name, value in ({"LD_PRELOAD": library} | strike).items()}
+
+
+def _save_three(steps):
+    with open_checkpoints(steps, writing=True, warn=print) as checkpoints:
+        for step in STEPS:
+            checkpoints.save(step, *content(step), {})
+
+
+def _restore_and_judge(steps, what, allowed, tally):
+    """Restore the newest checkpoint as a run does; fail if it is not, bit for bit, one of those allowed."""
+    tally.trials += 1
+    warnings = []
+    try:
+        with open_checkpoints(steps, writing=True, warn=warnings.append) as checkpoints:
+            restored = checkpoints.restore_latest(*content(0))
+    except NoCheckpointError as error:
+        tally.failures.append(f"{what}: {error}")
+        return
+    step = None if restored is None else int(restored.state["step"])
+    if step not in allowed:
+        tally.failures.append(f"{what}: step {step} was restored; {warnings}")
+        return
+    state, losses = content(step)
+    same = np.array_equal(restored.state["params"]["kernel"], state["params"]["kernel"])
+    if not same or not np.array_equal(restored.losses, losses):
+        tally.count("silent changes")
+        tally.failures.append(f"{what}: the arrays of step {step} are not those that were saved")
+    if step != max(allowed) and len(allowed) > 1 and allowed[-1] == STEPS[-1] and not warnings:
+        tally.failures.append(f"{what}: step {step} was restored and nobody was told")
+    tally.count(f"step {step} restored")
+
+
+def _wait_for_a_save(process, steps, *, after):
+    """Wait until a process has begun its `after`th save from now, or has ended."""
+    seen = set()
+    while process.poll() is None:
+        try:
+            saving = {path.name for path in steps.iterdir() if "tmp" in path.name}
+        except FileNotFoundError:
+            saving = set()
+        seen |= saving
+        if len(seen) >= after:
+            return
+        time.sleep(0.0005)
+
+
+def _finish_and_compare(trainer, run, reference, tally):
+    code, complaint = trainer.finish(run)
+    if code != 0:
+        tally.failures.append(f"the last command ended with {code}: {_last(complaint)}")
+    elif run_fingerprint(run) != reference:
+        tally.failures.append("the run ended in other bits")
+    tally.count("runs compared")
+
+
+def _newest(folder):
+    """Return the newest step of a run that has its name, or -1."""
+    return max((int(path.name) for path in (folder / "run" / "steps").glob("*") if path.name.isdigit()), default=-1)
+
+
+def _last(text):
+    return (text.strip().splitlines() or [""])[-1]
