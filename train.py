@@ -8,5 +8,6 @@ from cnn_jax.errors import one_line_failures
 from cnn_jax.signals import end_on_signals
 
 if __name__ == "__main__":
-    with end_on_signals(), one_line_failures(debug="--debug" in sys.argv):
+    end_on_signals()
+    with one_line_failures(debug="--debug" in sys.argv):
         train(read_settings(TrainSettings, sys.argv[1:], prog="train.py"))

@@ -53,7 +53,7 @@ def require_torch() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name, by default the program's own."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with end_on_signals(), one_line_failures(debug="--debug" in arguments):
+    with one_line_failures(debug="--debug" in arguments):
         settings = read_settings(Command, arguments, prog="cnn-jax")
         run_command(settings)
 
@@ -86,5 +86,11 @@ def run_command(settings: Command) -> None:
             benchmark(settings)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Run the command of a process of its own: `main`, ended by signals in one line."""
+    end_on_signals()
     main()
+
+
+if __name__ == "__main__":
+    program()

@@ -1,19 +1,20 @@
 """How SIGINT (Ctrl-C) and SIGTERM end the program: at once, or, while it trains, after the segment and a save."""
 
+import atexit
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AT_ONCE = b"stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue\n"
 
 
-@contextlib.contextmanager
-def end_on_signals() -> Iterator[None]:
-    """End the process in one line, with 130 or 143, at the first SIGINT or SIGTERM.
+def end_on_signals() -> None:
+    """Let the first SIGINT or SIGTERM end this process in one line, with 130 or 143, from now until it has ended.
 
-    Python's own way, an exception, arrives wherever the program happens to be, also in an import or in a library that
+    Python's own way, an exception, arrives wherever the program happens to be, also in an import, or in a library that
     takes it for something else and goes on. Every file is written so that it is old or new whenever the process ends.
     """
 
@@ -22,8 +23,10 @@ def end_on_signals() -> Iterator[None]:
         os.write(2, line.encode())
         os._exit(128 + signal_number)
 
-    with _handling(end):
-        yield
+    for number in SIGNALS:
+        signal.signal(number, end)
+        # Python takes its handlers away a moment before the process is over: what it did must not look interrupted.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -61,7 +64,7 @@ def listen_for_stop() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import jax
 
 from cnn_jax import checkpoint, run
 from cnn_jax.__main__ import main
+from cnn_jax.signals import end_on_signals
 
 
 def digest_off() -> None:
@@ -38,4 +39,5 @@ SABOTAGES = {"digest off": digest_off, "optimizer left out": optimizer_left_out,
 
 if __name__ == "__main__":
     SABOTAGES[sys.argv[1]]()
+    end_on_signals()
     main(sys.argv[2:])
