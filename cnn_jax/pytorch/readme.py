@@ -10,7 +10,7 @@ from cnn_jax.pytorch.compare import accuracy_table
 ROOT = Path(__file__).parents[2]
 TABLES = {
     "comparison": ("benchmarks/comparison/report.json", accuracy_table),
-    "benchmark": ("benchmarks/results/intel-r-xeon-r-processor-2-cores-2026-11-24.json", speed_table),
+    "benchmark": ("benchmarks/results/amd-epyc-2-cores-2026-11-24.json", speed_table),
 }
 
 
