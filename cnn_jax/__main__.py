@@ -1,6 +1,7 @@
 """The commands: `python -m cnn_jax COMMAND`, installed as `cnn-jax`."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,6 +14,7 @@ from cnn_jax.config import (
     EvaluateSettings,
     ExportSettings,
     ImportTorchSettings,
+    SweepSettings,
     TrainSettings,
     read_settings,
 )
@@ -23,6 +25,7 @@ from cnn_jax.signals import end_on_signals
 Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
+    | Annotated[SweepSettings, tyro.conf.subcommand("sweep")]
     | Annotated[ImportTorchSettings, tyro.conf.subcommand("import-torch")]
     | Annotated[ExportSettings, tyro.conf.subcommand("export")]
     | Annotated[CompareSettings, tyro.conf.subcommand("compare")]
@@ -32,22 +35,26 @@ Command = (
 
 def train(settings: TrainSettings) -> None:
     """Train a run; wrong settings are refused before JAX, which takes a second to import, is touched."""
+    if settings.tensorboard:
+        require("tensorboardX", extra="tensorboard")
     train_examples = count_train_examples(settings.dataset, settings.dataset_dir, settings.data_dir)
-    check_batch_size(settings.batch_size, train_examples)
+    if train_examples is not None:
+        check_batch_size(settings.batch_size, train_examples - (settings.validation or 0))
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
     from cnn_jax.run import train_run
 
     train_run(settings)
 
 
-def require_torch() -> None:
-    """Refuse what needs PyTorch where it is not installed.
+def require(package: str, *, extra: str) -> None:
+    """Refuse what needs a package that is not installed.
 
     Raises:
-      UsageError: naming the extra.
+      UsageError: naming the extra that brings it.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise UsageError("this command needs PyTorch: pip install 'cnn-jax[torch]'")
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"this needs {package}, which is not installed: pip install 'cnn-jax[{extra}]'")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,8 +73,13 @@ def run_command(settings: Command) -> None:
         from cnn_jax.run import evaluate_run
 
         evaluate_run(settings)
+    elif isinstance(settings, SweepSettings):
+        require("optuna", extra="sweep")
+        from cnn_jax.sweep import sweep
+
+        sweep(settings)
     else:
-        require_torch()
+        require("torch", extra="torch")
         if isinstance(settings, ImportTorchSettings):
             from cnn_jax.pytorch.exchange import import_torch
 

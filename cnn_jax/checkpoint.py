@@ -16,14 +16,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.training.train_state import TrainState
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from cnn_jax.errors import NoCheckpointError, StorageError
 from cnn_jax.run_folder import sync
+from cnn_jax.training import TrainState
 
 KEPT_CHECKPOINTS = 3
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATE, META = "state", "meta"  # the two items of a step
 
 
@@ -31,8 +32,8 @@ class Restored(NamedTuple):
     """What a checkpoint held.
 
     Attributes:
-      state: The training state.
-      losses: Those of the epoch that it is in, float32, (steps per epoch,).
+      state: The training state, of each array one for each seed, on this process's first device.
+      losses: Those of the epoch that it is in, float32, (S, steps per epoch).
       meta: What was saved with them, as it was given to `save`.
     """
 
@@ -103,7 +104,7 @@ class Checkpoints:
         """Read the newest checkpoint that is sound; move those aside that are newer and are not.
 
         Args:
-          state: A state of the types, shapes and devices that are wanted: arrays or `jax.ShapeDtypeStruct`s.
+          state: A state of the types and shapes that are wanted: arrays or `jax.ShapeDtypeStruct`s.
           losses: Likewise.
 
         Returns:
@@ -171,12 +172,18 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
     """
     if not writing and not folder.is_dir():
         raise NoCheckpointError(f"{folder} holds no checkpoint; train the run first")
+    if writing:
+        folder.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-        create=writing,
+        create=False,
         read_only=not writing,
         preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
         # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
         enable_async_checkpointing=False,
+        # Of several processes one alone opens the checkpoints: it must not wait for the others.
+        multiprocessing_options=MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="cnn-jax")
+        if jax.process_count() > 1
+        else MultiprocessingOptions(),
     )
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
@@ -224,8 +231,8 @@ def _describe(error: Exception) -> str:
 
 
 def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device)
 
 
 def _shapes(tree: object) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -5,9 +5,10 @@ import dataclasses
 import hashlib
 import io
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class Dataset:
 
     Attributes:
       name: What the user calls it.
-      train_images: (N, height, width, channels), uint8.
+      train_images: (N, height, width, channels), uint8; `RecordedImages` where they are read as they are needed.
       train_labels: (N,), int32, in 0..num_classes-1.
       test_images: (M, height, width, channels), uint8.
       test_labels: (M,), int32, in 0..num_classes-1.
@@ -38,7 +39,7 @@ class Dataset:
     """
 
     name: str
-    train_images: np.ndarray
+    train_images: "np.ndarray | RecordedImages"
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
@@ -65,8 +66,37 @@ def fingerprint(dataset: Dataset) -> str:
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         array = getattr(dataset, name)
         sha256.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha256.update(np.ascontiguousarray(array))
+        _hash_rows(sha256, array)
     return sha256.hexdigest()
+
+
+def _hash_rows(sha256, array):
+    for start in range(0, len(array), RECORDS_A_READ):
+        sha256.update(np.ascontiguousarray(array[start : start + RECORDS_A_READ]))
+
+
+def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, np.ndarray, np.ndarray]:
+    """Split the last training examples off, for validation.
+
+    Returns:
+      The data set without them, their images, (count, height, width, channels) uint8, and labels, (count,) int32.
+
+    Raises:
+      UsageError: nothing would be left to train on.
+    """
+    kept = len(dataset.train_labels) - count
+    if kept < 1:
+        raise UsageError(f"--validation {count}: it must be less than {count + kept}, the size of the training set")
+    images, labels = dataset.train_images[kept:], dataset.train_labels[kept:]
+    train_images = dataset.train_images
+    if isinstance(train_images, np.ndarray):
+        train_images = train_images[:kept]
+    # Recorded images are only ever read at indices below the number of labels.
+    return (
+        dataclasses.replace(dataset, train_images=train_images, train_labels=dataset.train_labels[:kept]),
+        images,
+        labels,
+    )
 
 
 def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> int | None:
@@ -92,25 +122,28 @@ def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path 
     return builder.info.splits["train"].num_examples if "train" in builder.info.splits else None
 
 
-def check_batch_size(batch_size: int, train_examples: int | None) -> None:
-    """Refuse a batch larger than the training set, where that size is known.
+def check_batch_size(batch_size: int, train_examples: int) -> None:
+    """Refuse a batch larger than the training set.
 
     Raises:
       UsageError: not one batch could be made.
     """
-    if train_examples is not None and batch_size > train_examples:
+    if batch_size > train_examples:
         raise UsageError(
             f"--batch-size {batch_size}: it must be at most {train_examples}, the size of the training set"
         )
 
 
-def load_dataset(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> Dataset:
+def load_dataset(
+    dataset: str, dataset_dir: Path | None, data_dir: Path | None, *, resident_bytes: int | None = None
+) -> Dataset:
     """Load a data set into memory; tfds prepares it first where that has not been done.
 
     Args:
       dataset: A tfds name, `mnist` for the embedded files; unused when `dataset_dir` is given.
       dataset_dir: A folder of four IDX files, plain, .gz or .xz.
       data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
+      resident_bytes: tfds's training images stay on the disk where they are more; None loads however many they are.
 
     Raises:
       UsageError: the set is unknown or is not an image classification set.
@@ -120,13 +153,13 @@ def load_dataset(dataset: str, dataset_dir: Path | None, data_dir: Path | None) 
     if dataset_dir is not None:
         return _load_idx_folder(dataset_dir)
     if dataset == "mnist":
-        return _load_mnist(data_dir)
+        return _load_mnist(data_dir, resident_bytes)
     builder = _tfds_builder(dataset, data_dir)
     _prepare(builder, dataset)
-    return _load_tfds(builder, dataset)
+    return _load_tfds(builder, dataset, resident_bytes)
 
 
-def _load_mnist(data_dir: Path | None) -> Dataset:
+def _load_mnist(data_dir: Path | None, resident_bytes: int | None) -> Dataset:
     from cnn_jax.mnist.builder import SHA256, EmbeddedMnist
 
     try:
@@ -136,18 +169,18 @@ def _load_mnist(data_dir: Path | None) -> Dataset:
         raise _cannot_prepare("mnist", data_dir, error) from error
     _prepare(builder, "mnist")
     try:
-        dataset = _load_tfds(builder, "mnist")
+        dataset = _load_tfds(builder, "mnist", resident_bytes)
     except UsageError as error:  # this set is never one that cannot be used
         raise _damaged(builder.data_dir, str(error)) from error
     # The published files can be rebuilt from what was read, so damage to the prepared ones cannot pass.
     for name, array in {
-        "train-images-idx3-ubyte": dataset.train_images[..., 0],
+        "train-images-idx3-ubyte": dataset.train_images,
         "train-labels-idx1-ubyte": dataset.train_labels.astype(np.uint8),
-        "t10k-images-idx3-ubyte": dataset.test_images[..., 0],
+        "t10k-images-idx3-ubyte": dataset.test_images,
         "t10k-labels-idx1-ubyte": dataset.test_labels.astype(np.uint8),
     }.items():
-        digest = hashlib.sha256(idx_header(array.shape))
-        digest.update(np.ascontiguousarray(array))
+        digest = hashlib.sha256(idx_header(array.shape[:3]))
+        _hash_rows(digest, array)
         if digest.hexdigest() != SHA256[name]:
             raise _damaged(builder.data_dir, f"{name} does not have its published SHA-256")
     return dataset
@@ -237,7 +270,7 @@ def _reading_tfds(name: str, data_dir: Path | None) -> Iterator[None]:
         raise _damaged(f"{_place(data_dir)}/{folder}", str(error)) from error
 
 
-def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
+def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str, resident_bytes: int | None) -> Dataset:
     splits = builder.info.splits
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if not splits:
@@ -246,14 +279,16 @@ def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
         raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
     image_key, label_key = _image_and_label_keys(builder, name)
     try:
-        train_images, train_labels = _read_split(builder, "train", image_key, label_key)
-        test_images, test_labels = _read_split(builder, test_split, image_key, label_key)
+        train_images, train_labels = _open_split(builder, "train", image_key, label_key, resident_bytes)
+        test_images, test_labels = _open_split(builder, test_split, image_key, label_key, None)
     except NotImplementedError as error:
         raise UsageError(
             f"--dataset {name}: it is prepared in {builder.data_dir} in a format that only TensorFlow reads; "
             "prepare it with file_format='array_record', or give another --data-dir"
         ) from error
-    except Exception as error:  # the reader raises whatever it stumbles on
+    except InputFileError:
+        raise
+    except Exception as error:  # opening it raises whatever it stumbles on
         raise _damaged(builder.data_dir, str(error)) from error
     num_classes = builder.info.features[label_key].num_classes
     dataset = Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
@@ -263,24 +298,73 @@ def _load_tfds(builder: "tfds.core.DatasetBuilder", name: str) -> Dataset:
     return dataset
 
 
-def _read_split(
-    builder: "tfds.core.DatasetBuilder", split: str, image_key: str, label_key: str
-) -> tuple[np.ndarray, np.ndarray]:
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.proto import tf_example_pb2
+class RecordedImages:
+    """The images of a prepared tfds split, read from the disk when they are asked for.
 
-    # tfds's general deserialiser takes 2.3 s for MNIST's 70,000 examples; reading the two features that are
-    # needed straight from each record takes 1.0 s.
+    Attributes:
+      shape: (N, height, width, channels).
+      dtype: uint8.
+      nbytes: What they would take in memory.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, source: Sequence, image_feature: "tfds.features.Tensor", image_key: str, place: object):
+        self._source = source
+        self._feature = image_feature
+        self._key = image_key
+        self._place = place
+        self.shape = (len(source), *image_feature.shape)
+        self.nbytes = math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, wanted: slice | np.ndarray) -> np.ndarray:
+        """Return images by a slice or by an array of indices, (n, height, width, channels).
+
+        Raises:
+          InputFileError: the prepared files cannot be read.
+        """
+        indices = range(*wanted.indices(len(self))) if isinstance(wanted, slice) else wanted.tolist()
+        return self.read(indices)[0]
+
+    def read(self, indices: Sequence[int], label_key: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return images, and their labels, (n,) int32, where they have a key."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        labels = np.zeros(len(indices), np.int32)
+        try:
+            # tfds's general deserialiser takes 2.3 s for MNIST's 70,000 examples; reading the two features that are
+            # needed straight from each record takes 1.0 s.
+            records = self._source.__getitems__(indices)
+            for place, record in enumerate(records):
+                example = tf_example_pb2.Example.FromString(record).features.feature
+                images[place] = _decode_image(example[self._key], self._feature)
+                if label_key is not None:
+                    labels[place] = example[label_key].int64_list.value[0]
+        except Exception as error:  # the reader raises whatever it stumbles on
+            raise _damaged(self._place, str(error)) from error
+        return images, labels
+
+
+def _open_split(
+    builder: "tfds.core.DatasetBuilder", split: str, image_key: str, label_key: str, resident_bytes: int | None
+) -> tuple[np.ndarray | RecordedImages, np.ndarray]:
+    """Read a split's labels, and its images too where they are not more than may be resident."""
+    import tensorflow_datasets as tfds
+
     source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    image_feature = builder.info.features[image_key]
-    images = np.empty((len(source), *image_feature.shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    for start in range(0, len(source), RECORDS_A_READ):
-        stop = min(start + RECORDS_A_READ, len(source))
-        records = source.__getitems__(range(start, stop))
-        examples = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
-        labels[start:stop] = [example[label_key].int64_list.value[0] for example in examples]
-        images[start:stop] = [_decode_image(example[image_key], image_feature) for example in examples]
+    recorded = RecordedImages(source, builder.info.features[image_key], image_key, builder.data_dir)
+    resident = resident_bytes is None or recorded.nbytes <= resident_bytes
+    images = np.empty(recorded.shape, np.uint8) if resident else recorded
+    labels = np.empty(len(recorded), np.int32)
+    for start in range(0, len(recorded), RECORDS_A_READ):
+        part = slice(start, min(start + RECORDS_A_READ, len(recorded)))
+        read, labels[part] = recorded.read(range(part.start, part.stop), label_key)
+        if resident:
+            images[part] = read
     return images, labels
 
 

@@ -6,14 +6,23 @@ from typing import Literal
 
 import jax
 
+from cnn_jax import hosts
 from cnn_jax.errors import UsageError
 
 
-def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> jax.Device:
-    """Start JAX on a platform and return the device that a run uses.
+def start_devices(
+    platform: Literal["cpu", "gpu", "tpu"] | None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Start JAX on a platform, together with the other processes of the run if there are any.
 
     Args:
       platform: Where to run; None for an accelerator if there is one, else the CPU.
+      coordinator: As for `hosts.join`, and so the next two.
+      num_processes: How many processes there are.
+      process_id: Which of them this is.
 
     Raises:
       UsageError: this machine or this installation has no such device.
@@ -21,8 +30,9 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> jax.Device:
     _keep_compiled_code()
     if platform is not None:
         jax.config.update("jax_platforms", platform)
+    hosts.join(coordinator, num_processes, process_id)
     try:
-        return jax.devices()[0]
+        jax.devices()
     except RuntimeError as error:
         extra = {
             "gpu": "; on an NVIDIA GPU it needs pip install 'cnn-jax[cuda]'",
@@ -32,11 +42,22 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> jax.Device:
         raise UsageError(f"{wanted}: JAX finds no such device here{extra.get(platform, '')}") from error
 
 
-def describe_device(device: jax.Device) -> str:
-    """Return a device's kind in a few words, such as `cpu (2 cores)` or `gpu (NVIDIA H100 80GB HBM3)`."""
+def describe_devices() -> str:
+    """Return all devices in a few words, such as `cpu (2 cores)` or `8 x gpu (NVIDIA H100 80GB HBM3), 2 processes`."""
+    device, count = jax.devices()[0], len(jax.devices())
+    kind = device.device_kind
     if device.platform == "cpu":
-        return f"cpu ({len(os.sched_getaffinity(0))} cores)" if hasattr(os, "sched_getaffinity") else "cpu"
-    return f"{device.platform} ({device.device_kind})"
+        kind = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else ""
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{f'{count} x ' if count > 1 else ''}{device.platform}{f' ({kind})' if kind else ''}{processes}"
+
+
+def device_bytes() -> int:
+    """Return the memory of one device; of a CPU, the machine's."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics is not None and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _keep_compiled_code() -> None:

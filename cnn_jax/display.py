@@ -9,10 +9,14 @@ from rich.table import Table
 
 
 class Display:
-    """A run's output. On a terminal there is a progress bar; elsewhere, a line an epoch and no control characters."""
+    """A run's output. On a terminal there is a progress bar; elsewhere, a line an epoch and no control characters.
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    Of several processes that train together one shows it, and the others nothing.
+    """
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
+        self._console = Console(stderr=True, highlight=False, quiet=not shown)
         self._progress: Progress | None = None
         self._task = None
 
@@ -23,8 +27,9 @@ class Display:
 
     def result(self, line: str) -> None:
         """Write one of the tutorial's lines to stdout."""
-        with self._bar_hidden():
-            print(line, flush=True)
+        if self._shown:
+            with self._bar_hidden():
+                print(line, flush=True)
 
     def epoch_cost(self, epoch: int, cost: float) -> None:
         """Write an epoch's cost to stdout in the tutorial's format; epochs count from 1."""
@@ -37,7 +42,7 @@ class Display:
     @contextlib.contextmanager
     def progress(self, *, total_steps: int, steps_done: int) -> Iterator[None]:
         """Show a progress bar, on a terminal, until the block ends."""
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or not self._shown:
             yield
             return
         self._progress = Progress(
@@ -57,21 +62,30 @@ class Display:
             yield
         self._progress = None
 
-    def advance(self, *, epoch: int, epochs: int, step: int, cost: float, examples_per_second: float) -> None:
+    def advance(self, *, epoch: int, epochs: float, step: int, cost: float, examples_per_second: float) -> None:
         """Move the bar: the step reached, the epoch's mean cost so far and the images trained a second."""
         if self._progress is not None:
             self._progress.update(
                 self._task,
                 completed=step,
-                description=f"epoch {epoch}/{epochs}",
+                description=f"epoch {epoch}/{epochs:g}",
                 status=f"cost {cost:.4f}  {examples_per_second:,.0f} images/s",
             )
 
-    def epoch_line(self, *, epoch: int, epochs: int, accuracy: float, examples_per_second: float, left: float) -> None:
+    def epoch_line(
+        self,
+        *,
+        epoch: int,
+        epochs: float,
+        tested_on: str,
+        accuracy: float,
+        examples_per_second: float,
+        left: float,
+    ) -> None:
         """Without a terminal, say where the run is: it has no bar to show it."""
         if not self._console.is_terminal:
             self.say(
-                f"epoch {epoch}/{epochs}: test accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
+                f"epoch {epoch}/{epochs:g}: {tested_on} accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
                 f"{describe_seconds(left)} left"
             )
 

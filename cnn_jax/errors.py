@@ -1,8 +1,9 @@
 """The failures that a user can cause or meet, the exit code of each, and how one is told."""
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
@@ -40,6 +41,12 @@ class RunLockedError(CnnJaxError):
     """Another process is writing the run."""
 
     exit_code = 6
+
+
+class HostLostError(CnnJaxError):
+    """Another process of the same run, on this host or on another, is gone."""
+
+    exit_code = 7
 
 
 class InputFileError(CnnJaxError):
@@ -85,5 +92,19 @@ def one_line_failures(debug: bool) -> Iterator[None]:
 
 
 def _end(line: str, exit_code: int) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
-    sys.exit(exit_code)
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    _leave(exit_code)
+
+
+_leave: Callable[[int], NoReturn] = sys.exit
+
+
+def leave_at_once() -> None:
+    """Let a failure end this process without what Python does at its end: there, JAX waits for the other processes."""
+    global _leave
+
+    def leave(exit_code: int) -> NoReturn:
+        sys.stdout.flush()
+        os._exit(exit_code)
+
+    _leave = leave

@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("agg")  # files only: no window, no display needed
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from cnn_jax.run_folder import EpochMetrics
 
 COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
 
@@ -40,6 +45,31 @@ def plot_comparison(report: dict, file: Path) -> None:
     apart.set(xlabel="step", ylabel="difference", title="From equal weights and order")
     apart.legend()
     figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def plot_seeds(metrics: list[EpochMetrics], file: Path) -> None:
+    """Draw each seed's cost and accuracy over the epochs, and their means."""
+    figure, (costs, accuracies) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    epochs = [epoch.epoch for epoch in metrics]
+    panels = ((costs, [epoch.cost for epoch in metrics]), (accuracies, [epoch.accuracy for epoch in metrics]))
+    for axes, values in panels:
+        axes.plot(epochs, values, color=COLOURS["cnn-jax"], alpha=0.35, linewidth=1)
+        axes.plot(epochs, np.mean(values, axis=1), "o-", color="#333333", markersize=3, label="mean")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    costs.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training", yscale="log")
+    tested_on = metrics[-1].tested_on
+    accuracies.set(xlabel="epoch", ylabel=f"{tested_on} accuracy", title=f"{len(metrics[-1].cost)} seeds")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def save_axes(axes: Axes, file: Path) -> None:
+    """Write down what a library has drawn, and forget it."""
+    figure = axes.figure
+    figure.set_size_inches(9, 5)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import dataclasses
+import logging
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -13,13 +15,14 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.training.train_state import TrainState
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from cnn_jax import __version__
 from cnn_jax.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.config import EvaluateSettings, TrainSettings
-from cnn_jax.data import Dataset, check_batch_size, fingerprint, load_dataset
-from cnn_jax.devices import describe_device, start_devices
+from cnn_jax.data import Dataset, check_batch_size, fingerprint, hold_out, load_dataset
+from cnn_jax.devices import describe_devices, device_bytes, start_devices
 from cnn_jax.display import Display, describe_seconds
 from cnn_jax.errors import (
     InputFileError,
@@ -29,15 +32,36 @@ from cnn_jax.errors import (
     TargetAccuracyError,
     UsageError,
 )
-from cnn_jax.evaluation import Evaluation, compile_evaluation, evaluate
+from cnn_jax.evaluation import Evaluation, spread
+from cnn_jax.feed import Piece, ResidentFeed, StreamFeed
+from cnn_jax.hosts import agree, fetch, is_first, lost_hosts_told, on_first
 from cnn_jax.model import CNN
+from cnn_jax.parallel import (
+    SEEDS,
+    choose_group,
+    create_states,
+    epoch_orders,
+    evaluate_seeds,
+    make_mesh,
+    place,
+    place_test_set,
+    run_steps_of_seeds,
+    seed_keys,
+    sums_of_seeds,
+)
+from cnn_jax.recipes import make_recipe
 from cnn_jax.run_folder import EpochMetrics, RunFolder, deciding_settings
 from cnn_jax.signals import StopRequest, listen_for_stop
-from cnn_jax.training import create_train_state, epoch_order, make_keys, run_steps
+from cnn_jax.training import TrainState
 
 # A segment is as many steps as take this long: the bar moves and a signal is answered after each.
 SEGMENT_SECONDS = 0.7
 FIRST_SEGMENT_STEPS = 5
+# Of a device's memory, for training images that stay there; more of them are streamed.
+RESIDENT_SHARE = 0.4
+PROFILED_STEPS = 10
+
+log = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -66,30 +90,10 @@ def train_run(settings: TrainSettings) -> None:
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
-    display, stopwatch, folder = Display(), Stopwatch(), RunFolder(settings.run_folder)
-    with contextlib.ExitStack() as held:
-        if not settings.dry_run:
-            held.enter_context(folder.locked())
-            if settings.fresh and (aside := folder.move_aside()):
-                display.say(f"the earlier run is now {aside}")
-                held.enter_context(folder.locked())
-        if not settings.fresh:
-            folder.check_settings(settings)
-        with stopwatch.part("loading"):
-            device = start_devices(settings.platform)
-            display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_device(device)}")
-            dataset = load_run_data(settings)
-        _introduce(display, settings, dataset)
-        if settings.dry_run:
-            display.say("dry run: nothing was trained or written")
+    with trained(settings) as training:
+        if training is None:
             return
-        folder.write_settings(settings)
-        with open_checkpoints(folder.checkpoints, writing=True, warn=display.say) as checkpoints:
-            training = _Training(settings, dataset, folder, checkpoints, display, stopwatch)
-            training.restore()
-            if not training.finished:
-                training.train()
-            accuracy = training.report()
+        accuracy = training.report()
     if settings.target_accuracy is not None and accuracy < settings.target_accuracy:
         raise TargetAccuracyError(
             f"test accuracy {accuracy:.4f} is below --target-accuracy {settings.target_accuracy}; "
@@ -97,32 +101,92 @@ def train_run(settings: TrainSettings) -> None:
         )
 
 
+@contextlib.contextmanager
+def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Training | None"]:
+    """Train a run, or continue it, and hold it until the block ends.
+
+    Args:
+      settings: Of the run.
+      shown: Whether a person is to see how it goes.
+
+    Returns:
+      The run at its end; None after a dry run.
+
+    Raises:
+      CnnJaxError: each failure as the class that names it.
+    """
+    stopwatch, folder = Stopwatch(), RunFolder(settings.run_folder)
+    with contextlib.ExitStack() as held:
+        with stopwatch.part("loading"):
+            start_devices(settings.platform, settings.coordinator, settings.num_processes, settings.process_id)
+        held.enter_context(lost_hosts_told())
+        display = Display(shown=shown and is_first())
+        if not settings.dry_run:
+            on_first(lambda: _take_over(folder, settings, held, display))
+        if not settings.fresh:
+            on_first(lambda: folder.check_settings(settings))
+        display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
+        with stopwatch.part("loading"):
+            dataset = load_run_data(settings)
+        _introduce(display, settings, dataset)
+        if settings.dry_run:
+            display.say("dry run: nothing was trained or written")
+            yield None
+            return
+        on_first(lambda: folder.write_settings(settings))
+        checkpoints = None
+        if is_first():
+            checkpoints = held.enter_context(open_checkpoints(folder.checkpoints, writing=True, warn=display.say))
+        training = Training(settings, dataset, folder, checkpoints, display, stopwatch)
+        training.restore()
+        if not training.finished:
+            training.train()
+        yield training
+
+
+def _take_over(folder, settings, held, display):
+    """Lock the run's folder until `held` ends, and move what is in it aside if the run is to be fresh."""
+    held.enter_context(folder.locked())
+    if settings.fresh and (aside := folder.move_aside()):
+        display.say(f"the earlier run is now {aside}")
+        held.enter_context(folder.locked())
+
+
 def evaluate_run(settings: EvaluateSettings) -> None:
-    """Test a run's newest checkpoint on all test images and print the accuracy.
+    """Test a run's newest checkpoint on all test images and print the accuracy: with several seeds, their mean.
 
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
     display, folder = Display(), RunFolder(settings.run_folder)
     start_devices(settings.platform)
-    state, dataset = restore_run(folder, settings.data_dir, display.say)
-    images, labels = jax.device_put((dataset.test_images, dataset.test_labels))
-    result = evaluate(state.apply_fn, state.params, images, labels, unscaled=settings.unscaled)
+    run, states, dataset = restore_run(folder, settings.data_dir, display.say)
+    mesh = make_mesh(run.seeds)
+    test_set = place_test_set(dataset.test_images, dataset.test_labels, mesh)
+    params = place(states.tested_params, mesh, P(SEEDS))
+    results = evaluate_seeds(states.apply_fn, params, *test_set, mesh=mesh, unscaled=settings.unscaled)
     pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
-    display.say(
-        f"{folder.path} after {int(state.step):,} steps: {result.correct:,} of {result.count:,} test images of "
-        f"{dataset.name} right, loss {result.loss:.4f}; on {pixels}"
-    )
-    display.accuracy(result.accuracy)
+    for seed, result in enumerate(results, start=run.seed):
+        of_seed = f", seed {seed}" if run.seeds > 1 else ""
+        display.say(
+            f"{folder.path}{of_seed} after {int(states.step[0]):,} steps: {result.correct:,} of {result.count:,} "
+            f"test images of {dataset.name} right, loss {result.loss:.4f}; on {pixels}"
+        )
+    display.accuracy(statistics.fmean(result.accuracy for result in results))
 
 
-def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]) -> tuple[TrainState, Dataset]:
-    """Return the state of a run's newest checkpoint, and the data set that it was trained on.
+def restore_run(
+    folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]
+) -> tuple[TrainSettings, TrainState, Dataset]:
+    """Return a run's settings, its states in its newest checkpoint, and the data set that it was trained on.
 
     Args:
       folder: The run's folder.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
       warn: Told, in a line, of each checkpoint that is damaged.
+
+    Returns:
+      The settings; the states, on the host, of each array one for each seed; the data set.
 
     Raises:
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
@@ -131,29 +195,63 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
     settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
     with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
         dataset = load_run_data(settings)
-        restored = checkpoints.restore_latest(*initial_state(settings, dataset))
+        train_examples = len(dataset.train_labels) - (settings.validation or 0)
+        restored = checkpoints.restore_latest(*_templates(settings, dataset, train_examples))
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
-    return restored.state, dataset
+    return settings, restored.state, dataset
 
 
 def load_run_data(settings: TrainSettings) -> Dataset:
     """Load the data set that a run's settings name, and refuse one that does not fit them or the network."""
-    dataset = load_dataset(settings.dataset, settings.dataset_dir, settings.data_dir)
-    check_batch_size(settings.batch_size, len(dataset.train_labels))
+    dataset = load_dataset(
+        settings.dataset, settings.dataset_dir, settings.data_dir, resident_bytes=_resident_bytes(settings)
+    )
+    check_batch_size(settings.batch_size, len(dataset.train_labels) - (settings.validation or 0))
     height, width, _ = dataset.train_images.shape[1:]
     if min(height, width) < 4:
         raise UsageError(f"{dataset.name} has images of {height}x{width}; two poolings need at least 4x4")
     return dataset
 
 
-def initial_state(settings: TrainSettings, dataset: Dataset) -> tuple[TrainState, jax.Array]:
-    """Return the state before step 0, and room for the losses of an epoch."""
-    init_key, _ = make_keys(settings.seed)
-    model = CNN(num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
-    create = jax.jit(create_train_state, static_argnums=(1, 2, 3))
-    state = create(init_key, model, dataset.train_images.shape[1:], settings.learning_rate)
-    return state, jnp.zeros(len(dataset.train_labels) // settings.batch_size, jnp.float32)
+def _resident_bytes(settings):
+    """Return how many bytes of training images may stay on the device; None for any number."""
+    if settings.feed is None:
+        return int(RESIDENT_SHARE * device_bytes())
+    return 0 if settings.feed == "stream" else None
+
+
+def initial_states(settings: TrainSettings, dataset: Dataset, train_examples: int, mesh: Mesh) -> TrainState:
+    """Return the states before step 0, one for each seed.
+
+    Args:
+      settings: The run's.
+      dataset: Whose images and classes shape the network.
+      train_examples: How many of its images are trained on.
+      mesh: Of `make_mesh`.
+    """
+    model = CNN(features=settings.features, num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
+    last_step = count_steps(settings.epochs, train_examples // settings.batch_size)
+    recipe = make_recipe(settings.recipe, settings.learning_rate, last_step)
+    init_keys, _, _ = seed_keys(_seeds(settings), mesh)
+    return create_states(init_keys, model, dataset.train_images.shape[1:], recipe, mesh)
+
+
+def count_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Return the steps of so many epochs: at least one."""
+    return max(1, round(epochs * steps_per_epoch))
+
+
+def _seeds(settings):
+    return np.arange(settings.seed, settings.seed + settings.seeds, dtype=np.uint32)
+
+
+def _templates(settings, dataset, train_examples):
+    """Return the shapes and dtypes of a run's states and losses."""
+    mesh = make_mesh(settings.seeds)
+    states = jax.eval_shape(lambda: initial_states(settings, dataset, train_examples, mesh))
+    losses = jax.ShapeDtypeStruct((settings.seeds, train_examples // settings.batch_size), jnp.float32)
+    return states, losses
 
 
 def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
@@ -167,50 +265,70 @@ def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
 
 
 def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> None:
-    shapes = jax.eval_shape(lambda: initial_state(settings, dataset)[0].params)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    train_examples = len(dataset.train_labels) - (settings.validation or 0)
+    shapes, _ = _templates(settings, dataset, train_examples)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params)) // settings.seeds
     size = "x".join(map(str, dataset.train_images.shape[1:]))
     display.say(
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
         f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
     )
+    how = {"tutorial": "Adam at", "fast": "recipe fast, peak", "accurate": "recipe accurate, peak"}[settings.recipe]
+    last_seed = settings.seed + settings.seeds - 1
+    seeds = f"seeds {settings.seed} to {last_seed}" if settings.seeds > 1 else f"seed {settings.seed}"
+    held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
     display.say(
-        f"{settings.run_folder}: {settings.epochs} epochs of "
-        f"{len(dataset.train_labels) // settings.batch_size:,} steps, batch {settings.batch_size}, "
-        f"Adam at {settings.learning_rate:g}, {settings.precision}, seed {settings.seed}"
+        f"{settings.run_folder}: {settings.epochs:g} epochs of {train_examples // settings.batch_size:,} steps, "
+        f"batch {settings.batch_size}, {how} {settings.learning_rate:g}, {settings.precision}, {seeds}{held_out}"
     )
 
 
-class _Training:
-    """A run in progress: its state on the device, and the files and the display that follow it."""
+class Training:
+    """A run in progress: its states on the devices, and the files and the display that follow them.
+
+    Attributes:
+      metrics: Of the epochs that are done, in order.
+    """
 
     def __init__(
         self,
         settings: TrainSettings,
         dataset: Dataset,
         folder: RunFolder,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,  # in process 0 alone
         display: Display,
         stopwatch: Stopwatch,
     ):
         self.settings = settings
+        self.dataset = dataset
         self.folder = folder
         self.checkpoints = checkpoints
         self.display = display
         self.stopwatch = stopwatch
-        self.dataset = dataset
-        self.num_examples = len(dataset.train_labels)
+        self.mesh = make_mesh(settings.seeds)
+        self.meta = describe_run(settings, dataset) if is_first() else {}
         with stopwatch.part("loading"):
-            self.train_set = jax.device_put((dataset.train_images, dataset.train_labels))
-            self.test_set = jax.device_put((dataset.test_images, dataset.test_labels))
+            train_set, epoch_test_set = dataset, (dataset.test_images, dataset.test_labels)
+            if settings.validation is not None:
+                train_set, *epoch_test_set = hold_out(dataset, settings.validation)
+            self.num_examples = len(train_set.train_labels)
+            streams = train_set.train_images.nbytes > (_resident_bytes(settings) or float("inf"))
+            streams |= settings.feed == "stream"
+            self.feed = (StreamFeed if streams else ResidentFeed)(train_set, self.mesh)
+            self.epoch_test_set = place_test_set(*epoch_test_set, self.mesh)
         with stopwatch.part("compiling"):
-            self.state, self.losses = initial_state(settings, dataset)
-        self.meta = describe_run(settings, dataset)
-        self.steps_per_epoch = len(self.losses)
-        self.last_step = settings.epochs * self.steps_per_epoch
+            _, self.order_keys, self.augment_keys = seed_keys(_seeds(settings), self.mesh)
+            self.states = initial_states(settings, dataset, self.num_examples, self.mesh)
+        self.steps_per_epoch = self.num_examples // settings.batch_size
+        self.last_step = count_steps(settings.epochs, self.steps_per_epoch)
+        self.losses = np.zeros((settings.seeds, self.steps_per_epoch), np.float32)
+        self.group: int | None = None
         self.step = 0
         self.metrics: list[EpochMetrics] = []
+        self.epochs_here = 0  # whose end this process has trained
         self.segment_steps = FIRST_SEGMENT_STEPS
+        self.profile = settings.profile
+        log.info("mesh %s, %s", dict(self.mesh.shape), type(self.feed).__name__)
 
     @property
     def finished(self) -> bool:
@@ -219,22 +337,34 @@ class _Training:
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one, and print what was printed up to there."""
         with self.stopwatch.part("loading"):
-            restored = self.checkpoints.restore_latest(self.state, self.losses)
+            restored = on_first(self._read_newest)
+        metrics = on_first(self.folder.read_metrics)
         if restored is not None:
-            self._check(restored.meta)
-            self.state, self.losses = restored.state, restored.losses
-            self.step = int(self.state.step)
+            states, self.losses, self.step = restored
+            self.states = jax.tree.unflatten(jax.tree.structure(self.states), place(states, self.mesh, P(SEEDS)))
             if self.finished:
                 self.display.say("this run is finished: a larger --epochs continues it, --fresh starts anew")
             else:
                 self.display.say(f"continuing after step {self.step:,} of {self.last_step:,}")
-        # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again.
-        metrics = self.folder.read_metrics()
-        self.metrics = [epoch for epoch in metrics if epoch.step <= self.step]
+        # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again. So
+        # does one that was the last and ended before its time.
+        self.metrics = [
+            epoch
+            for epoch in metrics
+            if epoch.step <= self.step and (epoch.step % self.steps_per_epoch == 0 or self.finished)
+        ]
         if self.metrics != metrics:
-            self.folder.write_metrics(self.metrics)
+            on_first(lambda: self.folder.write_metrics(self.metrics))
         for epoch in self.metrics:
-            self.display.epoch_cost(epoch.epoch, epoch.cost)
+            self.display.epoch_cost(epoch.epoch, statistics.fmean(epoch.cost))
+
+    def _read_newest(self):
+        """Return the leaves of the newest states, the losses and the step of process 0's newest checkpoint, if any."""
+        restored = self.checkpoints.restore_latest(*_templates(self.settings, self.dataset, self.num_examples))
+        if restored is None:
+            return None
+        self._check(restored.meta)
+        return jax.device_get(jax.tree.leaves(restored.state)), np.array(restored.losses), restored.meta["step"]
 
     def _check(self, saved: dict) -> None:
         """Refuse to continue on data that have changed; say what else differs that may change the bits."""
@@ -251,98 +381,152 @@ class _Training:
 
     def train(self) -> None:
         """Train to the last epoch, unless a signal stops it."""
-        progress = self.display.progress(total_steps=self.last_step, steps_done=self.step)
-        with listen_for_stop() as request, progress:
+        with contextlib.ExitStack() as held:
+            self.scalars = None
+            if self.settings.tensorboard and is_first():
+                from cnn_jax.tensorboard import open_scalars
+
+                self.scalars = held.enter_context(open_scalars(self.folder.path / "tensorboard", after_step=self.step))
+            request = held.enter_context(listen_for_stop())
+            held.enter_context(self.display.progress(total_steps=self.last_step, steps_done=self.step))
             self._compile()
             while not self.finished:
                 self._train_epoch(request)
 
     def _compile(self) -> None:
         with self.stopwatch.part("compiling"):
-            run_steps.lower(self.state, self.losses, *self.train_set, self._order(0), 0, 0).compile()
-            compile_evaluation(self.state.apply_fn, self.state.params, *self.test_set)
+            orders = self._orders(0)
+            piece = next(self.feed.pieces(orders, 0))
+            seeds_here = self.settings.seeds // self.mesh.shape[SEEDS]
+            on_cpu = jax.default_backend() == "cpu"
+            if seeds_here > 1 and not on_cpu:
+                one = self._lower(piece).compile().memory_analysis()
+                self.group = choose_group(seeds_here, one.temp_size_in_bytes, device_bytes())
+            self._lower(piece).compile()
+            tested = (self.states.tested_params, *self.epoch_test_set, jnp.float32(255))
+            sums_of_seeds.lower(*tested, apply_fn=self.states.apply_fn, mesh=self.mesh).compile()
+        log.info(
+            "compiled in %.1f s; seeds trained at once: %s", self.stopwatch.seconds["compiling"], self.group or "one"
+        )
 
-    def _order(self, epoch: int) -> jax.Array:
-        _, order_key = make_keys(self.settings.seed)
-        batch_size = self.settings.batch_size
-        return epoch_order(order_key, epoch, num_examples=self.num_examples, batch_size=batch_size)
+    def _lower(self, piece: Piece):
+        return run_steps_of_seeds.lower(*self._arguments(piece, 0, 0), **self._laid_out(piece))
+
+    def _arguments(self, piece, first, stop):
+        return self.states, piece.images, piece.labels, piece.orders, self.augment_keys, first, stop
+
+    def _laid_out(self, piece):
+        return {"mesh": self.mesh, "group": self.group, "examples": piece.examples}
+
+    def _orders(self, epoch: int) -> jax.Array:
+        sizes = {"num_examples": self.num_examples, "batch_size": self.settings.batch_size, "mesh": self.mesh}
+        return epoch_orders(self.order_keys, epoch, **sizes)
 
     def _train_epoch(self, request: StopRequest) -> None:
         """Train from the step reached to the end of its epoch, then test, write the metrics and save."""
         epoch = self.step // self.steps_per_epoch
-        order = self._order(epoch)
+        stop = min(self.last_step, (epoch + 1) * self.steps_per_epoch)
         begin, seconds = self.step, 0.0
-        while True:
-            if request.signal_number is not None:
-                self._stop(request.signal_number)
-            seconds += self._train_segment(order)
-            examples_per_second = (self.step - begin) * self.settings.batch_size / seconds
-            losses = np.asarray(self.losses)[: self.step - epoch * self.steps_per_epoch]
-            cost = float(losses.mean(dtype=np.float64))
-            self.display.advance(
-                epoch=epoch + 1,
-                epochs=self.settings.epochs,
-                step=self.step,
-                cost=cost,
-                examples_per_second=examples_per_second,
-            )
-            if self.step % self.steps_per_epoch == 0:
+        if self.step % self.steps_per_epoch == 0:
+            self.losses = np.zeros_like(self.losses)
+        costs = np.empty(0)
+        for piece in self.feed.pieces(self._orders(epoch), self.step % self.steps_per_epoch):
+            piece_stop = min(stop, epoch * self.steps_per_epoch + piece.stop)
+            while self.step < piece_stop:
+                length = self._agree_on_a_segment(request, piece_stop)
+                seconds += self._train_segment(piece, length)
+                costs = self.losses[:, : self.step - epoch * self.steps_per_epoch].mean(axis=1, dtype=np.float64)
+                self.display.advance(
+                    epoch=epoch + 1,
+                    epochs=self.settings.epochs,
+                    step=self.step,
+                    cost=float(costs.mean()),
+                    examples_per_second=self._speed(begin, seconds),
+                )
+                if self._saves_at(self.step) and self.step < stop:
+                    self._save()
+            if self.step == stop:
                 break
-            if self._saves_at(self.step):
-                self._save()
-        result = self.test()
-        self.metrics.append(
-            EpochMetrics(
-                epoch=epoch + 1,
-                step=self.step,
-                cost=cost,
-                test_accuracy=result.accuracy,
-                test_loss=result.loss,
-                seconds=seconds,
-                examples_per_second=examples_per_second,
-            )
+        results = self.test(self.epoch_test_set)
+        metrics = EpochMetrics(
+            epoch=epoch + 1,
+            step=self.step,
+            cost=costs.tolist(),
+            accuracy=[result.accuracy for result in results],
+            loss=[result.loss for result in results],
+            tested_on="test" if self.settings.validation is None else "validation",
+            seconds=seconds,
+            examples_per_second=self._speed(begin, seconds),
+            step_milliseconds=1e3 * seconds / (self.step - begin),
+            compile_seconds=self.stopwatch.seconds["compiling"] if not self.epochs_here else 0.0,
         )
+        self.epochs_here += 1
+        self.metrics.append(metrics)
         with self.stopwatch.part("saving"):
-            self.folder.write_metrics(self.metrics)
+            on_first(lambda: self.folder.write_metrics(self.metrics))
         self._save()
-        self.display.epoch_cost(epoch + 1, cost)
+        if self.scalars is not None:
+            self.scalars.write(metrics)
+        self.display.epoch_cost(epoch + 1, statistics.fmean(metrics.cost))
         self.display.epoch_line(
             epoch=epoch + 1,
             epochs=self.settings.epochs,
-            accuracy=result.accuracy,
-            examples_per_second=examples_per_second,
-            left=(self.last_step - self.step) * self.settings.batch_size / examples_per_second,
+            tested_on=metrics.tested_on,
+            accuracy=statistics.fmean(metrics.accuracy),
+            examples_per_second=metrics.examples_per_second,
+            left=(self.last_step - self.step) * metrics.step_milliseconds / 1e3,
         )
 
-    def _train_segment(self, order: jax.Array) -> float:
-        """Run the next few steps of the epoch in one compiled loop, and return the seconds that took."""
-        first = self.step % self.steps_per_epoch
-        length = min(self.segment_steps, self.steps_per_epoch - first)
-        if self.settings.checkpoint_every_steps is not None:
-            length = min(
-                length,
-                self.settings.checkpoint_every_steps - self.step % self.settings.checkpoint_every_steps,
-            )
+    def _speed(self, begin, seconds):
+        return (self.step - begin) * self.settings.batch_size * self.settings.seeds / seconds
+
+    def _agree_on_a_segment(self, request: StopRequest, piece_stop: int) -> int:
+        """Return how many steps to take next, the same in every process; save and stop if one was asked to."""
+        told = agree(request.signal_number or 0, self.segment_steps)
+        if told[:, 0].any():
+            self._stop(int(told[:, 0].max()))
+        length = min(int(told[0, 1]), piece_stop - self.step)
+        every = self.settings.checkpoint_every_steps
+        return length if every is None else min(length, every - self.step % every)
+
+    def _train_segment(self, piece: Piece, length: int) -> float:
+        """Run the next few steps of an epoch in one compiled loop, and return the seconds that took."""
+        place_in_epoch = self.step % self.steps_per_epoch
+        first = place_in_epoch - piece.first
+        # The first segment of a process still warms the device up: the one after it is traced.
+        profiled = self.profile is not None and self.segment_steps != FIRST_SEGMENT_STEPS
+        if profiled:
+            length = min(length, PROFILED_STEPS)
         start = time.perf_counter()
-        self.state, self.losses = run_steps(self.state, self.losses, *self.train_set, order, first, first + length)
-        losses = np.asarray(self.losses)[first : first + length]
+        with jax.profiler.trace(self.profile) if profiled else contextlib.nullcontext():
+            self.states, losses = run_steps_of_seeds(
+                *self._arguments(piece, first, first + length), **self._laid_out(piece)
+            )
+            losses = fetch(losses)[:, first : first + length]
         seconds = time.perf_counter() - start
+        if profiled:
+            self.display.say(f"a trace of {length} steps is in {self.profile}")
+            self.profile = None
         self.stopwatch.seconds["training"] += seconds
         # The state of a non-finite loss is lost with this exception: it is never tested, written down or saved.
         if not np.isfinite(losses).all():
-            step = self.step + int(np.argmin(np.isfinite(losses))) + 1
+            place_of, seed = np.argwhere(~np.isfinite(losses.T))[0]
+            of_seed = f" of seed {self.settings.seed + seed}" if self.settings.seeds > 1 else ""
             raise NonFiniteLossError(
-                f"the loss of step {step:,} is {losses[step - self.step - 1]}; the checkpoints in "
-                f"{self.checkpoints.folder} are from before; lower --learning-rate"
+                f"the loss of step {self.step + place_of + 1:,}{of_seed} is {losses[seed, place_of]}; the checkpoints "
+                f"in {self.folder.checkpoints} are from before; lower --learning-rate"
             )
+        self.losses[:, place_in_epoch : place_in_epoch + length] = losses
         self.step += length
         self.segment_steps = max(1, round(length * SEGMENT_SECONDS / seconds))
         return seconds
 
-    def test(self, *, unscaled: bool = False) -> Evaluation:
-        """Test the network as it is now on all test images."""
+    def test(self, images_and_labels: tuple[jax.Array, jax.Array], *, unscaled: bool = False) -> list[Evaluation]:
+        """Test each seed's network as it is now on all images of a set."""
         with self.stopwatch.part("testing"):
-            return evaluate(self.state.apply_fn, self.state.params, *self.test_set, unscaled=unscaled)
+            return evaluate_seeds(
+                self.states.apply_fn, self.states.tested_params, *images_and_labels, mesh=self.mesh, unscaled=unscaled
+            )
 
     def _saves_at(self, step: int) -> bool:
         every = self.settings.checkpoint_every_steps
@@ -350,10 +534,11 @@ class _Training:
 
     def _save(self) -> None:
         with self.stopwatch.part("saving"):
-            self.checkpoints.save(self.step, self.state, self.losses, self.meta)
+            states = fetch(self.states)
+            on_first(lambda: self.checkpoints.save(self.step, states, self.losses, self.meta))
 
     def _stop(self, signal_number: int) -> NoReturn:
-        if self.step > 0 and self.checkpoints.latest_step() != self.step:
+        if self.step > 0 and on_first(lambda: self.checkpoints.latest_step()) != self.step:
             self._save()
         saved = "which is saved; run the same command again to continue"
         raise StopSignalError(
@@ -363,23 +548,51 @@ class _Training:
         )
 
     def report(self) -> float:
-        """Print the test accuracy and where the time went; return the accuracy."""
-        last = self.metrics[-1]
-        self.display.accuracy(last.test_accuracy)
-        rows = [
-            (
-                "test accuracy",
-                f"{last.test_accuracy:.4f} on pixels in [0, 1], of {len(self.test_set[1]):,} images",
-            )
-        ]
-        result = {"test_accuracy": last.test_accuracy}
+        """Print the test accuracy and where the time went, write result.json; return the mean test accuracy."""
+        last, rows, result = self.metrics[-1], [], {}
+        accuracies = last.accuracy
+        test_set = self.epoch_test_set
+        if self.settings.validation is not None:
+            rows.append(("validation accuracy", f"{_told(last.accuracy)} of {self.settings.validation:,} images"))
+            result["validation_accuracy"] = statistics.fmean(last.accuracy)
+            test_set = place_test_set(self.dataset.test_images, self.dataset.test_labels, self.mesh)
+            accuracies = [evaluation.accuracy for evaluation in self.test(test_set)]
+        self.display.accuracy(statistics.fmean(accuracies))
+        count = len(self.dataset.test_labels)
+        rows.append(("test accuracy", f"{_told(accuracies)} on pixels in [0, 1], of {count:,} images"))
+        result["test_accuracy"] = statistics.fmean(accuracies)
         # Only MNIST's tutorial has a number to compare this with.
         if self.dataset.name == "mnist":
-            result["unscaled_test_accuracy"] = unscaled = self.test(unscaled=True).accuracy
-            rows.append(("as the tutorial tests", f"{unscaled:.4f} on pixels in 0..255"))
+            unscaled = [evaluation.accuracy for evaluation in self.test(test_set, unscaled=True)]
+            result["unscaled_test_accuracy"] = statistics.fmean(unscaled)
+            rows.append(("as the tutorial tests", f"{_told(unscaled)} on pixels in 0..255"))
+        if self.settings.seeds > 1:
+            spread_of_seeds = spread(accuracies)
+            rows += [
+                ("standard error", f"{spread_of_seeds.standard_error:.5f}"),
+                ("95 % interval", f"{spread_of_seeds.low:.4f} to {spread_of_seeds.high:.4f}"),
+                ("each seed", " ".join(f"{accuracy:.4f}" for accuracy in accuracies)),
+            ]
+            by_seed = zip(_seeds(self.settings).tolist(), accuracies, strict=True)
+            result["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
+            result["spread"] = dataclasses.asdict(spread_of_seeds)
+        if is_first():
+            self._write_report(rows, result)
+        return result["test_accuracy"]
+
+    def _write_report(self, rows, result):
         if "training" in self.stopwatch.seconds:
             self.folder.write_result(result | {"seconds": self.stopwatch.seconds})
+        if self.settings.seeds > 1:
+            from cnn_jax.plots import plot_seeds
+
+            plot_seeds(self.metrics, self.folder.path / "seeds.png")
         rows += [(name, describe_seconds(seconds)) for name, seconds in self.stopwatch.seconds.items()]
         rows.append(("written to", str(self.folder.path)))
         self.display.table("Result", rows)
-        return last.test_accuracy
+
+
+def _told(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

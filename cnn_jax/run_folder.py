@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,36 +13,72 @@ from cnn_jax.config import TrainSettings
 from cnn_jax.errors import NoCheckpointError, RunLockedError, StorageError, UsageError
 
 # What a run's results depend on. Its other settings may change from one start to the next.
-DECIDING_FIELDS = ("dataset", "dataset_dir", "batch_size", "learning_rate", "seed", "precision")
+DECIDING_FIELDS = (
+    "dataset", "dataset_dir", "recipe", "batch_size", "learning_rate", "seed", "seeds", "validation", "features",
+    "precision",
+)  # fmt: skip
 
 
 def deciding_settings(settings: TrainSettings) -> dict:
     """Return the settings that a run's results depend on, as JSON's types."""
     values = {name: getattr(settings, name) for name in DECIDING_FIELDS}
-    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value):
+    if isinstance(value, Path):
+        return str(value.resolve())
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochMetrics:
-    """One line of metrics.jsonl.
+    """One line of metrics.jsonl: an epoch of every seed.
 
     Attributes:
       epoch: From 1.
       step: Steps behind it since the run began.
-      cost: Mean of the epoch's batch losses.
-      test_accuracy: Fraction of the test images, on scaled pixels, in [0, 1].
-      test_loss: Mean softmax cross-entropy over the test images.
-      seconds: Training time of the epoch, or of its part that this process trained; without testing.
-      examples_per_second: Images trained a second, over those seconds.
+      cost: Mean of the epoch's batch losses, of each seed.
+      accuracy: Fraction of the tested images, on scaled pixels, in [0, 1], of each seed.
+      loss: Mean softmax cross-entropy over the tested images, of each seed.
+      tested_on: `test`, or `validation` where images were held out for that.
+      seconds: Training time of the epoch, or of its part that this process trained; without compiling and testing.
+      examples_per_second: Images of all seeds trained a second, over those seconds.
+      step_milliseconds: Of those seconds, a step of all seeds.
+      compile_seconds: What this process had spent compiling before the epoch; 0 in its later epochs.
     """
 
     epoch: int
     step: int
-    cost: float
-    test_accuracy: float
-    test_loss: float
+    cost: list[float]
+    accuracy: list[float]
+    loss: list[float]
+    tested_on: str
     seconds: float
     examples_per_second: float
+    step_milliseconds: float
+    compile_seconds: float
+
+    def to_json(self) -> str:
+        """Return the line: the means over the seeds, and of several seeds, each one's numbers under `seeds`."""
+        seeds = {"cost": self.cost, f"{self.tested_on}_accuracy": self.accuracy, f"{self.tested_on}_loss": self.loss}
+        line = {"epoch": self.epoch, "step": self.step}
+        line |= {name: statistics.fmean(values) for name, values in seeds.items()}
+        line |= {name: getattr(self, name) for name in ("seconds", "examples_per_second")}
+        line |= {name: getattr(self, name) for name in ("step_milliseconds", "compile_seconds")}
+        return json.dumps(line | ({"seeds": seeds} if len(self.cost) > 1 else {}))
+
+    @classmethod
+    def from_json(cls, text: str) -> "EpochMetrics":
+        """Return what `to_json` wrote down."""
+        line = json.loads(text)
+        tested_on = "test" if "test_accuracy" in line else "validation"
+        seeds = line.pop("seeds", None)
+        cost, accuracy, loss = (
+            seeds[name] if seeds else [line[name]] for name in ("cost", f"{tested_on}_accuracy", f"{tested_on}_loss")
+        )
+        names = ("epoch", "step", "seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
+        return cls(cost=cost, accuracy=accuracy, loss=loss, tested_on=tested_on, **{name: line[name] for name in names})
 
 
 class RunFolder:
@@ -70,16 +107,13 @@ class RunFolder:
             fields = json.loads(file.read_text())
             for name in ("dataset_dir", "data_dir", "checkpoint_dir"):
                 fields[name] = Path(fields[name]) if fields[name] is not None else None
-            return TrainSettings(**fields)
+            return TrainSettings(**fields | {"features": tuple(fields["features"])})
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start."""
-        fields = {
-            name: str(value.resolve()) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(settings).items()
-        }
+        fields = {name: _as_json(value) for name, value in dataclasses.asdict(settings).items()}
         _write_atomically(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
 
     def check_settings(self, settings: TrainSettings) -> None:
@@ -98,8 +132,10 @@ class RunFolder:
                 now = now.resolve()
             if before != now:
                 differences.append(f"{name} was {before} and is {now}")
-        if settings.epochs < old.epochs:
-            differences.append(f"epochs was {old.epochs} and is {settings.epochs}")
+        # The tutorial's steps are the same however many follow; a schedule's are not.
+        may_grow = settings.recipe == "tutorial"
+        if settings.epochs < old.epochs or (settings.epochs != old.epochs and not may_grow):
+            differences.append(f"epochs was {old.epochs:g} and is {settings.epochs:g}")
         if differences:
             raise UsageError(
                 f"the run {self.path} has other settings: {'; '.join(differences)}; "
@@ -112,14 +148,13 @@ class RunFolder:
         if not file.is_file():
             return []
         try:
-            return [EpochMetrics(**json.loads(line)) for line in file.read_text().splitlines()]
-        except (ValueError, TypeError) as error:
+            return [EpochMetrics.from_json(line) for line in file.read_text().splitlines()]
+        except (ValueError, TypeError, KeyError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
         """Replace metrics.jsonl: a line for each epoch."""
-        lines = [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in metrics]
-        _write_atomically(self.path / "metrics.jsonl", "".join(lines))
+        _write_atomically(self.path / "metrics.jsonl", "".join(epoch.to_json() + "\n" for epoch in metrics))
 
     def write_result(self, result: dict) -> None:
         """Write result.json: the accuracies, in [0, 1], and where the seconds of the process that ended it went."""

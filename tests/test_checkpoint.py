@@ -8,6 +8,7 @@ import pytest
 from cnn_jax.checkpoint import open_checkpoints
 from cnn_jax.errors import NoCheckpointError
 from cnn_jax.model import CNN
+from cnn_jax.recipes import tutorial
 from cnn_jax.training import create_train_state, make_keys, train_step
 
 pytestmark = [
@@ -21,7 +22,7 @@ LOSSES = jnp.array([0.1, jnp.pi, 0], jnp.float32)
 
 @pytest.fixture(scope="module")
 def trained():
-    state = create_train_state(make_keys(5)[0], CNN(), (28, 28, 1), 0.001)
+    state = create_train_state(make_keys(5)[0], CNN(), (28, 28, 1), tutorial(0.001))
     images = np.random.default_rng(0).integers(0, 256, (10, 28, 28, 1), np.uint8)
     with jax.numpy_dtype_promotion("standard"):
         return train_step(state, images, np.arange(10, dtype=np.int32))[0]
@@ -54,13 +55,13 @@ def assert_same(one, other):
 
 def test_what_was_saved_comes_back_with_the_same_bits(trained, steps):
     save(steps, trained, 1)
-    blank = create_train_state(make_keys(6)[0], CNN(), (28, 28, 1), 0.001)
+    blank = create_train_state(make_keys(6)[0], CNN(), (28, 28, 1), tutorial(0.001))
     with open_checkpoints(steps, writing=False, warn=pytest.fail) as checkpoints:
         restored = checkpoints.restore_latest(blank, jnp.zeros(3, jnp.float32))
     # Six weights, the step, Adam's count and two moments of each weight.
     assert len(jax.tree.leaves(restored.state)) == 6 + 1 + 1 + 12
     assert_same((restored.state, restored.losses), (trained, LOSSES))
-    assert restored.meta == {"schema": 1, "step": 1, "note": 1}
+    assert restored.meta == {"schema": 2, "step": 1, "note": 1}
 
 
 def test_the_newest_three_are_kept(trained, steps):
@@ -138,7 +139,7 @@ def test_a_checkpoint_copied_to_another_step_is_not_believed(trained, steps):
 
 def test_a_checkpoint_of_another_network_is_not_used(trained, steps):
     save(steps, trained, 1)
-    other = create_train_state(make_keys(5)[0], CNN(num_classes=7), (28, 28, 1), 0.001)
+    other = create_train_state(make_keys(5)[0], CNN(num_classes=7), (28, 28, 1), tutorial(0.001))
     told = []
     with (
         open_checkpoints(steps, writing=True, warn=told.append) as checkpoints,

@@ -1,12 +1,13 @@
 """Every setting is checked before JAX is imported, and a wrong one ends in one line and exit code 2."""
 
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from cnn_jax.config import TrainSettings, read_settings
+from cnn_jax.config import RECIPE_DEFAULTS, TrainSettings, read_settings
 from cnn_jax.errors import UsageError
 
 from .conftest import ROOT
@@ -23,17 +24,28 @@ def test_the_defaults_are_the_tutorials():
     assert str(settings.run_folder) == "checkpoints/mnist-seed777"
 
 
+def test_a_recipe_brings_defaults_of_its_own():
+    for recipe, (epochs, batch_size, learning_rate) in RECIPE_DEFAULTS.items():
+        settings = read("--recipe", recipe)
+        assert (settings.epochs, settings.batch_size, settings.learning_rate) == (epochs, batch_size, learning_rate)
+        assert settings.run_folder.name == "mnist-seed777" + ("" if recipe == "tutorial" else f"-{recipe}")
+    assert read("--recipe", "fast", "--epochs", "3").epochs == 3
+
+
 def test_a_run_is_named_after_what_differs_from_the_defaults():
     settings = read("--seed", "1", "--batch-size", "200", "--learning-rate", "1e-2", "--precision", "bfloat16")
     assert settings.run_folder.name == "mnist-seed1-batch200-lr0.01-bfloat16"
+    many = read("--recipe", "fast", "--seeds", "32", "--features", "16", "32", "--validation", "5000")
+    assert many.run_folder.name == "mnist-seed777-seeds32-fast-features16x32-validation5000"
     assert read("--dataset", "emnist/letters").run_folder.name == "emnist-letters-seed777"
     assert read("--dataset-dir", "some/kmnist").run_folder.name == "kmnist-seed777"
     assert str(read("--checkpoint-dir", "a", "--run-name", "b").run_folder) == "a/b"
 
 
 WRONG = {
-    "--epochs 0": "--epochs 0: it must be at least 1",
-    "--epochs -3": "--epochs -3: it must be at least 1",
+    "--epochs 0": "--epochs 0: it must be a positive number",
+    "--epochs nan": "--epochs nan: it must be a positive number",
+    "--epochs -3": "--epochs -3: it must be a positive number",
     "--epochs many": "Error parsing --epochs: .*'many'",
     "--epochs": "Missing value for argument '--epochs'",
     "--batch-size 0": "--batch-size 0: it must be at least 1",
@@ -45,6 +57,14 @@ WRONG = {
     "--target-accuracy 98": "--target-accuracy 98.0: it must be between 0 and 1",
     "--checkpoint-every-steps 0": "--checkpoint-every-steps 0: it must be at least 1",
     "--run-name ../x": "--run-name ../x: it must be a folder's name",
+    "--seeds 0": "--seeds 0: it must be at least 1",
+    "--seeds 2 --seed 4294967295": "--seed 4294967295: it must be from 0 to 4294967294",
+    "--validation 0": "--validation 0: it must be at least 1",
+    "--features 0 64": "--features 0 64: it must be at least 1 each",
+    "--recipe slow": "invalid choice 'slow' for argument '--recipe'",
+    "--coordinator host:1": "--coordinator host:1: it must be given with --num-processes and --process-id",
+    "--coordinator host --num-processes 2 --process-id 0": "--coordinator host: it must be HOST:PORT",
+    "--coordinator host:1 --num-processes 2 --process-id 2": "--process-id 2: it must be from 0 to one less than",
     "--precision float16": "invalid choice 'float16' for argument '--precision'",
     "--platform abacus": "invalid choice 'abacus' for argument '--platform'",
     "--epoch 3": "Unrecognized options: --epoch, 3 .*--epochs",
@@ -60,7 +80,7 @@ def test_a_wrong_value_is_refused_and_named(arguments):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ("--epochs 0", "--epochs 0: it must be at least 1"),
+        ("--epochs 0", "--epochs 0: it must be a positive number"),
         ("--batch-size 60001", "--batch-size 60001: it must be at most 60000, the size of the training set"),
         ("--dataset no_such_set", "--dataset no_such_set: tfds does not know it"),
         ("--dataset-dir no/such/folder", "--dataset-dir no/such/folder: there is no such folder"),
@@ -97,4 +117,6 @@ def test_help_tells_every_setting_its_default_and_its_meaning():
     ended = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in TrainSettings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in ended.stdout
-    assert "Passes over the training set. (default: 15)" in ended.stdout
+    help_text = re.sub(r"[\s│]+", " ", ended.stdout)
+    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1 fast, 30" in help_text
+    assert "Write a trace of a few steps there" in help_text

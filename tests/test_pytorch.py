@@ -21,6 +21,7 @@ from cnn_jax.pytorch.compare import (  # noqa: E402
 from cnn_jax.pytorch.proof import measure_agreement, to_torch_images  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
 from cnn_jax.pytorch.weights import NAMES, params_from_torch, params_to_torch  # noqa: E402
+from cnn_jax.recipes import tutorial  # noqa: E402
 from cnn_jax.training import create_train_state, make_keys  # noqa: E402
 
 from .conftest import EMBEDDED  # noqa: E402
@@ -40,7 +41,7 @@ def mnist(real_images):
 
 @pytest.fixture(scope="module")
 def params():
-    return create_train_state(make_keys(3)[0], CNN(), IMAGE_SHAPE, 0.001).params
+    return create_train_state(make_keys(3)[0], CNN(), IMAGE_SHAPE, tutorial(0.001)).params
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from cnn_jax.data import Dataset
 from cnn_jax.model import CNN, torch_uniform
-from cnn_jax.training import create_train_state, epoch_order, make_keys, run_steps, train_step
+from cnn_jax.parallel import create_states, epoch_orders, make_mesh, place, run_steps_of_seeds, seed_keys
+from cnn_jax.recipes import tutorial
+from cnn_jax.training import create_train_state, epoch_order, make_keys, train_step
 
 
 class PlainCNN(nn.Module):
@@ -27,8 +31,8 @@ class PlainCNN(nn.Module):
 
 def make_plain_loop(dataset: Dataset, batch_size: int) -> Callable[[int], None]:
     """Return a function that runs a number of steps of the plain model, one jitted call each."""
-    init_key, order_key = make_keys(0)
-    state = create_train_state(init_key, PlainCNN(), (28, 28, 1), 0.001)
+    init_key, order_key, _ = make_keys(0)
+    state = create_train_state(init_key, PlainCNN(), (28, 28, 1), tutorial(0.001))
     images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
     order = epoch_order(order_key, 0, num_examples=len(labels), batch_size=batch_size)
     taken = 0
@@ -44,25 +48,29 @@ def make_plain_loop(dataset: Dataset, batch_size: int) -> Callable[[int], None]:
     return run
 
 
-def make_compiled_loop(dataset: Dataset, dtype: str, batch_size: int) -> Callable[[int], None]:
+def make_compiled_loop(dataset: Dataset, dtype: str, batch_size: int, seeds: int = 1) -> Callable[[int], None]:
     """Return a function that runs a number of our steps in one compiled program, as a training does.
 
     Args:
       dataset: MNIST.
       dtype: `float32` or `bfloat16`, of the operands.
       batch_size: Images a step.
+      seeds: How many runs are trained in it.
     """
-    init_key, order_key = make_keys(0)
-    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
-    order = epoch_order(order_key, 0, num_examples=len(labels), batch_size=batch_size)
-    state = create_train_state(init_key, CNN(dtype=jnp.dtype(dtype)), (28, 28, 1), 0.001)
-    losses, first = jnp.zeros(len(order), jnp.float32), 0
+    mesh = make_mesh(seeds)
+    init_keys, order_keys, augment_keys = seed_keys(np.arange(seeds, dtype=np.uint32), mesh)
+    images, labels = place((dataset.train_images, dataset.train_labels), mesh, P())
+    orders = epoch_orders(order_keys, 0, num_examples=len(labels), batch_size=batch_size, mesh=mesh)
+    states = create_states(init_keys, CNN(dtype=jnp.dtype(dtype)), (28, 28, 1), tutorial(0.001), mesh)
+    first = 0
 
     def run(steps):
-        nonlocal state, losses, first
-        if first + steps > len(order):
+        nonlocal states, first
+        if first + steps > orders.shape[1]:
             first = 0
-        state, losses = run_steps(state, losses, images, labels, order, first, first + steps)
+        states, losses = run_steps_of_seeds(
+            states, images, labels, orders, augment_keys, first, first + steps, mesh=mesh, group=None
+        )
         first += steps
         losses.block_until_ready()
 

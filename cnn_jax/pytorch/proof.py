@@ -13,6 +13,7 @@ from cnn_jax.data import Dataset, scale_pixels
 from cnn_jax.model import CNN
 from cnn_jax.pytorch.tutorial import TutorialCNN, make_step
 from cnn_jax.pytorch.weights import params_to_torch
+from cnn_jax.recipes import tutorial
 from cnn_jax.training import create_train_state, epoch_order, make_keys, train_step
 
 BATCH_SIZE = 100
@@ -51,9 +52,9 @@ def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps:
       steps: Adam steps in float32, at most an epoch.
       float64_steps: Adam steps in float64, at most as many.
     """
-    init_key, order_key = make_keys(seed)
+    init_key, order_key, _ = make_keys(seed)
     image_shape = dataset.train_images.shape[1:]
-    state = create_train_state(init_key, CNN(), image_shape, LEARNING_RATE)
+    state = create_train_state(init_key, CNN(), image_shape, tutorial(LEARNING_RATE))
     params = jax.tree.map(np.asarray, state.params)
     start = params_to_torch(params, image_shape)
     order = epoch_order(order_key, 0, num_examples=len(dataset.train_labels), batch_size=BATCH_SIZE)

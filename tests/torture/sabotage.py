@@ -31,8 +31,8 @@ def optimizer_left_out() -> None:
 
 def epoch_left_out() -> None:
     """Give every epoch the same order."""
-    order = run.epoch_order
-    run.epoch_order = lambda key, epoch, **sizes: order(key, 0, **sizes)
+    order = run.epoch_orders
+    run.epoch_orders = lambda key, epoch, **sizes: order(key, 0, **sizes)
 
 
 SABOTAGES = {"digest off": digest_off, "optimizer left out": optimizer_left_out, "epoch left out": epoch_left_out}

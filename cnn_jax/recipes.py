@@ -1,0 +1,116 @@
+"""Ways to train the network: the optimiser, its schedule, the augmentation, the loss, the averaged weights."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.scipy.ndimage import map_coordinates
+
+# Of a batch's keys, (N,), and images, (N, height, width, channels), float32 in [0, 1]: as many images, changed.
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+# Of logits, (N, num_classes), and labels, (N,), int32: each example's loss, (N,).
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+      optimizer: What turns gradients into updates.
+      loss: Of each example.
+      augment: Changes the images of a batch, each by its own key; None leaves them as they are.
+      average_decay: The network that is tested has weights averaged over the steps: each step keeps this much of the
+        average so far. None tests the weights as they are.
+    """
+
+    optimizer: optax.GradientTransformation
+    loss: Loss = optax.softmax_cross_entropy_with_integer_labels
+    augment: Augment | None = None
+    average_decay: float | None = None
+
+
+def make_recipe(name: Literal["tutorial", "fast", "accurate"], learning_rate: float, steps: int) -> Recipe:
+    """Return the recipe of a name for a training of so many steps, with its learning rate or its schedule's peak."""
+    match name:
+        case "tutorial":
+            return tutorial(learning_rate)
+        case "fast":
+            return fast(learning_rate, steps)
+        case "accurate":
+            return accurate(learning_rate, steps)
+
+
+def tutorial(learning_rate: float) -> Recipe:
+    """Adam with the tutorial's constants, from the first step to the last."""
+    return Recipe(optimizer=optax.adam(learning_rate))
+
+
+def fast(learning_rate: float, steps: int) -> Recipe:
+    """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120) with smoothed labels."""
+    schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
+    return Recipe(optimizer=optax.adam(schedule, b1=0.85), loss=smoothed(0.05))
+
+
+def accurate(learning_rate: float, steps: int) -> Recipe:
+    """AdamW under a cosine schedule on images that are shifted, turned and scaled a little, with averaged weights."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=learning_rate / 25, peak_value=learning_rate, warmup_steps=steps // 20, decay_steps=steps
+    )
+    return Recipe(
+        optimizer=optax.adamw(schedule, weight_decay=0.05),
+        loss=smoothed(0.05),
+        augment=shift_turn_and_scale,
+        average_decay=0.999,
+    )
+
+
+def smoothed(amount: float) -> Loss:
+    """Return the cross-entropy with labels that give `amount` to all classes (Szegedy et al., arXiv 1512.00567)."""
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, amount))
+
+    return loss
+
+
+def shift_turn_and_scale(
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    pixels: float = 2.0,
+    degrees: float = 12.0,
+    scale: float = 0.1,
+) -> jax.Array:
+    """Move, turn and scale each image about its centre by amounts drawn uniformly; what comes in from outside is 0.
+
+    Args:
+      keys: (N,), one for each image.
+      images: (N, height, width, channels), float32.
+      pixels: Largest shift along each axis, either way.
+      degrees: Largest turn, either way.
+      scale: Largest change of the size, either way, as a fraction.
+
+    Returns:
+      The shape of `images`, float32, interpolated linearly between pixels.
+    """
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (4,), jnp.float32, minval=-1, maxval=1))(keys)
+    height, width = images.shape[1:3]
+    rows, columns = jnp.meshgrid(
+        jnp.arange(height, dtype=jnp.float32) - (height - 1) / 2,
+        jnp.arange(width, dtype=jnp.float32) - (width - 1) / 2,
+        indexing="ij",
+    )
+
+    def move(image: jax.Array, draw: jax.Array) -> jax.Array:
+        angle, size = draw[2] * (degrees * jnp.pi / 180), 1 + draw[3] * scale
+        cosine, sine = jnp.cos(angle) / size, jnp.sin(angle) / size
+        row = cosine * rows - sine * columns + (height - 1) / 2 + draw[0] * pixels
+        column = sine * rows + cosine * columns + (width - 1) / 2 + draw[1] * pixels
+        return jax.vmap(lambda plane: map_coordinates(plane, [row, column], order=1), in_axes=-1, out_axes=-1)(image)
+
+    return jax.vmap(move)(images, draws)
