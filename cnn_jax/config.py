@@ -35,7 +35,7 @@ class TrainSettings:
     """Passes over the training set; 1.5 is one and a half."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="IMAGES", help_behavior_hint=_of_recipe(1))] = None
     """Images a step."""
-    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="R", help_behavior_hint=_of_recipe(2))] = None
+    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="RATE", help_behavior_hint=_of_recipe(2))] = None
     """Adam's step size, or the peak of its schedule."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 777
     """Where every random number comes from: the initial weights and the order of the images."""
@@ -56,7 +56,7 @@ class TrainSettings:
     run_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The run's folder; by default named after the data set, the seed and what differs from the defaults."""
     validation: Annotated[int | None, tyro.conf.arg(metavar="IMAGES")] = None
-    """Hold so many training images out and test on them after each epoch; the test set is looked at once, at the end."""
+    """Training images to hold out and test on after each epoch; the test set is looked at once, at the end."""
     feed: Literal["resident", "stream"] | None = None
     """Keep the training images on the device, or read them as they are needed; by default, by their size."""
     fresh: bool = False

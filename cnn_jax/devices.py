@@ -1,6 +1,7 @@
 """Which device a program runs on, and where its compiled code is kept for the next start."""
 
 import os
+import platform as system
 from pathlib import Path
 from typing import Literal
 
@@ -45,11 +46,23 @@ def start_devices(
 def describe_devices() -> str:
     """Return all devices in a few words, such as `cpu (2 cores)` or `8 x gpu (NVIDIA H100 80GB HBM3), 2 processes`."""
     device, count = jax.devices()[0], len(jax.devices())
-    kind = device.device_kind
-    if device.platform == "cpu":
-        kind = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else ""
+    kind = f"{_cores()} cores" if device.platform == "cpu" else device.device_kind
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{f'{count} x ' if count > 1 else ''}{device.platform}{f' ({kind})' if kind else ''}{processes}"
+    return f"{f'{count} x ' if count > 1 else ''}{device.platform} ({kind}){processes}"
+
+
+def describe_machine() -> str:
+    """Return the processor's name and the cores that this process may use."""
+    name = system.processor() or system.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0] if lines else name
+    return f"{name}, {_cores()} cores"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def device_bytes() -> int:

@@ -22,7 +22,7 @@ from cnn_jax import __version__
 from cnn_jax.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.config import EvaluateSettings, TrainSettings
 from cnn_jax.data import Dataset, check_batch_size, fingerprint, hold_out, load_dataset
-from cnn_jax.devices import describe_devices, device_bytes, start_devices
+from cnn_jax.devices import describe_devices, describe_machine, device_bytes, start_devices
 from cnn_jax.display import Display, describe_seconds
 from cnn_jax.errors import (
     InputFileError,
@@ -582,7 +582,8 @@ class Training:
 
     def _write_report(self, rows, result):
         if "training" in self.stopwatch.seconds:
-            self.folder.write_result(result | {"seconds": self.stopwatch.seconds})
+            where = {"machine": describe_machine(), "device": describe_devices(), "versions": self.meta["versions"]}
+            self.folder.write_result(result | {"seconds": self.stopwatch.seconds} | where)
         if self.settings.seeds > 1:
             from cnn_jax.plots import plot_seeds
 

@@ -157,7 +157,7 @@ class RunFolder:
         _write_atomically(self.path / "metrics.jsonl", "".join(epoch.to_json() + "\n" for epoch in metrics))
 
     def write_result(self, result: dict) -> None:
-        """Write result.json: the accuracies, in [0, 1], and where the seconds of the process that ended it went."""
+        """Write result.json: accuracies, in [0, 1], where the seconds of the last process went, and what it ran on."""
         _write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
     def move_aside(self) -> Path | None:

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from cnn_jax import run
+
 from .torture.runs import read_newest
 
 pytestmark = pytest.mark.optax_promotes
@@ -291,6 +293,56 @@ def test_a_run_below_its_target_accuracy_ends_with_70(train):
     assert "is below --target-accuracy 0.999" in err
     assert "Accuracy:" in out
     assert train("--target-accuracy", 0.5, epochs=1)[0] == 0
+
+
+def test_the_result_tells_the_accuracies_the_times_and_what_they_were_measured_on(train, tmp_path):
+    assert train("--validation", 300, "--seeds", 2, epochs=1)[0] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
+    assert [seed["seed"] for seed in result["seeds"]] == [777, 778]
+    assert result["test_accuracy"] == pytest.approx(sum(accuracies) / 2)
+    error = abs(accuracies[0] - accuracies[1]) / 2
+    assert result["spread"]["standard_error"] == pytest.approx(error)
+    # Student's t for one degree of freedom.
+    assert result["spread"]["high"] - result["test_accuracy"] == pytest.approx(12.7062 * error, rel=1e-4)
+    assert 0 < result["validation_accuracy"] < 1
+    assert set(result["seconds"]) == {"loading", "compiling", "training", "testing", "saving"}
+    assert result["versions"]["jax"] == jax.__version__
+    assert (tmp_path / "run" / "seeds.png").stat().st_size > 10_000
+
+
+def test_held_out_images_are_not_trained_on_and_the_test_set_is_looked_at_once(train, tmp_path, monkeypatch):
+    tested = []
+    evaluate = run.evaluate_seeds
+    monkeypatch.setattr(
+        run, "evaluate_seeds", lambda *args, **how: tested.append(len(args[3])) or evaluate(*args, **how)
+    )
+    code, _, err = train("--validation", 300)
+    assert code == 0
+    assert "3 epochs of 17 steps" in err  # 1,730 of 2,030 images
+    assert tested == [300] * 3 + [510]
+    assert [list(epoch)[3] for epoch in metrics_of(tmp_path / "run")] == ["validation_accuracy"] * 3
+
+
+def test_tensorboard_gets_each_epochs_numbers(train, tmp_path):
+    assert train("--tensorboard", "--seeds", 2, epochs=2)[0] == 0
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    content = file.read_bytes()
+    for name in (b"cost", b"test_accuracy", b"step_milliseconds", b"seeds/1/test_accuracy"):
+        assert content.count(name) >= 2
+
+
+def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_path):
+    code, _, err = train("--profile", tmp_path / "profile", epochs=2)
+    assert code == 0
+    assert f"steps is in {tmp_path / 'profile'}" in err
+    assert any(path.suffix == ".pb" for path in (tmp_path / "profile").rglob("*"))
+
+
+def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
+    arguments = ["train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1]
+    _, err = program(*arguments, "--log-level", "info").communicate(timeout=60)
+    assert "INFO cnn_jax.run: mesh {'seeds': 1, 'data': 1}, ResidentFeed" in err
 
 
 def test_a_dry_run_writes_nothing(train, tmp_path):

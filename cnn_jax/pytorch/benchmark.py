@@ -16,13 +16,14 @@ import numpy as np
 
 from cnn_jax.config import BenchmarkSettings
 from cnn_jax.data import load_dataset
+from cnn_jax.devices import describe_machine
 from cnn_jax.display import Display, describe_seconds
 from cnn_jax.errors import StorageError
 from cnn_jax.plots import plot_benchmark
-from cnn_jax.pytorch.compare import PACKAGES, describe_machine
+from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.forms import BATCH_SIZE, ENVIRONMENT, FORMS, is_torch
 
-STEPS_A_ROUND = 15
+STEPS_A_ROUND = 16
 STEPS_OF_15_EPOCHS = 9000
 # Bytes that a step moves at least, a weight: it is read and written with Adam's two moments, its gradient is both.
 BYTES_A_WEIGHT = 4 * 8
@@ -162,7 +163,7 @@ def to_markdown(result: dict, *, plot: str) -> str:
             f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s that a float32 matrix product reaches here (memory, at "
             f"{floor['bytes_per_second'] / 1e9:.0f} GB/s, is no limit). Import: PyTorch alone, or all of cnn-jax. "
             "First step: in a new process, compiling included, nothing cached. 15 epochs: import, loading, first step "
-            "and 8,999 medians. Memory is the process's peak.",
+            "and 8,999 medians. Memory is the process's peak. One of 8 seeds: a step of one where a program trains 8.",
             "",
             f"![milliseconds a step of each form]({plot})",
             "",

@@ -16,6 +16,7 @@ from scipy import stats
 
 from cnn_jax.config import CompareSettings
 from cnn_jax.data import load_dataset
+from cnn_jax.devices import describe_machine
 from cnn_jax.display import Display, describe_seconds
 from cnn_jax.errors import StorageError
 from cnn_jax.plots import plot_comparison
@@ -176,17 +177,6 @@ def summarize(results: dict[str, list[SeedResult]], agreement: dict, *, epochs: 
         "agreement": agreement,
         "frameworks": frameworks,
     }
-
-
-def describe_machine() -> str:
-    """Return the processor's name and the cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = lines[0] if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def welch_interval(left: list[float], right: list[float]) -> dict[str, float]:
