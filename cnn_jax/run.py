@@ -273,7 +273,7 @@ def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> N
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
         f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
     )
-    how = {"tutorial": "Adam at", "fast": "recipe fast, peak", "accurate": "recipe accurate, peak"}[settings.recipe]
+    how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, peak"
     last_seed = settings.seed + settings.seeds - 1
     seeds = f"seeds {settings.seed} to {last_seed}" if settings.seeds > 1 else f"seed {settings.seed}"
     held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""

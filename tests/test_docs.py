@@ -1,0 +1,173 @@
+"""The tutorial runs and its notebook is made from it; what the researchers' page and the cluster jobs say is so."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from typing import get_args
+
+import jupytext
+import nbformat
+import pytest
+import yaml
+
+from cnn_jax.__main__ import Command
+from cnn_jax.config import TrainSettings, read_settings
+from cnn_jax.errors import CnnJaxError
+
+from .conftest import ROOT
+
+DOCS = ROOT / "docs"
+RESEARCH = (DOCS / "research.md").read_text()
+
+
+def blocks(language):
+    """The code of a language on the researchers' page, block by block."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", RESEARCH, re.MULTILINE | re.DOTALL)
+
+
+def settings_of(line):
+    """The settings that a shell's line starts the program with."""
+    words = shlex.split(line)
+    words = [word for word in words[words.index("python") + 1 :] if word not in ("$@", "&")]
+    if words[0] == "train.py":
+        return read_settings(TrainSettings, words[1:], prog="train.py")
+    assert words[:2] == ["-m", "cnn_jax"]
+    return read_settings(Command, words[2:], prog="cnn-jax")
+
+
+def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
+    process = program("docs/tutorial.py", env=os.environ | {"MPLBACKEND": "agg", "TFDS_DATA_DIR": str(tfds_folder)})
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert re.search(r"^\[Epoch:    2\] cost = 0\.0\d+$", out, re.MULTILINE)
+    assert re.search(r"^Accuracy: 0\.9[89]", out, re.MULTILINE)
+
+
+def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom():
+    script, notebook = jupytext.read(DOCS / "tutorial.py"), nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
+    remedy = "make it anew: python docs/make_notebook.py"
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in script.cells], remedy
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), remedy
+    outputs = [output for cell in code for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {"stream", "display_data"}
+    assert {output.name for output in outputs if output.output_type == "stream"} == {"stdout"}
+    assert (DOCS / "tutorial.ipynb").stat().st_size < 500_000
+
+
+@pytest.mark.parametrize("page", ["research.md", "tutorial.py"])
+def test_every_option_on_a_page_exists(page):
+    kinds = [get_args(kind)[0] for kind in get_args(Command)]
+    known = {name.replace("_", "-") for kind in kinds for name in kind.__dataclass_fields__}
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)(?!\w)", (DOCS / page).read_text()))
+    assert "epochs" in named
+    assert named - known <= {"logdir"}  # TensorBoard's
+
+
+def test_every_command_on_the_researchers_page_is_understood():
+    lines = "".join(blocks("sh")).splitlines()
+    commands = [line for line in lines if " train.py" in line or "-m cnn_jax" in line]
+    assert len(commands) >= 15
+    for line in commands:
+        settings_of(line)
+    assert all(line.startswith("pip install -e '.[") for line in set(lines) - set(commands))
+
+
+@pytest.mark.optax_promotes
+def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, recipe in (("mnist-seed777-seeds5", "tutorial"), ("mnist-seed777-seeds5-fast", "fast")):
+        code, _, err = command(
+            "train", "--dataset-dir", small_mnist, "--run-name", name, "--recipe", recipe, "--epochs", 1, "--seeds", 2,
+        )  # fmt: skip
+        assert code == 0, err
+    sweep = program(
+        "-m", "cnn_jax", "sweep", "--dataset-dir", small_mnist, "--trials", 1, "--epochs", 1, "--validation", 500,
+        "--recipe", "fast", "--batch-size", 100, "--features", 32, 64, cwd=tmp_path,
+    )  # fmt: skip
+    _, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, err
+
+    (tmp_path / "page.py").write_text("\n".join(blocks("python")))
+    process = program("page.py", cwd=tmp_path, env=os.environ | {"TFDS_DATA_DIR": str(tfds_folder)})
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "95 % interval" in out
+    assert float(re.search(r"Evaluation\(correct=(\d+), count=10000", out)[1]) > 9500
+
+    for options, told in (
+        (("--dataset-dir", "noise"), "noise: 500 training and 100 test images, 16x16x1, 3 classes"),
+        (("--dataset", "colours"), "colours: 600 training and 100 test images, 16x16x3, 3 classes"),
+    ):
+        code, _, err = command("train", *options, "--data-dir", tfds_folder, "--dry-run")
+        assert code == 0, err
+        assert told in err
+
+
+def test_the_researchers_changes_fit_the_code_and_train(program, small_mnist, tmp_path):
+    shutil.copytree(ROOT / "cnn_jax", tmp_path / "cnn_jax", ignore=shutil.ignore_patterns("*.xz", "__pycache__"))
+    for block in blocks("diff"):
+        header, *lines = block.splitlines()
+        file = tmp_path / header.removeprefix("--- ")
+        before, after = ("\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-")
+        text = file.read_text()
+        assert text.count(before) == 1, f"{file.name} no longer has\n{before}"
+        file.write_text(text.replace(before, after))
+    process = program(
+        "-m", "cnn_jax", "train", "--dataset-dir", small_mnist, "--recipe", "momentum", "--epochs", 3,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    told = re.search(r"network of [\d,]+ parameters", RESEARCH)[0]
+    assert told in err
+    assert float(re.search(r"Accuracy: (\S+)", out)[1]) > 0.7
+
+
+def test_the_slurm_job_is_a_shell_script_that_starts_one_run():
+    file = DOCS / "cluster" / "slurm.sh"
+    checked = subprocess.run(["bash", "-n", file], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    lines = file.read_text().splitlines()
+    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH --")]
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    assert max(directives) < min(commands)  # SLURM reads none that come later
+    started = [lines[number] for number in commands if "train.py" in lines[number]]
+    assert [line.split()[0] for line in started] == ["python", "srun"]
+    assert [settings_of(line).dry_run for line in started] == [True, False]
+    assert len({settings_of(line).checkpoint_dir for line in started}) == 1
+
+
+def test_the_kubernetes_job_is_one_run_of_all_its_pods():
+    service, job = yaml.safe_load_all((DOCS / "cluster" / "kubernetes.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+
+    pods = job["spec"]["completions"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["parallelism"] == pods
+    command = " ".join(container["command"])
+    runs = [settings_of(command.replace("$(JOB_COMPLETION_INDEX)", str(index))) for index in range(pods)]
+    assert [run.process_id for run in runs] == list(range(pods))
+    assert {run.num_processes for run in runs} == {pods}
+
+    # The first pod's name holds only with a headless service that finds the job's pods, and with its name as subdomain.
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (port,) = (port["port"] for port in service["spec"]["ports"])
+    assert runs[0].coordinator == f"{job['metadata']['name']}-0.{service['metadata']['name']}:{port}"
+
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"]
+    assert runs[0].checkpoint_dir.is_relative_to(mount["mountPath"])
+    assert runs[0].data_dir.is_relative_to(mount["mountPath"])
+
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert pod["restartPolicy"] == "Never"  # Kubernetes allows the policy with no other
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert set(rule["onExitCodes"]["values"]) <= {error.exit_code for error in CnnJaxError.__subclasses__()}
