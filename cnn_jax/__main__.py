@@ -14,6 +14,8 @@ from cnn_jax.config import (
     EvaluateSettings,
     ExportSettings,
     ImportTorchSettings,
+    InspectSettings,
+    ReportSettings,
     SweepSettings,
     TrainSettings,
     read_settings,
@@ -25,6 +27,8 @@ from cnn_jax.signals import end_on_signals
 Command = (
     Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
+    | Annotated[InspectSettings, tyro.conf.subcommand("inspect")]
+    | Annotated[ReportSettings, tyro.conf.subcommand("report")]
     | Annotated[SweepSettings, tyro.conf.subcommand("sweep")]
     | Annotated[ImportTorchSettings, tyro.conf.subcommand("import-torch")]
     | Annotated[ExportSettings, tyro.conf.subcommand("export")]
@@ -73,6 +77,14 @@ def run_command(settings: Command) -> None:
         from cnn_jax.run import evaluate_run
 
         evaluate_run(settings)
+    elif isinstance(settings, InspectSettings):
+        from cnn_jax.inspection import inspect_run
+
+        inspect_run(settings)
+    elif isinstance(settings, ReportSettings):
+        from cnn_jax.report import report_run
+
+        report_run(settings)
     elif isinstance(settings, SweepSettings):
         require("optuna", extra="sweep")
         from cnn_jax.sweep import sweep

@@ -174,23 +174,23 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
         raise NoCheckpointError(f"{folder} holds no checkpoint; train the run first")
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(
-        create=False,
-        read_only=not writing,
-        preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
-        # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
-        enable_async_checkpointing=False,
-        # Of several processes one alone opens the checkpoints: it must not wait for the others.
-        multiprocessing_options=MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="cnn-jax")
-        if jax.process_count() > 1
-        else MultiprocessingOptions(),
-    )
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
         handlers.add(STATE, args, ocp.StandardCheckpointHandler())
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         handlers.add(META, args, ocp.JsonCheckpointHandler())
-    with _quiet_orbax():  # it reads the metadata of every step
+    with _quiet_orbax():  # it warns of what `read_only` cannot do, and reads the metadata of every step
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            read_only=not writing,
+            preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
+            # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
+            enable_async_checkpointing=False,
+            # Of several processes one alone opens the checkpoints: it must not wait for the others.
+            multiprocessing_options=MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="cnn-jax")
+            if jax.process_count() > 1
+            else MultiprocessingOptions(),
+        )
         manager = ocp.CheckpointManager(folder.resolve(), options=options, handler_registry=handlers)
     with manager:
         yield Checkpoints(folder, manager, writing=writing, warn=warn)

@@ -193,6 +193,50 @@ class EvaluateSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class InspectSettings:
+    """List the layers of a run's network, and draw what it has learned."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The run's folder, or its name in --checkpoint-dir."""
+    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
+    """Where runs are written, a folder each."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    """Where to run; by default an accelerator if there is one, else the CPU."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder."""
+        return find_run_folder(self.run, self.checkpoint_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    """Write an HTML page about a run: its results, settings and pictures."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The run's folder, or its name in --checkpoint-dir."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The file to write; by default report.html in the run's folder."""
+    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
+    """Where runs are written, a folder each."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    """Where to run; by default an accelerator if there is one, else the CPU."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder."""
+        return find_run_folder(self.run, self.checkpoint_dir)
+
+
+@dataclasses.dataclass(frozen=True)
 class ImportTorchSettings:
     """Make a run of weights that PyTorch trained: it can be tested, and trained on with train --run-name."""
 

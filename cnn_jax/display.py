@@ -3,9 +3,16 @@
 import contextlib
 from collections.abc import Iterator
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+# How Flax is to draw its table of layers: as plain text, in 80 columns.
+LAYER_TABLE = {
+    "console_kwargs": {"width": 80, "force_terminal": False},
+    "table_kwargs": {"box": box.SIMPLE, "padding": (0, 0)},
+}
 
 
 class Display:

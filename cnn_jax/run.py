@@ -343,7 +343,8 @@ class Training:
             states, self.losses, self.step = restored
             self.states = jax.tree.unflatten(jax.tree.structure(self.states), place(states, self.mesh, P(SEEDS)))
             if self.finished:
-                self.display.say("this run is finished: a larger --epochs continues it, --fresh starts anew")
+                longer = "a larger --epochs continues it, " if self.settings.recipe == "tutorial" else ""
+                self.display.say(f"this run is finished: {longer}--fresh starts anew")
             else:
                 self.display.say(f"continuing after step {self.step:,} of {self.last_step:,}")
         # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again. So
@@ -576,18 +577,23 @@ class Training:
             by_seed = zip(_seeds(self.settings).tolist(), accuracies, strict=True)
             result["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
             result["spread"] = dataclasses.asdict(spread_of_seeds)
+        states = fetch(self.states)
         if is_first():
-            self._write_report(rows, result)
+            self._write_report(rows, result, states, accuracies)
         return result["test_accuracy"]
 
-    def _write_report(self, rows, result):
-        if "training" in self.stopwatch.seconds:
+    def _write_report(self, rows, result, states, accuracies):
+        trained_here = "training" in self.stopwatch.seconds
+        if trained_here or self.folder.read_result().get("step") != self.step:
             where = {"machine": describe_machine(), "device": describe_devices(), "versions": self.meta["versions"]}
-            self.folder.write_result(result | {"seconds": self.stopwatch.seconds} | where)
-        if self.settings.seeds > 1:
-            from cnn_jax.plots import plot_seeds
+            self.folder.write_result(result | {"step": self.step, "seconds": self.stopwatch.seconds} | where)
+        page = self.folder.path / "report.html"
+        if trained_here or not page.exists():
+            # Imported here: its pictures take half a second to import, and most starts end without it.
+            from cnn_jax.report import write_report
 
-            plot_seeds(self.metrics, self.folder.path / "seeds.png")
+            with self.stopwatch.part("reporting"):
+                write_report(page, self.folder, self.settings, states, self.dataset, accuracies)
         rows += [(name, describe_seconds(seconds)) for name, seconds in self.stopwatch.seconds.items()]
         rows.append(("written to", str(self.folder.path)))
         self.display.table("Result", rows)

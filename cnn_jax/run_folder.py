@@ -114,7 +114,7 @@ class RunFolder:
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start."""
         fields = {name: _as_json(value) for name, value in dataclasses.asdict(settings).items()}
-        _write_atomically(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
+        write_atomically(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
 
     def check_settings(self, settings: TrainSettings) -> None:
         """Refuse to continue a run with settings that would have given other results; before step 1 all may change.
@@ -154,11 +154,21 @@ class RunFolder:
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
         """Replace metrics.jsonl: a line for each epoch."""
-        _write_atomically(self.path / "metrics.jsonl", "".join(epoch.to_json() + "\n" for epoch in metrics))
+        write_atomically(self.path / "metrics.jsonl", "".join(epoch.to_json() + "\n" for epoch in metrics))
 
     def write_result(self, result: dict) -> None:
-        """Write result.json: accuracies, in [0, 1], where the seconds of the last process went, and what it ran on."""
-        _write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        """Write result.json: accuracies, in [0, 1], the step, where the last process spent its time, and on what."""
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def read_result(self) -> dict:
+        """Return what `write_result` wrote, or an empty dict where the run has not ended."""
+        file = self.path / "result.json"
+        if not file.is_file():
+            return {}
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise StorageError(f"{file} cannot be understood ({error}); move it away") from error
 
     def move_aside(self) -> Path | None:
         """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""
@@ -194,11 +204,11 @@ class RunFolder:
             yield
 
 
-def _write_atomically(file: Path, text: str) -> None:
-    """Replace a file so that whoever reads it, whenever the power fails, finds the old text or the new."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Replace a file so that whoever reads it, whenever the power fails, finds the old content or the new."""
     new = file.with_name(file.name + ".new")
-    with new.open("w") as stream:
-        stream.write(text)
+    with new.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(file)
