@@ -15,6 +15,7 @@ from cnn_jax.config import (
     ExportSettings,
     ImportTorchSettings,
     InspectSettings,
+    PredictSettings,
     ReportSettings,
     SweepSettings,
     TrainSettings,
@@ -29,6 +30,7 @@ Command = (
     | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
     | Annotated[InspectSettings, tyro.conf.subcommand("inspect")]
     | Annotated[ReportSettings, tyro.conf.subcommand("report")]
+    | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
     | Annotated[SweepSettings, tyro.conf.subcommand("sweep")]
     | Annotated[ImportTorchSettings, tyro.conf.subcommand("import-torch")]
     | Annotated[ExportSettings, tyro.conf.subcommand("export")]
@@ -85,6 +87,16 @@ def run_command(settings: Command) -> None:
         from cnn_jax.report import report_run
 
         report_run(settings)
+    elif isinstance(settings, PredictSettings):
+        from cnn_jax.predict import predict
+
+        predict(settings)
+    elif isinstance(settings, ExportSettings):
+        if settings.to == "torch":
+            require("torch", extra="torch")
+        from cnn_jax.export import export
+
+        export(settings)
     elif isinstance(settings, SweepSettings):
         require("optuna", extra="sweep")
         from cnn_jax.sweep import sweep
@@ -96,10 +108,6 @@ def run_command(settings: Command) -> None:
             from cnn_jax.pytorch.exchange import import_torch
 
             import_torch(settings)
-        elif isinstance(settings, ExportSettings):
-            from cnn_jax.pytorch.exchange import export
-
-            export(settings)
         elif isinstance(settings, CompareSettings):
             from cnn_jax.pytorch.compare import compare
 

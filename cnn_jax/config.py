@@ -273,8 +273,8 @@ class ExportSettings:
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The run's folder, or its name in --checkpoint-dir."""
-    to: Literal["torch"]
-    """The file's format: torch is a state_dict with the tutorial's names."""
+    to: Literal["torch", "safetensors"]
+    """The file's format: torch is a state_dict with the tutorial's names; safetensors has the same, described."""
     output: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """The file to write."""
     seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -290,6 +290,32 @@ class ExportSettings:
     def run_folder(self) -> Path:
         """The run's folder."""
         return find_run_folder(self.run, self.checkpoint_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictSettings:
+    """Say which digit each picture shows: stdout gets a line a file."""
+
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """PNG or JPEG files, one digit each, folders of such, or - for standard input."""
+    run: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """A run's folder, or its name in --checkpoint-dir; by default the network that the package brings."""
+    json: bool = False
+    """Write one array of objects with file, digit and probabilities, and nothing else."""
+    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
+    """Where runs are written, a folder each."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        """Refuse to read nothing.
+
+        Raises:
+          UsageError: no image is named.
+        """
+        _require(len(self.images) >= 1, "IMAGE...", "", "at least one PNG or JPEG file, a folder or -")
 
 
 @dataclasses.dataclass(frozen=True)

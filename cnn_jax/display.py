@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,6 +46,12 @@ class Display:
     def accuracy(self, accuracy: float) -> None:
         """Write the test accuracy, in [0, 1], to stdout as the tutorial does."""
         self.result(f"Accuracy: {accuracy:.4f}")
+
+    def picture(self, image: np.ndarray) -> None:
+        """Draw an image, (H, W) uint8, on stderr: two rows of pixels a line, those from 128 on as blocks."""
+        pixels = np.pad(image, ((0, len(image) % 2), (0, 0))) >= 128
+        for above, below in zip(pixels[::2], pixels[1::2], strict=True):
+            self.say("".join(" ▄▀█"[2 * a + b] for a, b in zip(above.tolist(), below.tolist(), strict=True)).rstrip())
 
     @contextlib.contextmanager
     def progress(self, *, total_steps: int, steps_done: int) -> Iterator[None]:

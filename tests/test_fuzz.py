@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cnn_jax.errors import InputFileError
+from cnn_jax.images import read_digit
 from cnn_jax.mnist.idx import idx_header, read_idx
 from cnn_jax.pytorch.weights import read_torch_file
+
+from .digits import DARK_PENS, SHAPES, draw_digit
 
 # The same examples in every run, with no folder of earlier ones; what a test is given stays the same for all of them.
 fuzz = settings(
@@ -122,3 +126,39 @@ def test_a_file_of_weights_is_read_unchanged_or_refused(data, weights, tmp_path)
     assert read is None or (
         read.keys() == tensors.keys() and all((read[name] == array).all() for name, array in tensors.items())
     )
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """The bytes of a picture's files by their endings, of a PNG with a palette and of JPEGs with EXIF among them."""
+    picture = draw_digit(np.random.default_rng(1), SHAPES[5][0], DARK_PENS[2], "white").resize((60, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    forms = {
+        "rgb.png": (picture, {}),
+        "palette.png": (picture.convert("P"), {"transparency": 3}),
+        "grey.jpg": (picture.convert("L"), {"exif": exif}),
+        "cmyk.jpg": (picture.convert("CMYK"), {"progressive": True, "exif": exif}),
+    }
+    return {name: picture_bytes(form, name, **options) for name, (form, options) in forms.items()}
+
+
+def picture_bytes(picture, name, **options):
+    content = io.BytesIO()
+    picture.save(content, "PNG" if name.endswith("png") else "JPEG", **options)
+    return content.getvalue()
+
+
+@fuzz
+@given(name=st.sampled_from(["rgb.png", "palette.png"]), data=st.data())
+def test_a_png_is_read_unchanged_or_refused(name, data, pictures, tmp_path):
+    (tmp_path / "sound").write_bytes(pictures[name])
+    digit = read_or_refuse(read_digit, tmp_path / name, data.draw(edited(pictures[name])))
+    assert digit is None or (digit == read_digit(tmp_path / "sound")).all()
+
+
+@fuzz
+@given(name=st.sampled_from(["grey.jpg", "cmyk.jpg"]), data=st.data())
+def test_a_jpeg_is_read_as_some_digit_or_refused(name, data, pictures, tmp_path):
+    digit = read_or_refuse(read_digit, tmp_path / name, data.draw(edited(pictures[name])))
+    assert digit is None or (digit.shape, digit.dtype, digit.max()) == ((28, 28, 1), np.uint8, 255)

@@ -11,6 +11,7 @@ import jax
 import pytest
 from PIL import Image
 
+from cnn_jax.display import describe_seconds
 from cnn_jax.evaluation import spread
 
 pytestmark = pytest.mark.optax_promotes
@@ -117,7 +118,7 @@ def test_the_page_tells_the_settings_the_versions_the_time_and_the_layers(of_thr
     ):
         assert part in text
     seconds = json.loads((of_three_seeds / "result.json").read_text())["seconds"]
-    assert re.search(rf"Time loading .* training {seconds['training']:.1f} s", text)
+    assert re.search(rf"Time loading .* training {describe_seconds(seconds['training'])}", text)
 
 
 def test_text_from_the_settings_is_escaped(train, small_mnist, tmp_path):

@@ -1,0 +1,158 @@
+"""A trained network with what it is for: of a run, or the one that the package brings."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cnn_jax import __version__
+from cnn_jax.config import find_run_folder
+from cnn_jax.data import scale_pixels
+from cnn_jax.errors import InputFileError, StorageError, UsageError
+from cnn_jax.model import CNN
+from cnn_jax.pytorch.weights import params_from_torch, params_to_torch
+
+PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
+# Images at a time; a batch is filled up to a power of two, so that few sizes are ever compiled.
+BATCH_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The weights of one seed, and what they were trained on and how.
+
+    Attributes:
+      name: The run's, or the packaged file's.
+      params: Of `CNN`, float32.
+      features: Channels after the first and the second block.
+      num_classes: Classes it tells apart.
+      image_shape: (height, width, channels) of the images it takes.
+      dataset: The data set it was trained on.
+      test_accuracy: On that set's test images, in [0, 1]; None where it was not tested on them.
+      training: How: `recipe`, `epochs`, `seed`, and the `steps` that were taken.
+    """
+
+    name: str
+    params: dict
+    features: tuple[int, int]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    dataset: str
+    test_accuracy: float | None
+    training: dict
+
+    @property
+    def model(self) -> CNN:
+        """The network's architecture."""
+        return CNN(features=self.features, num_classes=self.num_classes)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Return the logits, (N, num_classes) float32, of images (N, height, width, channels) uint8."""
+        batches = [self._logits(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
+        return np.concatenate([np.zeros((0, self.num_classes), np.float32), *batches])
+
+    def _logits(self, images):
+        size = 1 << (len(images) - 1).bit_length()
+        filled = np.zeros((size, *self.image_shape), np.uint8)
+        filled[: len(images)] = images
+        return np.asarray(_apply(self.params, filled, model=self.model))[: len(images)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(params, images, *, model):
+    return model.apply({"params": params}, scale_pixels(images))
+
+
+def load_network(
+    run: str | None, checkpoint_dir: Path, data_dir: Path | None, warn: Callable[[str], None], seed: int | None = None
+) -> Network:
+    """Load a network.
+
+    Args:
+      run: A run's folder, or its name in `checkpoint_dir`; None for the network in the package.
+      checkpoint_dir: Where runs are.
+      data_dir: Where tfds keeps its data sets; None for where the run found them.
+      warn: Told, in a line, of each checkpoint that is damaged.
+      seed: Of a run of several seeds, which; by default the first.
+
+    Raises:
+      UsageError: the run has no such seed.
+      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+    """
+    if run is None:
+        return read_network(PACKAGED)
+    # Orbax takes a second to import, and the packaged network does not need it.
+    from cnn_jax.run import restore_run
+    from cnn_jax.run_folder import RunFolder
+
+    folder = RunFolder(find_run_folder(run, checkpoint_dir))
+    settings, states, dataset = restore_run(folder, data_dir, warn)
+    seed = settings.seed if seed is None else seed
+    place = seed - settings.seed
+    if not 0 <= place < settings.seeds:
+        last_seed = settings.seed + settings.seeds - 1
+        raise UsageError(f"--seed {seed}: the run {folder.path} has the seeds {settings.seed} to {last_seed}")
+    steps = int(states.step[place])
+    accuracies = [
+        epoch.accuracy[place] for epoch in folder.read_metrics() if epoch.step == steps and epoch.tested_on == "test"
+    ]
+    return Network(
+        name=folder.path.name,
+        params=jax.tree.map(lambda leaf: np.asarray(leaf[place]), states.tested_params),
+        features=settings.features,
+        num_classes=dataset.num_classes,
+        image_shape=tuple(dataset.train_images.shape[1:]),
+        dataset=dataset.name,
+        test_accuracy=accuracies[-1] if accuracies else None,
+        training={"recipe": settings.recipe, "epochs": settings.epochs, "seed": seed, "steps": steps},
+    )
+
+
+def write_network(network: Network, file: Path) -> None:
+    """Write a safetensors file: the weights as PyTorch names and lays them out, the rest as JSON in its header.
+
+    Raises:
+      StorageError: it could not be written.
+    """
+    about = {name: value for name, value in vars(network).items() if name not in ("name", "params")}
+    about["versions"] = {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
+    # Under one key: safetensors writes several in an order that changes from one time to the next.
+    content = save(params_to_torch(network.params, network.image_shape), metadata={"network": json.dumps(about)})
+    new = file.with_name(file.name + ".new")
+    try:
+        new.write_bytes(content)
+        new.replace(file)
+    except OSError as error:
+        raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
+
+
+def read_network(file: Path) -> Network:
+    """Read what `write_network` wrote; nothing in the file is ever executed.
+
+    Raises:
+      InputFileError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        with safe_open(file, framework="numpy") as content:
+            about = json.loads(content.metadata()["network"])
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no dict
+        about.pop("versions")
+        network = Network(
+            name=file.stem,
+            params={},
+            **about | {"features": tuple(about["features"]), "image_shape": tuple(about["image_shape"])},
+        )
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputFileError(f"{file} is not a network of this program ({error}); export one to safetensors") from error
+    images = np.zeros((1, *network.image_shape), np.float32)
+    shapes = jax.eval_shape(lambda: network.model.init(jax.random.key(0), images))["params"]
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    params = params_from_torch(tensors, template, network.image_shape, source=file)
+    return dataclasses.replace(network, params=params)

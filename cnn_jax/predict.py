@@ -1,0 +1,55 @@
+"""Which digits are in pictures: from files to a line each."""
+
+import json
+import os
+
+import numpy as np
+import scipy.special
+
+from cnn_jax.config import PredictSettings
+from cnn_jax.devices import start_devices
+from cnn_jax.display import Display
+from cnn_jax.errors import UsageError
+from cnn_jax.images import SIZE, find_images, read_digit
+from cnn_jax.network import load_network
+
+TOLD = 3  # classes of each picture, the most probable first
+
+
+def predict(settings: PredictSettings) -> None:
+    """Say which digit each picture shows; where one of them cannot be read, none is told.
+
+    Raises:
+      InputFileError: naming the first file that cannot be read.
+      UsageError: the network is not for such images.
+      NoCheckpointError: there is no such run.
+    """
+    files = find_images(settings.images)
+    digits = np.stack([read_digit(file) for file in files])
+    start_devices(None)
+    display = Display(shown=not settings.json)
+    network = load_network(settings.run, settings.checkpoint_dir, settings.data_dir, Display().say)
+    if network.image_shape != (SIZE, SIZE, 1):
+        size = "x".join(map(str, network.image_shape))
+        raise UsageError(
+            f"--run {settings.run}: its network takes images of {size}, not of {SIZE}x{SIZE}x1; name another run"
+        )
+    probabilities = scipy.special.softmax(network.logits(digits).astype(np.float64), axis=1)
+    if settings.json:
+        results = [
+            {"file": file, "digit": int(of_file.argmax()), "probabilities": of_file.tolist()}
+            for file, of_file in zip(files, probabilities, strict=True)
+        ]
+        Display().result(json.dumps(results, indent=2))
+        return
+    for file, digit, of_file in zip(files, digits, probabilities, strict=True):
+        name = _printable(file)
+        order = of_file.argsort()[::-1][:TOLD]
+        display.picture(digit[..., 0])
+        display.say(f"{name}: " + ", ".join(f"{place} with {of_file[place]:.1%}" for place in order))
+        display.result(f"{name}: {order[0]}")
+
+
+def _printable(file):
+    """Return a file's name with those of its bytes escaped that are no text."""
+    return os.fsencode(file).decode(errors="backslashreplace")
