@@ -17,7 +17,7 @@ S = TypeVar("S")
 Recipe = Literal["tutorial", "fast", "accurate"]
 
 # What a recipe trains with unless told otherwise: epochs, batch size, learning rate (the peak of its schedule).
-RECIPE_DEFAULTS = {"tutorial": (15, 100, 0.001), "fast": (1, 100, 0.01), "accurate": (30, 100, 0.003)}
+RECIPE_DEFAULTS = {"tutorial": (15, 100, 0.001), "fast": (1.25, 100, 0.01), "accurate": (30, 100, 0.003)}
 
 
 def _of_recipe(place: int) -> str:

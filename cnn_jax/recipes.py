@@ -50,9 +50,9 @@ def tutorial(learning_rate: float) -> Recipe:
 
 
 def fast(learning_rate: float, steps: int) -> Recipe:
-    """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120) with smoothed labels."""
+    """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120), smoothed labels, averaged weights."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
-    return Recipe(optimizer=optax.adam(schedule, b1=0.85), loss=smoothed(0.05))
+    return Recipe(optimizer=optax.adam(schedule, b1=0.85), loss=smoothed(0.05), average_decay=0.99)
 
 
 def accurate(learning_rate: float, steps: int) -> Recipe:

@@ -125,5 +125,5 @@ def test_help_tells_every_setting_its_default_and_its_meaning():
     for name in TrainSettings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in ended.stdout
     help_text = re.sub(r"[\s│]+", " ", ended.stdout)
-    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1 fast, 30" in help_text
+    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 30" in help_text
     assert "Write a trace of a few steps there" in help_text

@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="needs the extra torch")
 
 
 def test_the_readmes_tables_are_made_from_the_committed_results():
-    from cnn_jax.pytorch.readme import TABLES, fill_tables
+    from benchmarks.readme import TABLES, fill_tables
 
     readme = (ROOT / "README.md").read_text()
     for name in TABLES:

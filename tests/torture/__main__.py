@@ -3,20 +3,20 @@
 import argparse
 import importlib.metadata
 import json
+import multiprocessing
+import os
 import platform
-import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from unittest import mock
 
-from cnn_jax import checkpoint
 from cnn_jax.display import Display
 from tests.conftest import write_small_mnist
-from tests.torture import trials
+from tests.torture.kinds import KINDS, Torture
 from tests.torture.runs import Trainer, run_fingerprint
-from tests.torture.sabotage import SABOTAGES, digest_off
+from tests.torture.sabotage import SABOTAGES
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -30,12 +30,12 @@ def main() -> None:
     parser.add_argument("--full-disks", type=int, default=20, help="found by trainings, at random changes of files")
     parser.add_argument("--preparations", type=int, default=20, help="of MNIST, killed with SIGKILL")
     parser.add_argument("--races", type=int, default=20, help="of two trainings of one run")
-    parser.add_argument("--flips", type=int, default=40, help="of bits, in each file of a checkpoint")
+    parser.add_argument("--flips", type=int, default=20, help="of bits, in each file of a checkpoint and of the data")
     parser.add_argument("--every", type=int, default=1, help="so many changes of a save to its files are struck")
     parser.add_argument("--examples", type=int, default=1000, help="of command lines and of each kind of file")
     parser.add_argument("--output", type=Path, help="where the result goes, as JSON and Markdown")
     arguments = parser.parse_args()
-    choose, say = random.Random(arguments.seed), Display().say
+    say = Display().say
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
@@ -46,19 +46,12 @@ def main() -> None:
         if code != 0:
             sys.exit(f"the run that nothing interrupts ended with {code}: {complaint}")
         reference = run_fingerprint(Path(folder) / "reference")
-        tallies = [
-            trials.killed_saves(every=arguments.every, say=say),
-            trials.full_disk(every=arguments.every, say=say),
-            trials.damaged_checkpoints(flips=arguments.flips, choose=choose, say=say),
-            trials.damaged_data(flips=arguments.flips, choose=choose, say=say),
-            trials.killed_preparations(count=arguments.preparations, choose=choose, say=say),
-            trials.fuzz(examples=arguments.examples, say=say),
-            trials.full_disk_runs(trainer, reference, count=arguments.full_disks, choose=choose, say=say),
-            trials.two_writers(trainer, reference, count=arguments.races, say=say),
-            trials.random_signals(trainer, reference, count=arguments.signals, choose=choose, say=say),
-            trials.random_kills(trainer, reference, kills=arguments.kills, choose=choose, say=say),
-        ]
-        controls = [_negative_control(name, data, reference, choose, say) for name in SABOTAGES]
+        torture = Torture(arguments, data, reference)
+        # In processes of their own, as many at once as there are cores: most of what a trial does is to wait.
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+            tallies = [pool.submit(torture.run, kind) for kind in KINDS]
+            controls = [pool.submit(torture.run_broken, name) for name in SABOTAGES]
+            tallies, controls = [[future.result() for future in futures] for futures in (tallies, controls)]
     result = {
         "seed": arguments.seed,
         "date": time.strftime("%Y-%m-%d"),
@@ -75,19 +68,6 @@ def main() -> None:
         (arguments.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         (arguments.output / "result.md").write_text(text)
     sys.exit(any(tally.failures for tally in tallies) or not all(control.failures for control in controls))
-
-
-def _negative_control(name, data, reference, choose, say):
-    """Torture the program with one thing broken: this must fail."""
-    say(f"negative control: {name}")
-    if name == "digest off":
-        with mock.patch.object(checkpoint, "digest"):  # puts it back
-            digest_off()
-            tally = trials.damaged_checkpoints(flips=20, choose=choose, say=say)
-    else:
-        tally = trials.random_kills(Trainer(data, name), reference, kills=3, choose=choose, say=say)
-    tally.name = f"{name}: {tally.name}"
-    return tally
 
 
 def to_markdown(result: dict) -> str:

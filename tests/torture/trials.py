@@ -282,8 +282,8 @@ def full_disk(*, every: int, say: Say) -> Tally:
 
 
 def fuzz(*, examples: int, say: Say) -> Tally:
-    """Try made-up command lines, IDX files and files of weights: `tests/test_fuzz.py` with more examples."""
-    tally = Tally("made-up command lines, IDX files and files of weights")
+    """Try made-up command lines, IDX files, files of weights and pictures: `tests/test_fuzz.py` with more examples."""
+    tally = Tally("made-up command lines, IDX files, files of weights and pictures")
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py"],
         capture_output=True,
@@ -291,7 +291,7 @@ def fuzz(*, examples: int, say: Say) -> Tally:
         cwd=ROOT,
         env=os.environ | {"FUZZ_EXAMPLES": str(examples)},
     )
-    tally.trials = 4 * examples
+    tally.trials = 6 * examples
     tally.failures = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if ended.returncode != 0 and not tally.failures:
         tally.failures.append(f"pytest ended with {ended.returncode}: {_last(ended.stdout)}")
