@@ -27,9 +27,9 @@ def recipe_table() -> str:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
         validation = _told(lines[-1]["seeds"]["validation_accuracy"])
-        # Of this process: a run that was stopped in between has less than all of it.
         seconds = sum(line["seconds"] for line in lines) / len(accuracies)
-        rows.append((recipe, str(len(lines)), len(accuracies), validation, _told(accuracies), seconds))
+        epochs = f"{lines[-1]['step'] / lines[0]['step']:.3g}"
+        rows.append((recipe, epochs, len(accuracies), validation, _told(accuracies), seconds))
     table = ["| recipe | epochs | seeds | validation accuracy | test accuracy | training, a seed |", "|" + " --- |" * 6]
     table += [f"| {' | '.join(map(str, row[:-1]))} | {describe_seconds(row[-1])} |" for row in rows]
     return "\n".join(table)
