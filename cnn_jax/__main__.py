@@ -11,6 +11,7 @@ import tyro
 from cnn_jax.config import (
     BenchmarkSettings,
     CompareSettings,
+    DemoSettings,
     EvaluateSettings,
     ExportSettings,
     ImportTorchSettings,
@@ -31,6 +32,7 @@ Command = (
     | Annotated[InspectSettings, tyro.conf.subcommand("inspect")]
     | Annotated[ReportSettings, tyro.conf.subcommand("report")]
     | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
+    | Annotated[DemoSettings, tyro.conf.subcommand("demo")]
     | Annotated[SweepSettings, tyro.conf.subcommand("sweep")]
     | Annotated[ImportTorchSettings, tyro.conf.subcommand("import-torch")]
     | Annotated[ExportSettings, tyro.conf.subcommand("export")]
@@ -94,9 +96,17 @@ def run_command(settings: Command) -> None:
     elif isinstance(settings, ExportSettings):
         if settings.to == "torch":
             require("torch", extra="torch")
+        if settings.to == "onnx":
+            require("onnx", extra="export")
+            require("onnxruntime", extra="export")
         from cnn_jax.export import export
 
         export(settings)
+    elif isinstance(settings, DemoSettings):
+        require("gradio", extra="demo")
+        from cnn_jax.demo import demo
+
+        demo(settings)
     elif isinstance(settings, SweepSettings):
         require("optuna", extra="sweep")
         from cnn_jax.sweep import sweep

@@ -269,14 +269,15 @@ class ImportTorchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """Write the weights of a run's newest checkpoint to a file that another program reads."""
+    """Write a network to a file that another program reads; it is kept only if it computes the same there."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The run's folder, or its name in --checkpoint-dir."""
-    to: Literal["torch", "safetensors"]
-    """The file's format: torch is a state_dict with the tutorial's names; safetensors has the same, described."""
+    to: Literal["onnx", "stablehlo", "safetensors", "torch"]
+    """The file's format: torch is a state_dict with the tutorial's names, safetensors the same, described; onnx and
+    stablehlo are whole programs from float32 pixels in [0, 1], (N, height, width, channels), to logits."""
     output: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """The file to write."""
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RUN")] = None
+    """A run's folder, or its name in --checkpoint-dir; by default the network that the package brings."""
     seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Of a run of several seeds, whose weights; by default the first's."""
     checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
@@ -316,6 +317,32 @@ class PredictSettings:
           UsageError: no image is named.
         """
         _require(len(self.images) >= 1, "IMAGE...", "", "at least one PNG or JPEG file, a folder or -")
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """Serve a page to draw digits on, which shows what the network makes of them while they are drawn."""
+
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RUN")] = None
+    """A run's folder, or its name in --checkpoint-dir; by default the network that the package brings."""
+    port: Annotated[int, tyro.conf.arg(metavar="N")] = 7860
+    """Where the page is."""
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
+    """From where it can be reached: by default from this machine only; 0.0.0.0 is from everywhere."""
+    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
+    """Where runs are written, a folder each."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no port.
+
+        Raises:
+          UsageError: naming the option, its value and what it must be.
+        """
+        _require(1 <= self.port <= 65535, "--port", self.port, "from 1 to 65535")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -313,3 +313,10 @@ def _centre(fitted):
     )
     image[top : top + fitted.shape[0], left : left + fitted.shape[1], 0] = fitted
     return image
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return a picture, (H, W) uint8, as a PNG file."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
