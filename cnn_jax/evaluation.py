@@ -5,9 +5,11 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import scipy.stats
 from jax import lax
@@ -36,6 +38,22 @@ class Evaluation:
     def accuracy(self) -> float:
         """The fraction of correct images, in [0, 1]."""
         return self.correct / self.count
+
+
+class Mistake(NamedTuple):
+    """A test image that was taken for another class.
+
+    Attributes:
+      image: (height, width, channels), uint8.
+      label: What it is.
+      taken_for: The class of the largest logit.
+      probability: Of that class, in [0, 1].
+    """
+
+    image: np.ndarray
+    label: int
+    taken_for: int
+    probability: float
 
 
 @dataclasses.dataclass(frozen=True)

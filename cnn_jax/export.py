@@ -79,8 +79,8 @@ def _writing(file):
 
 
 def _load_dataset(settings):
-    from cnn_jax.run import load_run_data
     from cnn_jax.run_folder import RunFolder
+    from cnn_jax.run_parts import load_run_data
 
     run = TrainSettings() if settings.run is None else RunFolder(settings.run_folder).read_settings()
     return load_run_data(dataclasses.replace(run, data_dir=settings.data_dir or run.data_dir))

@@ -16,9 +16,9 @@ from cnn_jax.config import InspectSettings
 from cnn_jax.data import Dataset, scale_pixels
 from cnn_jax.devices import start_devices
 from cnn_jax.display import LAYER_TABLE, Display
-from cnn_jax.evaluation import BATCH_SIZE
-from cnn_jax.run import restore_run
+from cnn_jax.evaluation import BATCH_SIZE, Mistake
 from cnn_jax.run_folder import EpochMetrics, RunFolder
+from cnn_jax.run_parts import restore_run
 from cnn_jax.training import TrainState
 
 SHOWN_MISTAKES = 12
@@ -73,22 +73,6 @@ class Layer:
     name: str
     output: np.ndarray
     parameters: int
-
-
-class Mistake(NamedTuple):
-    """A test image that was taken for another class.
-
-    Attributes:
-      image: (height, width, channels), uint8.
-      label: What it is.
-      taken_for: The class of the largest logit.
-      probability: Of that class, in [0, 1].
-    """
-
-    image: np.ndarray
-    label: int
-    taken_for: int
-    probability: float
 
 
 @dataclasses.dataclass(frozen=True)

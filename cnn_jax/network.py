@@ -89,8 +89,8 @@ def load_network(
     if run is None:
         return read_network(PACKAGED)
     # Orbax takes a second to import, and the packaged network does not need it.
-    from cnn_jax.run import restore_run
     from cnn_jax.run_folder import RunFolder
+    from cnn_jax.run_parts import restore_run
 
     folder = RunFolder(find_run_folder(run, checkpoint_dir))
     settings, states, dataset = restore_run(folder, data_dir, warn)

@@ -3,7 +3,6 @@
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -16,10 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from cnn_jax.evaluation import Mistake
 from cnn_jax.run_folder import EpochMetrics, write_atomically
-
-if TYPE_CHECKING:
-    from cnn_jax.inspection import Mistake
 
 COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
 # Numbers below 0, 0 and above; the gaps between tiles are not numbers.
@@ -139,7 +136,7 @@ def plot_confusion(confusion: np.ndarray, file: Path) -> None:
     _save(figure, file)
 
 
-def plot_mistakes(mistakes: "list[Mistake]", file: Path) -> None:
+def plot_mistakes(mistakes: list[Mistake], file: Path) -> None:
     """Draw images that were taken for another class: above each, its class, what it was taken for, and how surely."""
     columns = 4
     rows = max(1, math.ceil(len(mistakes) / columns))

@@ -14,8 +14,8 @@ from cnn_jax.devices import start_devices
 from cnn_jax.display import Display, describe_seconds
 from cnn_jax.evaluation import evaluate, spread
 from cnn_jax.inspection import Inspection, Picture, draw_pictures, inspect_network
-from cnn_jax.run import count_steps, restore_run
 from cnn_jax.run_folder import EpochMetrics, RunFolder, write_atomically
+from cnn_jax.run_parts import count_steps, restore_run
 from cnn_jax.training import TrainState
 
 # What a table or a line of numbers shows: names and values.

@@ -7,39 +7,32 @@ import logging
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax import __version__
 from cnn_jax.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.config import EvaluateSettings, TrainSettings
-from cnn_jax.data import Dataset, check_batch_size, fingerprint, hold_out, load_dataset
+from cnn_jax.data import Dataset, hold_out
 from cnn_jax.devices import describe_devices, describe_machine, device_bytes, start_devices
 from cnn_jax.display import Display, describe_seconds
 from cnn_jax.errors import (
     InputFileError,
-    NoCheckpointError,
     NonFiniteLossError,
     StopSignalError,
     TargetAccuracyError,
-    UsageError,
 )
 from cnn_jax.evaluation import Evaluation, spread
 from cnn_jax.feed import Piece, ResidentFeed, StreamFeed
 from cnn_jax.hosts import agree, fetch, is_first, lost_hosts_told, on_first
-from cnn_jax.model import CNN
 from cnn_jax.parallel import (
     SEEDS,
     choose_group,
-    create_states,
     epoch_orders,
     evaluate_seeds,
     make_mesh,
@@ -49,16 +42,22 @@ from cnn_jax.parallel import (
     seed_keys,
     sums_of_seeds,
 )
-from cnn_jax.recipes import make_recipe
-from cnn_jax.run_folder import EpochMetrics, RunFolder, deciding_settings
+from cnn_jax.run_folder import EpochMetrics, RunFolder
+from cnn_jax.run_parts import (
+    count_steps,
+    describe_run,
+    initial_states,
+    load_run_data,
+    resident_bytes,
+    restore_run,
+    seeds_of,
+    templates,
+)
 from cnn_jax.signals import StopRequest, listen_for_stop
-from cnn_jax.training import TrainState
 
 # A segment is as many steps as take this long: the bar moves and a signal is answered after each.
 SEGMENT_SECONDS = 0.7
 FIRST_SEGMENT_STEPS = 5
-# Of a device's memory, for training images that stay there; more of them are streamed.
-RESIDENT_SHARE = 0.4
 PROFILED_STEPS = 10
 
 log = logging.getLogger(__name__)
@@ -175,98 +174,9 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     display.accuracy(statistics.fmean(result.accuracy for result in results))
 
 
-def restore_run(
-    folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]
-) -> tuple[TrainSettings, TrainState, Dataset]:
-    """Return a run's settings, its states in its newest checkpoint, and the data set that it was trained on.
-
-    Args:
-      folder: The run's folder.
-      data_dir: Where tfds keeps its data sets; None for where the run found them.
-      warn: Told, in a line, of each checkpoint that is damaged.
-
-    Returns:
-      The settings; the states, on the host, of each array one for each seed; the data set.
-
-    Raises:
-      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
-    """
-    settings = folder.read_settings()
-    settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
-    with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
-        dataset = load_run_data(settings)
-        train_examples = len(dataset.train_labels) - (settings.validation or 0)
-        restored = checkpoints.restore_latest(*_templates(settings, dataset, train_examples))
-    if restored is None:
-        raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
-    return settings, restored.state, dataset
-
-
-def load_run_data(settings: TrainSettings) -> Dataset:
-    """Load the data set that a run's settings name, and refuse one that does not fit them or the network."""
-    dataset = load_dataset(
-        settings.dataset, settings.dataset_dir, settings.data_dir, resident_bytes=_resident_bytes(settings)
-    )
-    check_batch_size(settings.batch_size, len(dataset.train_labels) - (settings.validation or 0))
-    height, width, _ = dataset.train_images.shape[1:]
-    if min(height, width) < 4:
-        raise UsageError(f"{dataset.name} has images of {height}x{width}; two poolings need at least 4x4")
-    return dataset
-
-
-def _resident_bytes(settings):
-    """Return how many bytes of training images may stay on the device; None for any number."""
-    if settings.feed is None:
-        return int(RESIDENT_SHARE * device_bytes())
-    return 0 if settings.feed == "stream" else None
-
-
-def initial_states(settings: TrainSettings, dataset: Dataset, train_examples: int, mesh: Mesh) -> TrainState:
-    """Return the states before step 0, one for each seed.
-
-    Args:
-      settings: The run's.
-      dataset: Whose images and classes shape the network.
-      train_examples: How many of its images are trained on.
-      mesh: Of `make_mesh`.
-    """
-    model = CNN(features=settings.features, num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
-    last_step = count_steps(settings.epochs, train_examples // settings.batch_size)
-    recipe = make_recipe(settings.recipe, settings.learning_rate, last_step)
-    init_keys, _, _ = seed_keys(_seeds(settings), mesh)
-    return create_states(init_keys, model, dataset.train_images.shape[1:], recipe, mesh)
-
-
-def count_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Return the steps of so many epochs: at least one."""
-    return max(1, round(epochs * steps_per_epoch))
-
-
-def _seeds(settings):
-    return np.arange(settings.seed, settings.seed + settings.seeds, dtype=np.uint32)
-
-
-def _templates(settings, dataset, train_examples):
-    """Return the shapes and dtypes of a run's states and losses."""
-    mesh = make_mesh(settings.seeds)
-    states = jax.eval_shape(lambda: initial_states(settings, dataset, train_examples, mesh))
-    losses = jax.ShapeDtypeStruct((settings.seeds, train_examples // settings.batch_size), jnp.float32)
-    return states, losses
-
-
-def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
-    """Return what a run's results depend on, as JSON's types: what each of its checkpoints records."""
-    return {
-        "settings": deciding_settings(settings),
-        "versions": {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "data": fingerprint(dataset),
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-    }
-
-
 def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> None:
     train_examples = len(dataset.train_labels) - (settings.validation or 0)
-    shapes, _ = _templates(settings, dataset, train_examples)
+    shapes, _ = templates(settings, dataset, train_examples)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params)) // settings.seeds
     size = "x".join(map(str, dataset.train_images.shape[1:]))
     display.say(
@@ -312,12 +222,12 @@ class Training:
             if settings.validation is not None:
                 train_set, *epoch_test_set = hold_out(dataset, settings.validation)
             self.num_examples = len(train_set.train_labels)
-            streams = train_set.train_images.nbytes > (_resident_bytes(settings) or float("inf"))
-            streams |= settings.feed == "stream"
+            limit = resident_bytes(settings)
+            streams = limit is not None and train_set.train_images.nbytes > limit
             self.feed = (StreamFeed if streams else ResidentFeed)(train_set, self.mesh)
             self.epoch_test_set = place_test_set(*epoch_test_set, self.mesh)
         with stopwatch.part("compiling"):
-            _, self.order_keys, self.augment_keys = seed_keys(_seeds(settings), self.mesh)
+            _, self.order_keys, self.augment_keys = seed_keys(seeds_of(settings), self.mesh)
             self.states = initial_states(settings, dataset, self.num_examples, self.mesh)
         self.steps_per_epoch = self.num_examples // settings.batch_size
         self.last_step = count_steps(settings.epochs, self.steps_per_epoch)
@@ -361,7 +271,7 @@ class Training:
 
     def _read_newest(self):
         """Return the leaves of the newest states, the losses and the step of process 0's newest checkpoint, if any."""
-        restored = self.checkpoints.restore_latest(*_templates(self.settings, self.dataset, self.num_examples))
+        restored = self.checkpoints.restore_latest(*templates(self.settings, self.dataset, self.num_examples))
         if restored is None:
             return None
         self._check(restored.meta)
@@ -574,7 +484,7 @@ class Training:
                 ("95 % interval", f"{spread_of_seeds.low:.4f} to {spread_of_seeds.high:.4f}"),
                 ("each seed", " ".join(f"{accuracy:.4f}" for accuracy in accuracies)),
             ]
-            by_seed = zip(_seeds(self.settings).tolist(), accuracies, strict=True)
+            by_seed = zip(seeds_of(self.settings).tolist(), accuracies, strict=True)
             result["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
             result["spread"] = dataclasses.asdict(spread_of_seeds)
         states = fetch(self.states)

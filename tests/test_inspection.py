@@ -11,8 +11,8 @@ from cnn_jax.data import scale_pixels
 from cnn_jax.evaluation import evaluate
 from cnn_jax.inspection import Inspection, draw_pictures, inspect_network, run_layers
 from cnn_jax.model import CNN
-from cnn_jax.run import restore_run
 from cnn_jax.run_folder import RunFolder
+from cnn_jax.run_parts import restore_run
 
 pytestmark = pytest.mark.optax_promotes
 

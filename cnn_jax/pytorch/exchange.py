@@ -10,8 +10,8 @@ from cnn_jax.display import Display
 from cnn_jax.errors import UsageError
 from cnn_jax.parallel import make_mesh
 from cnn_jax.pytorch.weights import params_from_torch, read_torch_file
-from cnn_jax.run import describe_run, initial_states, load_run_data
 from cnn_jax.run_folder import RunFolder
+from cnn_jax.run_parts import describe_run, initial_states, load_run_data
 
 
 def import_torch(settings: ImportTorchSettings) -> None:
