@@ -31,7 +31,7 @@ class Layers(nn.Module):
     precision of the run.
     """
 
-    features: tuple[int, int]
+    features: tuple[int, ...]
     num_classes: int
 
     @nn.compact
@@ -117,7 +117,8 @@ def inspect_run(settings: InspectSettings) -> None:
     display, folder = Display(), RunFolder(settings.run_folder)
     start_devices(settings.platform)
     run, states, dataset = restore_run(folder, settings.data_dir, display.say)
-    display.result(tabulate(run.features, dataset))
+    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    display.result(tabulate(layers_of(params) or states.apply_fn.__self__, dataset))
     pictures = draw_pictures(inspect_network(states, dataset), folder.read_metrics(), folder.path / "pictures")
     of_seed = f", of seed {run.seed}" if run.seeds > 1 else ""
     display.say(
@@ -125,12 +126,20 @@ def inspect_run(settings: InspectSettings) -> None:
     )
 
 
-def tabulate(features: tuple[int, int], dataset: Dataset) -> str:
+def layers_of(params: dict) -> Layers | None:
+    """Return the layers that weights are of, however many blocks there are; None for a network of another kind."""
+    blocks = [f"layer{number}" for number in range(1, len(params))]
+    if set(params) != {*blocks, "fc"}:
+        return None
+    features = tuple(params[name]["kernel"].shape[-1] for name in blocks)
+    return Layers(features=features, num_classes=params["fc"]["kernel"].shape[-1])
+
+
+def tabulate(layers: nn.Module, dataset: Dataset) -> str:
     """Return a table of the layers of a data set's network: what goes in and comes out, and what is learned.
 
     The shapes are those of one image. The tutorial's network takes 80 columns.
     """
-    layers = Layers(features=features, num_classes=dataset.num_classes)
     table = nn.tabulate(layers, jax.random.key(0), **LAYER_TABLE)(scale_pixels(dataset.test_images[0]))
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
@@ -153,7 +162,7 @@ def inspect_network(states: TrainState, dataset: Dataset) -> Inspection:
         image=dataset.test_images[0],
         label=int(labels[0]),
         layers=run_layers(params, dataset.test_images[0]),
-        kernels={name: params[name]["kernel"] for name in ("layer1", "layer2")},
+        kernels={name: params[name]["kernel"] for name in params if name != "fc"} if layers_of(params) else {},
         confusion=confusion,
         mistakes=[
             Mistake(dataset.test_images[i], int(labels[i]), int(predictions[i]), float(probabilities[i]))
@@ -187,9 +196,13 @@ def _predict_batches(params, batches, *, apply_fn):
 
 
 def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
-    """Return what every layer makes of an image (height, width, channels), uint8, with the weights of a `CNN`."""
-    features = tuple(params[name]["kernel"].shape[-1] for name in ("layer1", "layer2"))
-    layers = Layers(features=features, num_classes=params["fc"]["kernel"].shape[-1])
+    """Return what every layer makes of an image (height, width, channels), uint8, with the weights of a `CNN`.
+
+    Of a network of another kind there is nothing to return.
+    """
+    layers = layers_of(params)
+    if layers is None:
+        return []
 
     @jax.jit
     def apply(params, pixels):
@@ -197,7 +210,8 @@ def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
         return kept["intermediates"]
 
     kept = jax.device_get(apply(params, scale_pixels(image)))
-    names = ["layer1", "relu1", "pool1", "layer2", "relu2", "pool2", "flatten", "fc"]
+    blocks = range(1, len(layers.features) + 1)
+    names = [f"{kind}{number}" for number in blocks for kind in ("layer", "relu", "pool")] + ["flatten", "fc"]
     return [
         Layer(name, kept[name]["__call__"][0], sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {}))))
         for name in names

@@ -73,7 +73,7 @@ def write_report(
     environment.filters["as_data"] = _as_data
     page = environment.get_template("report.html").render(
         title=folder.path.resolve().name,
-        subtitle=_subtitle(dataset, inspection),
+        subtitle=_subtitle(dataset, sum(leaf.size for leaf in jax.tree.leaves(states.params)) // settings.seeds),
         of_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
         numbers=_numbers(settings, dataset, result, accuracies, step),
         results=_results(settings, dataset, metrics, result, accuracies),
@@ -87,9 +87,8 @@ def write_report(
     write_atomically(file, page)
 
 
-def _subtitle(dataset, inspection):
-    size = _size(inspection.image)
-    parameters = sum(layer.parameters for layer in inspection.layers)
+def _subtitle(dataset, parameters):
+    size = _size(dataset.test_images[0])
     return (
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
         f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
@@ -142,6 +141,8 @@ def _told(values: list[float]) -> str:
 
 def _layers(inspection: Inspection) -> list[tuple[str, str, str]]:
     """Return the rows of the table of layers: name, size of the output, number of parameters."""
+    if not inspection.layers:
+        return []
     rows = [("input", _size(inspection.image), "")]
     for layer in inspection.layers:
         rows.append((layer.name, _size(layer.output), f"{layer.parameters:,}" if layer.parameters else ""))

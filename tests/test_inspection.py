@@ -9,7 +9,7 @@ from PIL import Image
 
 from cnn_jax.data import scale_pixels
 from cnn_jax.evaluation import evaluate
-from cnn_jax.inspection import Inspection, draw_pictures, inspect_network, run_layers
+from cnn_jax.inspection import Inspection, draw_pictures, inspect_network, layers_of, run_layers
 from cnn_jax.model import CNN
 from cnn_jax.run_folder import RunFolder
 from cnn_jax.run_parts import restore_run
@@ -126,3 +126,11 @@ def test_what_is_not_a_run_cannot_be_looked_at(name, command, tmp_path):
     code, out, err = command(name, "no-such-run", "--checkpoint-dir", tmp_path)
     assert (code, out) == (3, "")
     assert "no-such-run is not a run" in err
+
+
+def test_a_network_of_another_kind_is_drawn_without_its_layers(tmp_path):
+    params = {"Dense_0": {"kernel": np.zeros((784, 10), np.float32)}}
+    assert layers_of(params) is None
+    assert run_layers(params, np.zeros((28, 28, 1), np.uint8)) == []
+    three_blocks = {f"layer{number}": {"kernel": np.zeros((3, 3, 1, 2 * number))} for number in (1, 2, 3)}
+    assert layers_of(three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}).features == (2, 4, 6)
