@@ -102,7 +102,8 @@ def _numbers(settings: TrainSettings, dataset: Dataset, result: dict, accuracies
     last_step = count_steps(settings.epochs, steps_per_epoch)
     epochs = f"{settings.epochs:g}" if step == last_step else f"{step / steps_per_epoch:.3g} of {settings.epochs:g}"
     rows = [("test accuracy", _told(accuracies)), ("epochs", epochs), ("steps", f"{step:,}")]
-    if result:
+    # A run that was killed before its report is reported by a process that trained nothing.
+    if "training" in result.get("seconds", {}):
         rows.append(("training", describe_seconds(result["seconds"]["training"])))
     return rows
 

@@ -236,6 +236,16 @@ def test_a_finished_run_is_reported_and_not_trained_again(train, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_run_that_was_killed_before_its_report_gets_it_at_the_next_start(train, tmp_path):
+    _, first_out, _ = train(epochs=1)
+    for name in ("result.json", "report.html"):
+        (tmp_path / "run" / name).unlink()
+    code, out, err = train(epochs=1)
+    assert (code, out) == (0, first_out), err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == STEPS_PER_EPOCH
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+
+
 def test_fresh_moves_a_run_aside_and_starts_anew(train, tmp_path):
     train(epochs=1)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
