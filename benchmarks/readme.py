@@ -5,8 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from cnn_jax.display import describe_seconds
-from cnn_jax.evaluation import spread
+from cnn_jax.display import describe_seconds, describe_values
 from cnn_jax.pytorch.benchmark import speed_table
 from cnn_jax.pytorch.compare import accuracy_table
 from tests.torture.__main__ import trials_table
@@ -20,24 +19,19 @@ def recipe_table() -> str:
     runs = json.loads((RESULTS / "comparison" / "report.json").read_text())["frameworks"]["cnn-jax"]["runs"]
     tutorial = [run["accuracy"] for run in runs]
     seconds = statistics.median(run["seconds"]["training"] for run in runs)
-    rows = [("tutorial", "15", len(runs), "", _told(tutorial), seconds)]
+    rows = [("tutorial", "15", len(runs), "", describe_values(tutorial), seconds)]
     for recipe in ("fast", "accurate"):
         folder = RESULTS / "runs" / recipe
         result = json.loads((folder / "result.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
-        validation = _told(lines[-1]["seeds"]["validation_accuracy"])
+        validation = describe_values(lines[-1]["seeds"]["validation_accuracy"])
         seconds = sum(line["seconds"] for line in lines) / len(accuracies)
         epochs = f"{lines[-1]['step'] / lines[0]['step']:.3g}"
-        rows.append((recipe, epochs, len(accuracies), validation, _told(accuracies), seconds))
+        rows.append((recipe, epochs, len(accuracies), validation, describe_values(accuracies), seconds))
     table = ["| recipe | epochs | seeds | validation accuracy | test accuracy | training, a seed |", "|" + " --- |" * 6]
     table += [f"| {' | '.join(map(str, row[:-1]))} | {describe_seconds(row[-1])} |" for row in rows]
     return "\n".join(table)
-
-
-def _told(accuracies: list[float]) -> str:
-    of_seeds = spread(accuracies)
-    return f"{of_seeds.mean:.4f} ± {of_seeds.standard_deviation:.4f}"
 
 
 def torture_table() -> str:

@@ -1,6 +1,7 @@
 """What a person sees of a run: everything on stderr but the tutorial's own lines, which are all that stdout gets."""
 
 import contextlib
+import statistics
 from collections.abc import Iterator
 
 import numpy as np
@@ -133,3 +134,10 @@ def describe_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def describe_values(values: list[float]) -> str:
+    """Return a value, or the mean of several with their standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

@@ -89,9 +89,7 @@ def on_first(function: Callable[[], T]) -> T:
     if is_first():
         try:
             outcome = pickle.dumps((function(), None))
-        except CnnJaxError as error:
-            outcome = pickle.dumps((None, error))
-        except OSError as error:
+        except (CnnJaxError, OSError) as error:
             outcome = pickle.dumps((None, error))
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
     padded = np.frombuffer(outcome.ljust(length, b"\0"), np.uint8)

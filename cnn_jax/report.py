@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import statistics
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import jinja2
 from cnn_jax.config import ReportSettings, TrainSettings
 from cnn_jax.data import Dataset
 from cnn_jax.devices import start_devices
-from cnn_jax.display import Display, describe_seconds
+from cnn_jax.display import Display, describe_seconds, describe_values
 from cnn_jax.evaluation import evaluate, spread
 from cnn_jax.inspection import Inspection, Picture, draw_pictures, inspect_network
 from cnn_jax.run_folder import EpochMetrics, RunFolder, write_atomically
@@ -101,7 +100,7 @@ def _numbers(settings: TrainSettings, dataset: Dataset, result: dict, accuracies
     steps_per_epoch = train_examples // settings.batch_size
     last_step = count_steps(settings.epochs, steps_per_epoch)
     epochs = f"{settings.epochs:g}" if step == last_step else f"{step / steps_per_epoch:.3g} of {settings.epochs:g}"
-    rows = [("test accuracy", _told(accuracies)), ("epochs", epochs), ("steps", f"{step:,}")]
+    rows = [("test accuracy", describe_values(accuracies)), ("epochs", epochs), ("steps", f"{step:,}")]
     # A run that was killed before its report is reported by a process that trained nothing.
     if "training" in result.get("seconds", {}):
         rows.append(("training", describe_seconds(result["seconds"]["training"])))
@@ -111,7 +110,9 @@ def _numbers(settings: TrainSettings, dataset: Dataset, result: dict, accuracies
 def _results(
     settings: TrainSettings, dataset: Dataset, metrics: list[EpochMetrics], result: dict, accuracies: list[float]
 ) -> Rows:
-    rows = [("test accuracy", f"{_told(accuracies)} on pixels in [0, 1], of {len(dataset.test_labels):,} images")]
+    rows = [
+        ("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {len(dataset.test_labels):,} images")
+    ]
     if "unscaled_test_accuracy" in result:
         rows.append(("as the tutorial tests", f"{result['unscaled_test_accuracy']:.4f} on pixels in 0..255"))
     if settings.seeds > 1:
@@ -124,20 +125,13 @@ def _results(
     if metrics:
         last = metrics[-1]
         rows += [
-            (f"cost of epoch {last.epoch}", _told(last.cost)),
-            (f"{last.tested_on} loss after it", _told(last.loss)),
+            (f"cost of epoch {last.epoch}", describe_values(last.cost)),
+            (f"{last.tested_on} loss after it", describe_values(last.loss)),
         ]
         if last.tested_on == "validation":
-            rows.append(("validation accuracy", f"{_told(last.accuracy)} of {settings.validation:,} images"))
+            rows.append(("validation accuracy", f"{describe_values(last.accuracy)} of {settings.validation:,} images"))
         rows.append(("speed", f"{last.examples_per_second:,.0f} images/s, {last.step_milliseconds:.3g} ms a step"))
     return rows
-
-
-def _told(values: list[float]) -> str:
-    """Return a value, or the mean of several with their standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def _layers(inspection: Inspection) -> list[tuple[str, str, str]]:

@@ -20,7 +20,7 @@ from cnn_jax.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.config import EvaluateSettings, TrainSettings
 from cnn_jax.data import Dataset, hold_out
 from cnn_jax.devices import describe_devices, describe_machine, device_bytes, start_devices
-from cnn_jax.display import Display, describe_seconds
+from cnn_jax.display import Display, describe_seconds, describe_values
 from cnn_jax.errors import (
     InputFileError,
     NonFiniteLossError,
@@ -464,19 +464,21 @@ class Training:
         accuracies = last.accuracy
         test_set = self.epoch_test_set
         if self.settings.validation is not None:
-            rows.append(("validation accuracy", f"{_told(last.accuracy)} of {self.settings.validation:,} images"))
+            rows.append(
+                ("validation accuracy", f"{describe_values(last.accuracy)} of {self.settings.validation:,} images")
+            )
             result["validation_accuracy"] = statistics.fmean(last.accuracy)
             test_set = place_test_set(self.dataset.test_images, self.dataset.test_labels, self.mesh)
             accuracies = [evaluation.accuracy for evaluation in self.test(test_set)]
         self.display.accuracy(statistics.fmean(accuracies))
         count = len(self.dataset.test_labels)
-        rows.append(("test accuracy", f"{_told(accuracies)} on pixels in [0, 1], of {count:,} images"))
+        rows.append(("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {count:,} images"))
         result["test_accuracy"] = statistics.fmean(accuracies)
         # Only MNIST's tutorial has a number to compare this with.
         if self.dataset.name == "mnist":
             unscaled = [evaluation.accuracy for evaluation in self.test(test_set, unscaled=True)]
             result["unscaled_test_accuracy"] = statistics.fmean(unscaled)
-            rows.append(("as the tutorial tests", f"{_told(unscaled)} on pixels in 0..255"))
+            rows.append(("as the tutorial tests", f"{describe_values(unscaled)} on pixels in 0..255"))
         if self.settings.seeds > 1:
             spread_of_seeds = spread(accuracies)
             rows += [
@@ -507,9 +509,3 @@ class Training:
         rows += [(name, describe_seconds(seconds)) for name, seconds in self.stopwatch.seconds.items()]
         rows.append(("written to", str(self.folder.path)))
         self.display.table("Result", rows)
-
-
-def _told(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
