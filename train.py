@@ -3,7 +3,8 @@
 import sys
 
 from cnn_jax.__main__ import train
-from cnn_jax.config import TrainSettings, read_settings
+from cnn_jax.command_line import read_settings
+from cnn_jax.config import TrainSettings
 from cnn_jax.errors import one_line_failures
 from cnn_jax.signals import end_on_signals
 

@@ -4,10 +4,8 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
-import tyro
-
+from cnn_jax.command_line import read_command
 from cnn_jax.config import (
     BenchmarkSettings,
     CompareSettings,
@@ -20,35 +18,34 @@ from cnn_jax.config import (
     ReportSettings,
     SweepSettings,
     TrainSettings,
-    read_settings,
 )
 from cnn_jax.data import check_batch_size, count_train_examples
 from cnn_jax.errors import UsageError, one_line_failures
 from cnn_jax.signals import end_on_signals
 
-Command = (
-    Annotated[TrainSettings, tyro.conf.subcommand("train")]
-    | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
-    | Annotated[InspectSettings, tyro.conf.subcommand("inspect")]
-    | Annotated[ReportSettings, tyro.conf.subcommand("report")]
-    | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
-    | Annotated[DemoSettings, tyro.conf.subcommand("demo")]
-    | Annotated[SweepSettings, tyro.conf.subcommand("sweep")]
-    | Annotated[ImportTorchSettings, tyro.conf.subcommand("import-torch")]
-    | Annotated[ExportSettings, tyro.conf.subcommand("export")]
-    | Annotated[CompareSettings, tyro.conf.subcommand("compare")]
-    | Annotated[BenchmarkSettings, tyro.conf.subcommand("benchmark")]
-)
+COMMANDS = {
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "inspect": InspectSettings,
+    "report": ReportSettings,
+    "predict": PredictSettings,
+    "demo": DemoSettings,
+    "export": ExportSettings,
+    "sweep": SweepSettings,
+    "import-torch": ImportTorchSettings,
+    "compare": CompareSettings,
+    "benchmark": BenchmarkSettings,
+}
 
 
 def train(settings: TrainSettings) -> None:
     """Train a run; wrong settings are refused before JAX, which takes a second to import, is touched."""
-    if settings.tensorboard:
+    if settings.run.tensorboard:
         require("tensorboardX", extra="tensorboard")
-    train_examples = count_train_examples(settings.dataset, settings.dataset_dir, settings.data_dir)
+    train_examples = count_train_examples(settings.dataset, settings.dataset_dir, settings.common.data_dir)
     if train_examples is not None:
         check_batch_size(settings.batch_size, train_examples - (settings.validation or 0))
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=settings.run.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
     from cnn_jax.run import train_run
 
@@ -69,11 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name, by default the program's own."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with one_line_failures(debug="--debug" in arguments):
-        settings = read_settings(Command, arguments, prog="cnn-jax")
-        run_command(settings)
+        run_command(read_command(COMMANDS, arguments, prog="cnn-jax"))
 
 
-def run_command(settings: Command) -> None:
+def run_command(settings: object) -> None:
     """Run the command whose settings these are; each imports what it needs."""
     if isinstance(settings, TrainSettings):
         train(settings)

@@ -1,88 +1,132 @@
-"""Every setting of a run, with its default, unit and help; the command line is made from them."""
+"""Every setting of every command, with its default, unit and help; the command line is made from them."""
 
-import contextlib
 import dataclasses
-import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from cnn_jax.errors import UsageError
 
-S = TypeVar("S")
 Recipe = Literal["tutorial", "fast", "accurate"]
+Platform = Literal["cpu", "gpu", "tpu"]
 
 # What a recipe trains with unless told otherwise: epochs, batch size, learning rate (the peak of its schedule).
 RECIPE_DEFAULTS = {"tutorial": (15, 100, 0.001), "fast": (1.25, 100, 0.01), "accurate": (30, 100, 0.003)}
 
 
+def _option(metavar: str, default: str | None = None) -> Any:
+    """Describe an option: what stands for its value in the help, and there in words what it is by default."""
+    hint = None if default is None else f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
 def _of_recipe(place: int) -> str:
-    values = ", ".join(f"{defaults[place]:g} {recipe}" for recipe, defaults in RECIPE_DEFAULTS.items())
-    return f"(default: {values})"
+    values = {recipe: f"{defaults[place]:g}" for recipe, defaults in RECIPE_DEFAULTS.items()}
+    if len(set(values.values())) == 1:
+        return values["tutorial"]
+    return ", ".join(f"{value} {recipe}" for recipe, value in values.items())
+
+
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Run = Annotated[tyro.conf.Positional[str], _option("RUN")]
+RunOrPackaged = Annotated[str | None, _option("RUN", "the network in the package")]
+DatasetName = Annotated[str, _option("NAME")]
+DatasetDir = Annotated[Path | None, _option("DIR", "")]
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonOptions:
+    data_dir: Annotated[Path | None, _option("DIR", "TFDS_DATA_DIR, else tfds's")] = None
+    """Where tfds keeps data."""
+    debug: Flag = False
+    """Show a traceback when something fails."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonRunOptions(CommonOptions):
+    checkpoint_dir: Annotated[Path, _option("DIR")] = Path("checkpoints")
+    """Where runs are, a folder each."""
+    platform: Annotated[Platform | None, _option("{cpu,gpu,tpu}", "the fastest there is")] = None
+    """Where to compute."""
+
+    def run_folder(self, run: str | None) -> Path | None:
+        """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`; None for no run."""
+        if run is None:
+            return None
+        return Path(run) if Path(run).is_dir() else self.checkpoint_dir / run
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    run_name: Annotated[str | None, _option("NAME", "from the settings")] = None
+    """The run's folder."""
+    fresh: Flag = False
+    """Move a run of this name aside and start anew."""
+    dry_run: Flag = False
+    """Show what would run and where; write nothing."""
+    checkpoint_every_steps: Annotated[int | None, _option("N", "")] = None
+    """Save every N steps too, not only after each epoch."""
+    target_accuracy: Annotated[float | None, _option("FRACTION", "")] = None
+    """Exit with 70 below this final test accuracy, in 0..1."""
+    feed: Annotated[Literal["resident", "stream"] | None, _option("{resident,stream}", "by size")] = None
+    """Images on the device, or read in time."""
+    tensorboard: Flag = False
+    """Write each epoch's numbers for TensorBoard too."""
+    profile: Annotated[Path | None, _option("DIR", "")] = None
+    """Write a trace of a few steps, for TensorBoard or Perfetto."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _option("LEVEL")] = "warning"
+    """debug, info, warning or error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostOptions:
+    coordinator: Annotated[str | None, _option("HOST:PORT", "")] = None
+    """The first of several processes; found on TPU pods and SLURM."""
+    num_processes: Annotated[int | None, _option("N", "")] = None
+    """How many processes train together."""
+    process_id: Annotated[int | None, _option("N", "")] = None
+    """Which of them this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """Train the tutorial's network; the same command continues an unfinished run."""
+    """Train the tutorial's network; the same command continues an unfinished run.
 
-    recipe: Recipe = "tutorial"
-    """How to train: as the tutorial does; to 99 % in the least time; or to the best accuracy of this network."""
-    epochs: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint=_of_recipe(0))] = None
+    Examples:
+      python train.py --epochs 15
+      python train.py --recipe fast --seeds 10 --validation 5000
+      python train.py --dataset-dir fashion-mnist --run-name fashion
+    """
+
+    recipe: Annotated[Recipe, _option("NAME")] = "tutorial"
+    """tutorial, fast (99 % soonest), accurate."""
+    epochs: Annotated[float | None, _option("N", _of_recipe(0))] = None
     """Passes over the training set; 1.5 is one and a half."""
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="IMAGES", help_behavior_hint=_of_recipe(1))] = None
+    batch_size: Annotated[int | None, _option("N", _of_recipe(1))] = None
     """Images a step."""
-    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="RATE", help_behavior_hint=_of_recipe(2))] = None
+    learning_rate: Annotated[float | None, _option("RATE", _of_recipe(2))] = None
     """Adam's step size, or the peak of its schedule."""
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 777
-    """Where every random number comes from: the initial weights and the order of the images."""
-    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Independent runs in one program: of --seed and of the N - 1 after it."""
-    features: Annotated[tuple[int, int], tyro.conf.arg(metavar="N N")] = (32, 64)
-    """Channels after the first and the second block."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the convolutions' operands; weights, sums and optimiser are float32 in either case."""
-    dataset: Annotated[str, tyro.conf.arg(metavar="NAME")] = "mnist"
-    """A tfds image classification set: mnist is built in, others must be prepared or be preparable by tfds."""
-    dataset_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """A folder of four IDX files (plain, .gz or .xz) to use in place of --dataset."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    run_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """The run's folder; by default named after the data set, the seed and what differs from the defaults."""
-    validation: Annotated[int | None, tyro.conf.arg(metavar="IMAGES")] = None
-    """Training images to hold out and test on after each epoch; the test set is looked at once, at the end."""
-    feed: Literal["resident", "stream"] | None = None
-    """Keep the training images on the device, or read them as they are needed; by default, by their size."""
-    fresh: bool = False
-    """Move a run of this name aside and start anew; nothing is deleted."""
-    checkpoint_every_steps: Annotated[int | None, tyro.conf.arg(metavar="STEPS")] = None
-    """Save every so many steps too, not only after each epoch."""
-    target_accuracy: Annotated[float | None, tyro.conf.arg(metavar="FRACTION")] = None
-    """Exit with 70 when the test accuracy at the end is below this, between 0 and 1."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Where to run; by default an accelerator if there is one, else the CPU."""
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Of several processes that train together, where the first one is; TPU pods and SLURM are found without."""
-    num_processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """How many processes train together, with --coordinator."""
-    process_id: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Which of them this is, from 0, with --coordinator."""
-    profile: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write a trace of a few steps there, for TensorBoard or Perfetto."""
-    tensorboard: bool = False
-    """Write each epoch's numbers for TensorBoard too, to the run's folder."""
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
-    """Which messages of the libraries, and of this program's decisions, to show."""
-    dry_run: bool = False
-    """Show what would run and where, then stop; nothing is trained or written."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    seed: Annotated[int, _option("N")] = 777
+    """Of the initial weights and the images' order."""
+    seeds: Annotated[int, _option("N")] = 1
+    """Independent runs at once: of --seed and those after it."""
+    features: Annotated[tuple[int, int], _option("N N")] = (32, 64)
+    """Channels after each of the two blocks."""
+    precision: Annotated[Literal["float32", "bfloat16"], _option("DTYPE")] = "float32"
+    """Of the convolutions: float32 or bfloat16."""
+    dataset: DatasetName = "mnist"
+    """A tfds set that is, or can be, prepared."""
+    dataset_dir: DatasetDir = None
+    """A folder of four IDX files (plain, .gz or .xz) instead."""
+    validation: Annotated[int | None, _option("N", "none")] = None
+    """Training images to hold out and test on after each epoch; the test set is then used once, at the end."""
+    run: RunOptions = RunOptions()
+    host: HostOptions = HostOptions()
+    common: CommonRunOptions = CommonRunOptions()
 
     def __post_init__(self) -> None:
         """Refuse values that no data set and no machine could make sense of.
@@ -105,48 +149,48 @@ class TrainSettings:
         _require(self.seeds >= 1, "--seeds", self.seeds, "at least 1")
         _require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
         _require(self.validation is None or self.validation >= 1, "--validation", self.validation, "at least 1")
-        hosts = (self.coordinator, self.num_processes, self.process_id)
+        hosts = (self.host.coordinator, self.host.num_processes, self.host.process_id)
         _require(
             all(value is None for value in hosts) or None not in hosts,
             "--coordinator",
-            self.coordinator,
+            self.host.coordinator,
             "given with --num-processes and --process-id, all three or none",
         )
         _require(
-            self.coordinator is None or re.fullmatch(r"\S+:\d+", self.coordinator) is not None,
+            self.host.coordinator is None or re.fullmatch(r"\S+:\d+", self.host.coordinator) is not None,
             "--coordinator",
-            self.coordinator,
+            self.host.coordinator,
             "HOST:PORT, such as 10.0.0.1:1234",
         )
         _require(
-            self.process_id is None or 0 <= self.process_id < self.num_processes,
+            self.host.process_id is None or 0 <= self.host.process_id < self.host.num_processes,
             "--process-id",
-            self.process_id,
+            self.host.process_id,
             "from 0 to one less than --num-processes",
         )
         _require(
-            self.run_name is None or re.fullmatch(r"\w[\w.=+-]*", self.run_name) is not None,
+            self.run.run_name is None or re.fullmatch(r"\w[\w.=+-]*", self.run.run_name) is not None,
             "--run-name",
-            self.run_name,
+            self.run.run_name,
             "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
         )
         _require(
-            self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1,
+            self.run.checkpoint_every_steps is None or self.run.checkpoint_every_steps >= 1,
             "--checkpoint-every-steps",
-            self.checkpoint_every_steps,
+            self.run.checkpoint_every_steps,
             "at least 1",
         )
         _require(
-            self.target_accuracy is None or 0 <= self.target_accuracy <= 1,
+            self.run.target_accuracy is None or 0 <= self.run.target_accuracy <= 1,
             "--target-accuracy",
-            self.target_accuracy,
+            self.run.target_accuracy,
             "between 0 and 1",
         )
 
     @property
     def run_folder(self) -> Path:
         """Where the run is written."""
-        return self.checkpoint_dir / (self.run_name or self._default_run_name())
+        return self.common.checkpoint_dir / (self.run.run_name or self._default_run_name())
 
     def _default_run_name(self) -> str:
         source = self.dataset if self.dataset_dir is None else self.dataset_dir.resolve().name
@@ -171,89 +215,67 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    """Test a run's newest checkpoint on all test images of its data set."""
+    """Test a run's newest checkpoint on all test images of its data set.
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The run's folder, or its name in --checkpoint-dir."""
-    unscaled: bool = False
-    """Test as the PyTorch tutorial does, on pixels in 0..255, though it trained on [0, 1]."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Where to run; by default an accelerator if there is one, else the CPU."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    Examples:
+      cnn-jax evaluate mnist-seed777
+      cnn-jax evaluate mnist-seed777 --unscaled
+    """
 
-    @property
-    def run_folder(self) -> Path:
-        """The run's folder."""
-        return find_run_folder(self.run, self.checkpoint_dir)
+    run: Run
+    """A run's folder, or its name in --checkpoint-dir."""
+    unscaled: Flag = False
+    """Test on pixels in 0..255, as the tutorial does, though it trained on [0, 1]."""
+    common: CommonRunOptions = CommonRunOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectSettings:
-    """List the layers of a run's network, and draw what it has learned."""
+    """List the layers of a run's network, and draw what it has learned.
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The run's folder, or its name in --checkpoint-dir."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Where to run; by default an accelerator if there is one, else the CPU."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    Examples:
+      cnn-jax inspect mnist-seed777
+    """
 
-    @property
-    def run_folder(self) -> Path:
-        """The run's folder."""
-        return find_run_folder(self.run, self.checkpoint_dir)
+    run: Run
+    """A run's folder, or its name in --checkpoint-dir."""
+    common: CommonRunOptions = CommonRunOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
-    """Write an HTML page about a run: its results, settings and pictures."""
+    """Write an HTML page about a run: its results, settings and pictures.
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The run's folder, or its name in --checkpoint-dir."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The file to write; by default report.html in the run's folder."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Where to run; by default an accelerator if there is one, else the CPU."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    Examples:
+      cnn-jax report mnist-seed777
+      cnn-jax report mnist-seed777 --output report.html
+    """
 
-    @property
-    def run_folder(self) -> Path:
-        """The run's folder."""
-        return find_run_folder(self.run, self.checkpoint_dir)
+    run: Run
+    """A run's folder, or its name in --checkpoint-dir."""
+    output: Annotated[Path | None, _option("FILE", "report.html in the run's folder")] = None
+    """The file to write."""
+    common: CommonRunOptions = CommonRunOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportTorchSettings:
-    """Make a run of weights that PyTorch trained: it can be tested, and trained on with train --run-name."""
+    """Make a run of weights that PyTorch trained: test it, or train it on with train --run-name.
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """A state_dict with the tutorial's names, as torch.save writes it, or a .safetensors file."""
-    run_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """The run's folder; by default the file's name without its ending."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    dataset: Annotated[str, tyro.conf.arg(metavar="NAME")] = "mnist"
+    Examples:
+      cnn-jax import-torch model.pt
+      cnn-jax train --run-name model --epochs 1
+    """
+
+    file: Annotated[tyro.conf.Positional[Path], _option("FILE")]
+    """A state_dict with the tutorial's names, by torch.save or safetensors."""
+    run_name: Annotated[str | None, _option("NAME", "the file's, without its ending")] = None
+    """The run's folder."""
+    dataset: DatasetName = "mnist"
     """The tfds set that the weights are for."""
-    dataset_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    dataset_dir: DatasetDir = None
     """A folder of four IDX files to use in place of --dataset."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    common: CommonRunOptions = CommonRunOptions()
 
     @property
     def train_settings(self) -> TrainSettings:
@@ -261,54 +283,48 @@ class ImportTorchSettings:
         return TrainSettings(
             dataset=self.dataset,
             dataset_dir=self.dataset_dir,
-            data_dir=self.data_dir,
-            checkpoint_dir=self.checkpoint_dir,
-            run_name=self.run_name or self.file.stem,
+            run=RunOptions(run_name=self.run_name or self.file.stem),
+            common=self.common,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """Write a network to a file that another program reads; it is kept only if it computes the same there."""
+    """Write a network to a file for another program; it is kept only if it computes the same there.
 
-    to: Literal["onnx", "stablehlo", "safetensors", "torch"]
-    """The file's format: torch is a state_dict with the tutorial's names, safetensors the same, described; onnx and
-    stablehlo are whole programs from float32 pixels in [0, 1], (N, height, width, channels), to logits."""
-    output: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    Examples:
+      cnn-jax export --to onnx --output mnist.onnx
+      cnn-jax export mnist-seed777 --to torch --output model.pt
+    """
+
+    to: Annotated[Literal["onnx", "stablehlo", "safetensors", "torch"], _option("FORMAT")]
+    """onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights)."""
+    output: Annotated[Path, _option("FILE")]
     """The file to write."""
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RUN")] = None
-    """A run's folder, or its name in --checkpoint-dir; by default the network that the package brings."""
-    seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Of a run of several seeds, whose weights; by default the first's."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    debug: bool = False
-    """Show a traceback when something fails."""
-
-    @property
-    def run_folder(self) -> Path:
-        """The run's folder."""
-        return find_run_folder(self.run, self.checkpoint_dir)
+    run: tyro.conf.Positional[RunOrPackaged] = None
+    """A run's folder, or its name in --checkpoint-dir."""
+    seed: Annotated[int | None, _option("N", "the first")] = None
+    """Of a run of several seeds, whose weights."""
+    common: CommonRunOptions = CommonRunOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictSettings:
-    """Say which digit each picture shows: stdout gets a line a file."""
+    """Say which digit each picture shows: stdout gets a line a file.
 
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
-    """PNG or JPEG files, one digit each, folders of such, or - for standard input."""
-    run: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
-    """A run's folder, or its name in --checkpoint-dir; by default the network that the package brings."""
-    json: bool = False
-    """Write one array of objects with file, digit and probabilities, and nothing else."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    Examples:
+      cnn-jax predict photo.jpg
+      cnn-jax predict scans/ --json
+      cat photo.png | cnn-jax predict - --run mnist-seed777
+    """
+
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], _option("IMAGE...", "")]
+    """PNG or JPEG files of one digit each, folders of them, or -: standard input."""
+    run: RunOrPackaged = None
+    """A run's folder, or its name in --checkpoint-dir."""
+    json: Flag = False
+    """Write an array of objects with file, digit and probabilities."""
+    common: CommonRunOptions = CommonRunOptions()
 
     def __post_init__(self) -> None:
         """Refuse to read nothing.
@@ -321,20 +337,20 @@ class PredictSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """Serve a page to draw digits on, which shows what the network makes of them while they are drawn."""
+    """Serve a page to draw digits on, and show what the network makes of them while they are drawn.
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RUN")] = None
-    """A run's folder, or its name in --checkpoint-dir; by default the network that the package brings."""
-    port: Annotated[int, tyro.conf.arg(metavar="N")] = 7860
+    Examples:
+      cnn-jax demo
+      cnn-jax demo mnist-seed777 --port 8000
+    """
+
+    run: tyro.conf.Positional[RunOrPackaged] = None
+    """A run's folder, or its name in --checkpoint-dir."""
+    port: Annotated[int, _option("N")] = 7860
     """Where the page is."""
-    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
-    """From where it can be reached: by default from this machine only; 0.0.0.0 is from everywhere."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    host: Annotated[str, _option("ADDRESS")] = "127.0.0.1"
+    """From where it can be reached: 127.0.0.1 is this machine, 0.0.0.0 everywhere."""
+    common: CommonRunOptions = CommonRunOptions()
 
     def __post_init__(self) -> None:
         """Refuse what is no port.
@@ -347,16 +363,17 @@ class DemoSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSettings:
-    """Measure a training step in this program and in PyTorch, side by side in one run."""
+    """Measure a training step in this program and in PyTorch, side by side in one run.
 
-    rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+    Examples:
+      cnn-jax benchmark --rounds 5
+    """
+
+    rounds: Annotated[int, _option("N")] = 20
     """How often each form is measured, all of them in turn."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("benchmarks/results")
+    output: Annotated[Path, _option("DIR")] = Path("benchmarks/results")
     """Where the table, the JSON and the plot go, named by machine and date."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    common: CommonOptions = CommonOptions()
 
     def __post_init__(self) -> None:
         """Refuse what would measure nothing.
@@ -369,20 +386,21 @@ class BenchmarkSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CompareSettings:
-    """Train the tutorial in this program and in PyTorch, and report how they differ."""
+    """Train the tutorial in this program and in PyTorch, and report how they differ.
 
-    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+    Examples:
+      cnn-jax compare --seeds 5
+    """
+
+    seeds: Annotated[int, _option("N")] = 5
     """Runs of each framework; at least 2."""
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 777
+    seed: Annotated[int, _option("N")] = 777
     """The first seed; the others follow it."""
-    epochs: Annotated[int, tyro.conf.arg(metavar="N")] = 15
+    epochs: Annotated[int, _option("N")] = 15
     """Passes over the training set."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("benchmarks/comparison")
-    """Where the runs and the report go; runs that are there already are not run again."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    output: Annotated[Path, _option("DIR")] = Path("benchmarks/comparison")
+    """Where the runs and the report go; runs that are there are not run again."""
+    common: CommonOptions = CommonOptions()
 
     def __post_init__(self) -> None:
         """Refuse values that could not be compared.
@@ -397,40 +415,38 @@ class CompareSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """Search for the settings with the best validation accuracy; the same command continues, also side by side."""
+    """Search for the settings with the best validation accuracy; the same command continues, also side by side.
 
-    study: Annotated[str, tyro.conf.arg(metavar="NAME")] = "sweep"
-    """The search's name: its trials, its SQLite file and its plots are in this folder of --checkpoint-dir."""
-    trials: Annotated[int, tyro.conf.arg(metavar="N")] = 30
-    """Trials of the study in all, by however many processes and commands."""
-    epochs: Annotated[float, tyro.conf.arg(metavar="N")] = 2
+    Examples:
+      cnn-jax sweep --trials 30
+      cnn-jax sweep --study wide --features 64 128 96 192 --recipe fast
+    """
+
+    study: Annotated[str, _option("NAME")] = "sweep"
+    """The search's folder in --checkpoint-dir: its trials, SQLite file and plots."""
+    trials: Annotated[int, _option("N")] = 30
+    """Trials in all, by however many processes and commands."""
+    epochs: Annotated[float, _option("N")] = 2
     """Passes over the training set in each trial."""
-    learning_rate: Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")] = (0.0003, 0.03)
+    learning_rate: Annotated[tuple[float, float], _option("LOW HIGH")] = (0.0003, 0.03)
     """The range to search, on a logarithmic scale."""
-    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="IMAGES")] = (50, 100, 200, 400)
+    batch_size: Annotated[tuple[int, ...], _option("IMAGES")] = (50, 100, 200, 400)
     """The batch sizes to choose from."""
-    features: Annotated[tuple[tuple[int, int], ...], tyro.conf.arg(metavar="N N")] = ((16, 32), (32, 64), (48, 96))
+    features: Annotated[tuple[tuple[int, int], ...], _option("N N")] = ((16, 32), (32, 64), (48, 96))
     """The channels of the two blocks to choose from, in pairs."""
-    recipe: tuple[Recipe, ...] = ("tutorial", "fast", "accurate")
+    recipe: Annotated[tuple[Recipe, ...], _option("NAME")] = ("tutorial", "fast", "accurate")
     """The recipes to choose from."""
-    validation: Annotated[int, tyro.conf.arg(metavar="IMAGES")] = 5000
-    """Training images that are held out and score a trial; the test set is not looked at."""
-    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    validation: Annotated[int, _option("IMAGES")] = 5000
+    """Training images to hold out, which score a trial; the test set is not used."""
+    seeds: Annotated[int, _option("N")] = 1
     """Runs of each trial, whose mean is its score."""
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 777
+    seed: Annotated[int, _option("N")] = 777
     """The first seed of each trial."""
-    dataset: Annotated[str, tyro.conf.arg(metavar="NAME")] = "mnist"
-    """A tfds image classification set: mnist is built in, others must be prepared or be preparable by tfds."""
-    dataset_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    dataset: DatasetName = "mnist"
+    """A tfds set that is, or can be, prepared."""
+    dataset_dir: DatasetDir = None
     """A folder of four IDX files to use in place of --dataset."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where tfds keeps its data sets; by default TFDS_DATA_DIR, else tfds's own default."""
-    checkpoint_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("checkpoints")
-    """Where runs are written, a folder each."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Where to run; by default an accelerator if there is one, else the CPU."""
-    debug: bool = False
-    """Show a traceback when something fails."""
+    common: CommonRunOptions = CommonRunOptions()
 
     def __post_init__(self) -> None:
         """Refuse what could not be searched.
@@ -450,7 +466,7 @@ class SweepSettings:
     @property
     def folder(self) -> Path:
         """Where the study is."""
-        return self.checkpoint_dir / self.study
+        return self.common.checkpoint_dir / self.study
 
     def trial(
         self, name: str, recipe: Recipe, learning_rate: float, batch_size: int, features: tuple[int, int]
@@ -466,49 +482,33 @@ class SweepSettings:
             features=features,
             dataset=self.dataset,
             dataset_dir=self.dataset_dir,
-            data_dir=self.data_dir,
             validation=self.validation,
-            checkpoint_dir=self.folder,
-            run_name=name,
-            platform=self.platform,
-            debug=self.debug,
+            run=RunOptions(run_name=name),
+            common=dataclasses.replace(self.common, checkpoint_dir=self.folder),
         )
 
 
-def find_run_folder(run: str, checkpoint_dir: Path) -> Path:
-    """Return the folder that `run` names: the path itself where that is a folder, else the name in `checkpoint_dir`."""
-    return Path(run) if Path(run).is_dir() else checkpoint_dir / run
+def option_values(settings: TrainSettings) -> dict[str, Any]:
+    """Return a run's settings as the command line has them: by name, in no groups."""
+    values = {}
+    for name, value in vars(settings).items():
+        values |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+    return values
 
 
-def read_settings(kind: type[S], arguments: Sequence[str], *, prog: str) -> S:
-    """Read settings from a command line.
-
-    Args:
-      kind: The settings' dataclass, or a union of them, each then a subcommand.
-      arguments: The words after the program's name.
-      prog: The program's name, for its help.
-
-    Returns:
-      The settings; `--help` prints the help and exits.
+def from_option_values(values: Mapping[str, Any]) -> TrainSettings:
+    """Return the settings that `option_values` returned the values of.
 
     Raises:
-      UsageError: with the parser's complaint and its suggestion in one line.
+      KeyError: one is missing.
+      UsageError: one is not as it must be.
     """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind,
-                prog=prog,
-                args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-            )
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        # tyro draws a box around several lines.
-        words = re.sub(r"[─│╭╮╰╯|+]|-{3,}", " ", complaint.getvalue()).split()
-        raise UsageError(" ".join(words)) from end
+
+    def read(kind, **groups):
+        names = [field.name for field in dataclasses.fields(kind) if field.name not in groups]
+        return kind(**{name: values[name] for name in names}, **groups)
+
+    return read(TrainSettings, run=read(RunOptions), host=read(HostOptions), common=read(CommonRunOptions))
 
 
 def _require(holds: bool, option: str, value: object, needed: str) -> None:

@@ -107,9 +107,9 @@ def demo(settings: DemoSettings) -> None:
             f"--host {settings.host} --port {settings.port}: nothing can listen there ({error.strerror}); "
             "choose another --port or --host"
         ) from error
-    start_devices(None)
+    start_devices(settings.common.platform)
     display = Display()
-    network = load_network(settings.run, settings.checkpoint_dir, settings.data_dir, display.say)
+    network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, display.say)
     if network.image_shape != (SIZE, SIZE, 1):
         size = "x".join(map(str, network.image_shape))
         raise UsageError(

@@ -32,7 +32,8 @@ class Display:
     def say(self, text: str) -> None:
         """Write a line about the run to stderr."""
         with self._bar_hidden():
-            self._console.print(text, markup=False, soft_wrap=True)
+            # Only a terminal needs lines that fit; what reads a pipe wants them whole.
+            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def result(self, line: str) -> None:
         """Write one of the tutorial's lines to stdout."""

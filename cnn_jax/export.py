@@ -1,7 +1,6 @@
 """A network as a file for other programs, each read again and tested by the program that it is for."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,10 +53,10 @@ def export(settings: ExportSettings) -> None:
     with _writing(settings.output):
         new.touch()  # fails before anything is loaded
     try:
-        start_devices(None)
-        display = Display()
-        network = load_network(settings.run, settings.checkpoint_dir, settings.data_dir, display.say, settings.seed)
-        dataset = _load_dataset(settings)
+        start_devices(settings.common.platform)
+        display, run = Display(), settings.common.run_folder(settings.run)
+        network = load_network(run, settings.common.data_dir, display.say, settings.seed)
+        dataset = _load_dataset(run, settings.common)
         with _writing(settings.output):
             FORMATS[settings.to].write(network, new)
         display.say(check(settings.to, new, network, dataset, name=settings.output))
@@ -66,7 +65,7 @@ def export(settings: ExportSettings) -> None:
     finally:
         new.unlink(missing_ok=True)
     seed, steps = network.training["seed"], network.training["steps"]
-    source = "the packaged network" if settings.run is None else settings.run_folder
+    source = run or "the packaged network"
     display.say(f"{source}, seed {seed}, after {steps:,} steps is now {settings.output}")
 
 
@@ -78,12 +77,11 @@ def _writing(file):
         raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
 
 
-def _load_dataset(settings):
+def _load_dataset(run, common):
     from cnn_jax.run_folder import RunFolder
     from cnn_jax.run_parts import load_run_data
 
-    run = TrainSettings() if settings.run is None else RunFolder(settings.run_folder).read_settings()
-    return load_run_data(dataclasses.replace(run, data_dir=settings.data_dir or run.data_dir))
+    return load_run_data(RunFolder(run).read_settings(common.data_dir) if run else TrainSettings(common=common))
 
 
 def check(to: str, file: Path, network: Network, dataset: Dataset, *, name: Path) -> str:

@@ -114,9 +114,9 @@ def inspect_run(settings: InspectSettings) -> None:
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
-    display, folder = Display(), RunFolder(settings.run_folder)
-    start_devices(settings.platform)
-    run, states, dataset = restore_run(folder, settings.data_dir, display.say)
+    display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
+    start_devices(settings.common.platform)
+    run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
     params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
     display.result(tabulate(layers_of(params) or states.apply_fn.__self__, dataset))
     pictures = draw_pictures(inspect_network(states, dataset), folder.read_metrics(), folder.path / "pictures")

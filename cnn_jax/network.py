@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cnn_jax import __version__
-from cnn_jax.config import find_run_folder
 from cnn_jax.data import scale_pixels
 from cnn_jax.errors import InputFileError, StorageError, UsageError
 from cnn_jax.model import CNN
@@ -71,13 +70,12 @@ def _apply(params, images, *, model):
 
 
 def load_network(
-    run: str | None, checkpoint_dir: Path, data_dir: Path | None, warn: Callable[[str], None], seed: int | None = None
+    run: Path | None, data_dir: Path | None, warn: Callable[[str], None], seed: int | None = None
 ) -> Network:
     """Load a network.
 
     Args:
-      run: A run's folder, or its name in `checkpoint_dir`; None for the network in the package.
-      checkpoint_dir: Where runs are.
+      run: A run's folder; None for the network in the package.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
       warn: Told, in a line, of each checkpoint that is damaged.
       seed: Of a run of several seeds, which; by default the first.
@@ -92,7 +90,7 @@ def load_network(
     from cnn_jax.run_folder import RunFolder
     from cnn_jax.run_parts import restore_run
 
-    folder = RunFolder(find_run_folder(run, checkpoint_dir))
+    folder = RunFolder(run)
     settings, states, dataset = restore_run(folder, data_dir, warn)
     seed = settings.seed if seed is None else seed
     place = seed - settings.seed

@@ -26,9 +26,9 @@ def predict(settings: PredictSettings) -> None:
     """
     files = find_images(settings.images)
     digits = np.stack([read_digit(file) for file in files])
-    start_devices(None)
+    start_devices(settings.common.platform)
     display = Display(shown=not settings.json)
-    network = load_network(settings.run, settings.checkpoint_dir, settings.data_dir, Display().say)
+    network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, Display().say)
     if network.image_shape != (SIZE, SIZE, 1):
         size = "x".join(map(str, network.image_shape))
         raise UsageError(

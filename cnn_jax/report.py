@@ -1,13 +1,12 @@
 """A page about a run: one HTML file that needs no other file, no network and no script; only this file knows Jinja."""
 
 import base64
-import dataclasses
 from pathlib import Path
 
 import jax
 import jinja2
 
-from cnn_jax.config import ReportSettings, TrainSettings
+from cnn_jax.config import ReportSettings, TrainSettings, option_values
 from cnn_jax.data import Dataset
 from cnn_jax.devices import start_devices
 from cnn_jax.display import Display, describe_seconds, describe_values
@@ -27,9 +26,9 @@ def report_run(settings: ReportSettings) -> None:
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
-    display, folder = Display(), RunFolder(settings.run_folder)
-    start_devices(settings.platform)
-    run, states, dataset = restore_run(folder, settings.data_dir, display.say)
+    display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
+    start_devices(settings.common.platform)
+    run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
     accuracies = []
     for seed in range(run.seeds):
         params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states.tested_params)
@@ -151,7 +150,7 @@ def _size(array):
 def _given(settings: TrainSettings) -> Rows:
     """Return the settings that have a value, by their names on the command line."""
     rows = []
-    for name, value in dataclasses.asdict(settings).items():
+    for name, value in option_values(settings).items():
         if value is not None and value is not False:
             values = value if isinstance(value, tuple) else (value,)
             told = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -93,9 +93,9 @@ def train_run(settings: TrainSettings) -> None:
         if training is None:
             return
         accuracy = training.report()
-    if settings.target_accuracy is not None and accuracy < settings.target_accuracy:
+    if settings.run.target_accuracy is not None and accuracy < settings.run.target_accuracy:
         raise TargetAccuracyError(
-            f"test accuracy {accuracy:.4f} is below --target-accuracy {settings.target_accuracy}; "
+            f"test accuracy {accuracy:.4f} is below --target-accuracy {settings.run.target_accuracy}; "
             "train longer or with other settings"
         )
 
@@ -117,18 +117,18 @@ def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Trainin
     stopwatch, folder = Stopwatch(), RunFolder(settings.run_folder)
     with contextlib.ExitStack() as held:
         with stopwatch.part("loading"):
-            start_devices(settings.platform, settings.coordinator, settings.num_processes, settings.process_id)
+            start_devices(settings.common.platform, **vars(settings.host))
         held.enter_context(lost_hosts_told())
         display = Display(shown=shown and is_first())
-        if not settings.dry_run:
+        if not settings.run.dry_run:
             on_first(lambda: _take_over(folder, settings, held, display))
-        if not settings.fresh:
+        if not settings.run.fresh:
             on_first(lambda: folder.check_settings(settings))
         display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
         with stopwatch.part("loading"):
             dataset = load_run_data(settings)
         _introduce(display, settings, dataset)
-        if settings.dry_run:
+        if settings.run.dry_run:
             display.say("dry run: nothing was trained or written")
             yield None
             return
@@ -146,7 +146,7 @@ def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Trainin
 def _take_over(folder, settings, held, display):
     """Lock the run's folder until `held` ends, and move what is in it aside if the run is to be fresh."""
     held.enter_context(folder.locked())
-    if settings.fresh and (aside := folder.move_aside()):
+    if settings.run.fresh and (aside := folder.move_aside()):
         display.say(f"the earlier run is now {aside}")
         held.enter_context(folder.locked())
 
@@ -157,9 +157,9 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
-    display, folder = Display(), RunFolder(settings.run_folder)
-    start_devices(settings.platform)
-    run, states, dataset = restore_run(folder, settings.data_dir, display.say)
+    display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
+    start_devices(settings.common.platform)
+    run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
     mesh = make_mesh(run.seeds)
     test_set = place_test_set(dataset.test_images, dataset.test_labels, mesh)
     params = place(states.tested_params, mesh, P(SEEDS))
@@ -237,7 +237,7 @@ class Training:
         self.metrics: list[EpochMetrics] = []
         self.epochs_here = 0  # whose end this process has trained
         self.segment_steps = FIRST_SEGMENT_STEPS
-        self.profile = settings.profile
+        self.profile = settings.run.profile
         log.info("mesh %s, %s", dict(self.mesh.shape), type(self.feed).__name__)
 
     @property
@@ -294,7 +294,7 @@ class Training:
         """Train to the last epoch, unless a signal stops it."""
         with contextlib.ExitStack() as held:
             self.scalars = None
-            if self.settings.tensorboard and is_first():
+            if self.settings.run.tensorboard and is_first():
                 from cnn_jax.tensorboard import open_scalars
 
                 self.scalars = held.enter_context(open_scalars(self.folder.path / "tensorboard", after_step=self.step))
@@ -397,7 +397,7 @@ class Training:
         if told[:, 0].any():
             self._stop(int(told[:, 0].max()))
         length = min(int(told[0, 1]), piece_stop - self.step)
-        every = self.settings.checkpoint_every_steps
+        every = self.settings.run.checkpoint_every_steps
         return length if every is None else min(length, every - self.step % every)
 
     def _train_segment(self, piece: Piece, length: int) -> float:
@@ -440,7 +440,7 @@ class Training:
             )
 
     def _saves_at(self, step: int) -> bool:
-        every = self.settings.checkpoint_every_steps
+        every = self.settings.run.checkpoint_every_steps
         return every is not None and step % every == 0
 
     def _save(self) -> None:

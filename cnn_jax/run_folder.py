@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn_jax.config import TrainSettings
+from cnn_jax.config import TrainSettings, from_option_values, option_values
 from cnn_jax.errors import NoCheckpointError, RunLockedError, StorageError, UsageError
 
 # What a run's results depend on. Its other settings may change from one start to the next.
@@ -93,8 +93,11 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "steps"
 
-    def read_settings(self) -> TrainSettings:
+    def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
+
+        Args:
+          data_dir: Where tfds keeps its data sets now; None for where it did then.
 
         Raises:
           NoCheckpointError: there is no run in this folder.
@@ -104,17 +107,18 @@ class RunFolder:
         if not file.is_file():
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); train it first")
         try:
-            fields = json.loads(file.read_text())
-            for name in ("dataset_dir", "data_dir", "checkpoint_dir"):
-                fields[name] = Path(fields[name]) if fields[name] is not None else None
-            return TrainSettings(**fields | {"features": tuple(fields["features"])})
+            values = json.loads(file.read_text())
+            values |= {"features": tuple(values["features"]), "data_dir": data_dir or values["data_dir"]}
+            for name in ("dataset_dir", "data_dir", "checkpoint_dir", "profile"):
+                values[name] = Path(values[name]) if values[name] is not None else None
+            return from_option_values(values)
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start."""
-        fields = {name: _as_json(value) for name, value in dataclasses.asdict(settings).items()}
-        write_atomically(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
+        values = {name: _as_json(value) for name, value in option_values(settings).items()}
+        write_atomically(self.path / "config.json", json.dumps(values, indent=2) + "\n")
 
     def check_settings(self, settings: TrainSettings) -> None:
         """Refuse to continue a run with settings that would have given other results; before step 1 all may change.

@@ -1,6 +1,5 @@
 """What a run is made of, from its settings alone: its data, its seeds, its states, and those it was left in."""
 
-import dataclasses
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +41,7 @@ def restore_run(
     Raises:
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
     """
-    settings = folder.read_settings()
-    settings = dataclasses.replace(settings, data_dir=data_dir or settings.data_dir)
+    settings = folder.read_settings(data_dir)
     with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
         dataset = load_run_data(settings)
         train_examples = len(dataset.train_labels) - (settings.validation or 0)
@@ -56,7 +54,7 @@ def restore_run(
 def load_run_data(settings: TrainSettings) -> Dataset:
     """Load the data set that a run's settings name, and refuse one that does not fit them or the network."""
     dataset = load_dataset(
-        settings.dataset, settings.dataset_dir, settings.data_dir, resident_bytes=resident_bytes(settings)
+        settings.dataset, settings.dataset_dir, settings.common.data_dir, resident_bytes=resident_bytes(settings)
     )
     check_batch_size(settings.batch_size, len(dataset.train_labels) - (settings.validation or 0))
     height, width, _ = dataset.train_images.shape[1:]
@@ -67,9 +65,9 @@ def load_run_data(settings: TrainSettings) -> Dataset:
 
 def resident_bytes(settings: TrainSettings) -> int | None:
     """Return how many bytes of training images may stay on the device; None for any number."""
-    if settings.feed is None:
+    if settings.run.feed is None:
         return int(RESIDENT_SHARE * device_bytes())
-    return 0 if settings.feed == "stream" else None
+    return 0 if settings.run.feed == "stream" else None
 
 
 def initial_states(settings: TrainSettings, dataset: Dataset, train_examples: int, mesh: Mesh) -> TrainState:

@@ -1,13 +1,22 @@
 """Every setting is checked before JAX is imported, and a wrong one ends in one line and exit code 2."""
 
+import inspect
 import re
 import resource
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from cnn_jax.config import RECIPE_DEFAULTS, TrainSettings, read_settings
+from cnn_jax.__main__ import COMMANDS, main
+from cnn_jax.command_line import read_command, read_settings
+from cnn_jax.config import (
+    RECIPE_DEFAULTS,
+    TrainSettings,
+    from_option_values,
+    option_values,
+)
 from cnn_jax.errors import UsageError
 
 from .conftest import ROOT
@@ -67,7 +76,7 @@ WRONG = {
     "--coordinator host:1 --num-processes 2 --process-id 2": "--process-id 2: it must be from 0 to one less than",
     "--precision float16": "invalid choice 'float16' for argument '--precision'",
     "--platform abacus": "invalid choice 'abacus' for argument '--platform'",
-    "--epoch 3": "Unrecognized options: --epoch, 3 .*--epochs",
+    "--epoch 3": "Unrecognized options: --epoch, 3; Perhaps you meant: --epochs N;",
 }
 
 
@@ -104,26 +113,94 @@ def test_it_ends_the_program_in_one_line_with_exit_code_2_before_jax_is_imported
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train.py", "--help"],
-        ["-m", "cnn_jax", "--help"],
-        ["-m", "cnn_jax", "train", "-h"],
-        ["-m", "cnn_jax", "report", "-h"],
-    ],
-)
-def test_help_fits_80_columns(arguments):
-    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    # Tyro does not wrap its first line, which names every command.
-    assert max(map(len, ended.stdout.splitlines()[1:])) <= 80
-    assert ended.stderr == ""
+@pytest.fixture
+def told(capsys, monkeypatch):
+    """Return what an option that tells something prints."""
+
+    def run(*arguments):
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit, match=r"^(None|0|)$"):
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run
 
 
-def test_help_tells_every_setting_its_default_and_its_meaning():
-    ended = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in TrainSettings.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in ended.stdout
-    help_text = re.sub(r"[\s│]+", " ", ended.stdout)
-    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 30" in help_text
-    assert "Write a trace of a few steps there" in help_text
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns_and_ends_with_examples(command, told):
+    text = told(*command.split(), "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    examples = text.partition("\nexamples:\n  ")[2].splitlines()
+    assert len(examples) >= (1 if command else len(COMMANDS))
+    if command:
+        description = " ".join(text.split("\n\n")[1].split())
+        assert COMMANDS[command].__doc__.startswith(f"{description}\n")
+
+
+def test_each_example_in_the_help_is_a_command_line_of_its_command():
+    for name, kind in COMMANDS.items():
+        for example in inspect.getdoc(kind).partition("Examples:\n")[2].splitlines():
+            words = shlex.split(example.rpartition("|")[2])
+            if words[:2] == ["python", "train.py"]:
+                words[:2] = ["cnn-jax", "train"]
+            assert words[0] == "cnn-jax"
+            assert isinstance(read_command(COMMANDS, words[1:], prog="cnn-jax"), COMMANDS[words[1]])
+            assert words[1] == name or "train --run-name" in example
+
+
+def test_help_groups_the_settings_and_tells_each_ones_default_and_meaning(told):
+    text = told("train", "--help")
+    groups = dict(re.findall(r"^([\w -]+):\n((?:  .*\n)+)", text, flags=re.MULTILINE))
+    assert list(groups) == ["options", "run options", "host options", "common options", "examples"]
+    for option, group in {"--epochs": "options", "--fresh": "run options", "--platform": "common options"}.items():
+        assert option in groups[group]
+    for name in option_values(TrainSettings()):
+        assert len(re.findall(rf"^  --{name.replace('_', '-')}\b(?!-)", text, flags=re.MULTILINE)) == 1
+    assert len(text.splitlines()) < 70
+    words = " ".join(text.split())
+    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 30" in words
+    assert "--batch-size N Images a step. (default: 100)" in words
+    assert "Write a trace of a few steps" in words
+    assert "None" not in text
+
+
+MISTYPED = {
+    "": "a command is missing; the commands are train, .*benchmark; cnn-jax --help explains them",
+    "evalaute run": "there is no command evalaute; perhaps you meant evaluate;",
+    "abacus": "there is no command abacus; the commands are train, ",
+    "--debug train": "there is no command --debug; ",
+    "train --lerning-rate 3": "--lerning-rate, 3; .*: --learning-rate RATE; cnn-jax train --help lists",
+    "predict --jason a.png": "--jason, a.png; .*: --json; cnn-jax predict --help",
+    "export mnist": "Missing from cnn-jax export: --to FORMAT, --output FILE; ",
+    "evaluate": "Missing from cnn-jax evaluate: RUN; ",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTYPED)
+def test_what_is_mistyped_or_missing_is_told_with_what_is_near_it(arguments):
+    with pytest.raises(UsageError, match=MISTYPED[arguments]) as told:
+        read_command(COMMANDS, arguments.split(), prog="cnn-jax")
+    assert "\n" not in str(told.value)
+
+
+def test_a_settings_values_make_the_same_settings_again():
+    settings = read("--epochs", "3", "--run-name", "a", "--data-dir", "b", "--features", "1", "2", "--debug")
+    assert from_option_values(option_values(settings)) == settings
+    assert option_values(settings)["run_name"] == "a"
+    with pytest.raises(KeyError, match="run_name"):
+        from_option_values({name: 1 for name in option_values(settings) if name != "run_name"})
+
+
+def test_the_shell_completes_commands_and_their_options(tmp_path, told):
+    script = tmp_path / "cnn-jax.bash"
+    script.write_text(told("--tyro-print-completion", "bash"))
+
+    def complete(*words):
+        line = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _tyro_cnn_jax; "
+        line += "echo ${COMPREPLY[@]}"
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("cnn-jax", "ev") == ["evaluate"]
+    assert "--epochs" in complete("cnn-jax", "train", "--e")

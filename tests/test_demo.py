@@ -32,7 +32,7 @@ from .conftest import ROOT
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, None, pytest.fail)
+    return load_network(None, None, pytest.fail)
 
 
 def free_port():

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from cnn_jax.__main__ import Command
-from cnn_jax.config import TrainSettings, read_settings
+from cnn_jax.command_line import read_settings
+from cnn_jax.config import TrainSettings
 from cnn_jax.errors import CnnJaxError
 
 from .conftest import ROOT

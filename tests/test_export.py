@@ -20,7 +20,7 @@ FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, None, pytest.fail)
+    return load_network(None, None, pytest.fail)
 
 
 @pytest.fixture(scope="module")

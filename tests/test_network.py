@@ -20,7 +20,7 @@ from .conftest import EMBEDDED, ROOT
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, None, pytest.fail)
+    return load_network(None, None, pytest.fail)
 
 
 def test_the_packaged_network_has_the_test_accuracy_that_it_states(packaged):
@@ -54,7 +54,7 @@ def test_a_network_comes_back_from_its_file_with_the_same_bits(packaged, tmp_pat
 
 def test_the_packaged_network_needs_neither_orbax_nor_tfds_nor_pytorch():
     program = (
-        "import sys; from cnn_jax.network import load_network; load_network(None, None, None, print); "
+        "import sys; from cnn_jax.network import load_network; load_network(None, None, print); "
         "print(sorted({'orbax', 'tensorflow_datasets', 'torch'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -74,11 +74,11 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     assert (code, out) == (0, "")
     assert err.endswith(f"{tmp_path}/run, seed 6, after 20 steps is now {file}\n")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    network, of_run = read_network(file), load_network("run", tmp_path, None, pytest.fail, seed=6)
+    network, of_run = read_network(file), load_network(tmp_path / "run", None, pytest.fail, seed=6)
     assert network.test_accuracy == metrics["seeds"]["test_accuracy"][1]
     assert network.training == {"recipe": "tutorial", "epochs": 1, "seed": 6, "steps": 20}
     np.testing.assert_array_equal(network.params["fc"]["kernel"], of_run.params["fc"]["kernel"])
-    first = load_network("run", tmp_path, None, pytest.fail)
+    first = load_network(tmp_path / "run", None, pytest.fail)
     assert (first.training["seed"], first.test_accuracy) == (5, metrics["seeds"]["test_accuracy"][0])
     assert (first.params["fc"]["kernel"] != of_run.params["fc"]["kernel"]).any()
     code, _, err = command("export", "run", "--to", "safetensors", "--output", file, "--seed", 7, *where)
@@ -90,7 +90,7 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     pytest.importorskip("torch", reason="import-torch needs the extra torch")
     imported = ("--run-name", "imported", "--dataset-dir", small_mnist)
     assert command("import-torch", file, *imported, *where)[0] == 0
-    back = load_network("imported", tmp_path, None, pytest.fail)
+    back = load_network(tmp_path / "imported", None, pytest.fail)
     np.testing.assert_array_equal(back.params["layer2"]["kernel"], network.params["layer2"]["kernel"])
 
 

@@ -52,7 +52,7 @@ def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path)
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, None, pytest.fail)
+    return load_network(None, None, pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path)
     files, _ = three
     code, out, err = command("predict", *files, "--run", "run", *where, "--json")
     assert code == 0, err
-    network = load_network("run", tmp_path, None, pytest.fail)
+    network = load_network(tmp_path / "run", None, pytest.fail)
     logits = network.logits(np.stack([read_digit(file) for file in files]))
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose([result["probabilities"] for result in json.loads(out)], expected, rtol=1e-4)

@@ -33,7 +33,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     """Measure every form and write the table, the JSON and the plot."""
     display = Display()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared by all the processes
-    load_dataset("mnist", None, settings.data_dir)  # prepares it: loading is timed as it is ever after
+    load_dataset("mnist", None, settings.common.data_dir)  # prepares it: loading is timed as it is ever after
     floor = measure_floor()
     display.say(f"floor: {floor['milliseconds']:.2f} ms a step")
     forms = [form for form in FORMS if "CUDA" not in form or jax.default_backend() == "gpu"]
@@ -99,7 +99,7 @@ def _measure_in_turn(forms, settings, display):
     try:
         for form in forms:
             display.say(f"starting: {form}")
-            processes[form] = _start(form, settings.data_dir)
+            processes[form] = _start(form, settings.common.data_dir)
             measured[form] = _answer_of(processes[form], form)
             if "error" in measured[form]:
                 display.say(f"left out: {form} ({measured[form]['error']})")

@@ -90,7 +90,7 @@ def _agreement(settings, display):
         from cnn_jax.pytorch.proof import measure_agreement
 
         display.say("from equal weights: an epoch in both frameworks, step by step")
-        dataset = load_dataset("mnist", None, settings.data_dir)
+        dataset = load_dataset("mnist", None, settings.common.data_dir)
         agreement = measure_agreement(dataset, seed=settings.seed, steps=600, float64_steps=100)
         _write(
             file,
@@ -116,7 +116,7 @@ def _result_of(framework, seed, settings, display):
             call = (
                 "from pathlib import Path; from cnn_jax.pytorch.compare import train_in_pytorch as train; "
                 f"train(seed={seed}, epochs={settings.epochs}, output=Path({str(file)!r}), "
-                f"data_dir={settings.data_dir and str(settings.data_dir)!r})"
+                f"data_dir={settings.common.data_dir and str(settings.common.data_dir)!r})"
             )
             _run([sys.executable, "-c", call], name, ENVIRONMENT[FASTEST])
         else:
@@ -126,8 +126,8 @@ def _result_of(framework, seed, settings, display):
 
 def _train_in_jax(seed, settings, name, file):
     arguments = ["--seed", seed, "--epochs", settings.epochs, "--checkpoint-dir", file.parent, "--run-name", name]
-    if settings.data_dir is not None:
-        arguments += ["--data-dir", settings.data_dir]
+    if settings.common.data_dir is not None:
+        arguments += ["--data-dir", settings.common.data_dir]
     _run([sys.executable, "-m", "cnn_jax", "train", *map(str, arguments)], name)
     run = file.parent / name
     result = json.loads((run / "result.json").read_text())

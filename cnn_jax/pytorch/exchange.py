@@ -23,7 +23,7 @@ def import_torch(settings: ImportTorchSettings) -> None:
     """
     run = settings.train_settings
     tensors = read_torch_file(settings.file)
-    start_devices(None)
+    start_devices(settings.common.platform)
     dataset = load_run_data(run)
     train_examples = len(dataset.train_labels)
     states = jax.device_get(initial_states(run, dataset, train_examples, make_mesh(1)))
