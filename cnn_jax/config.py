@@ -32,10 +32,15 @@ def _of_recipe(place: int) -> str:
 
 
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+PACKAGED = "the network in the package"
 Run = Annotated[tyro.conf.Positional[str], _option("RUN")]
-RunOrPackaged = Annotated[str | None, _option("RUN", "the network in the package")]
+OptionalRun = Annotated[tyro.conf.Positional[str | None], _option("[RUN]", PACKAGED)]
 DatasetName = Annotated[str, _option("NAME")]
 DatasetDir = Annotated[Path | None, _option("DIR", "")]
+
+
+# What several commands take, and the groups of a training's options: each is a heading of the help, which would repeat
+# a docstring below it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +306,7 @@ class ExportSettings:
     """onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights)."""
     output: Annotated[Path, _option("FILE")]
     """The file to write."""
-    run: tyro.conf.Positional[RunOrPackaged] = None
+    run: OptionalRun = None
     """A run's folder, or its name in --checkpoint-dir."""
     seed: Annotated[int | None, _option("N", "the first")] = None
     """Of a run of several seeds, whose weights."""
@@ -320,7 +325,7 @@ class PredictSettings:
 
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], _option("IMAGE...", "")]
     """PNG or JPEG files of one digit each, folders of them, or -: standard input."""
-    run: RunOrPackaged = None
+    run: Annotated[str | None, _option("RUN", PACKAGED)] = None
     """A run's folder, or its name in --checkpoint-dir."""
     json: Flag = False
     """Write an array of objects with file, digit and probabilities."""
@@ -344,7 +349,7 @@ class DemoSettings:
       cnn-jax demo mnist-seed777 --port 8000
     """
 
-    run: tyro.conf.Positional[RunOrPackaged] = None
+    run: OptionalRun = None
     """A run's folder, or its name in --checkpoint-dir."""
     port: Annotated[int, _option("N")] = 7860
     """Where the page is."""

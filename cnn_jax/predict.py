@@ -9,7 +9,7 @@ import scipy.special
 from cnn_jax.config import PredictSettings
 from cnn_jax.devices import start_devices
 from cnn_jax.display import Display
-from cnn_jax.errors import UsageError
+from cnn_jax.errors import InputFileError, UsageError
 from cnn_jax.images import SIZE, find_images, read_digit
 from cnn_jax.network import load_network
 
@@ -17,15 +17,29 @@ TOLD = 3  # classes of each picture, the most probable first
 
 
 def predict(settings: PredictSettings) -> None:
-    """Say which digit each picture shows; where one of them cannot be read, none is told.
+    """Say which digit each picture shows; those that cannot be read are told last, an error a line.
 
     Raises:
-      InputFileError: naming the first file that cannot be read.
+      InputFileError: naming the last file that cannot be read.
       UsageError: the network is not for such images.
       NoCheckpointError: there is no such run.
     """
-    files = find_images(settings.images)
-    digits = np.stack([read_digit(file) for file in files])
+    files, digits, failures = [], [], []
+    for file in find_images(settings.images):
+        try:
+            digits.append(read_digit(file))
+            files.append(file)
+        except InputFileError as error:
+            failures.append(error)
+    if files:
+        _tell(files, np.stack(digits), settings)
+    if failures:
+        for error in failures[:-1]:
+            Display().say(f"error: {error}")
+        raise failures[-1]
+
+
+def _tell(files, digits, settings):
     start_devices(settings.common.platform)
     display = Display(shown=not settings.json)
     network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, Display().say)

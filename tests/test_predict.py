@@ -126,13 +126,19 @@ def test_a_folder_stands_for_its_images_by_name(three, command, tmp_path):
     ]
 
 
-def test_where_one_file_is_bad_nothing_is_told_of_the_others(three, command, tmp_path):
-    files, _ = three
-    code, out, err = command("predict", files[0], tmp_path / "missing.png", files[1])
-    assert (code, out) == (65, "")
-    assert (
-        err == f"error: {tmp_path}/missing.png cannot be opened (No such file or directory); give a PNG or JPEG file\n"
-    )
+def test_files_that_cannot_be_read_are_told_last_and_the_others_are_read(three, command, tmp_path):
+    files, digits = three
+    (tmp_path / "empty.png").touch()
+    given = (files[0], tmp_path / "missing.png", files[1], tmp_path / "empty.png", files[0])
+    code, out, err = command("predict", *given)
+    assert (code, out.splitlines()) == (65, [f"{files[i]}: {digits[i]}" for i in (0, 1, 0)])
+    assert err.splitlines()[-2:] == [
+        f"error: {tmp_path}/missing.png cannot be opened (No such file or directory); give a PNG or JPEG file",
+        f"error: {tmp_path}/empty.png is empty; give a PNG or JPEG file",
+    ]
+    code, out, _ = command("predict", *given, "--json")
+    assert (code, [result["file"] for result in json.loads(out)]) == (65, [str(files[i]) for i in (0, 1, 0)])
+    assert command("predict", tmp_path / "missing.png")[:2] == (65, "")
 
 
 def test_at_least_one_image_must_be_named(command):
