@@ -1,5 +1,6 @@
 """A sample of `python -m tests.torture`: what is killed, damaged or stopped ends in the same bits."""
 
+import gc
 import random
 import shutil
 
@@ -11,6 +12,14 @@ from tests.torture.runs import Trainer, run_fingerprint
 # Orbax, where it fails, leaves coroutines behind that it never waited for.
 orbax_leaves_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="builds a library that strikes a process")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_tests_garbage():
+    """The program collects garbage where a checkpoint is damaged: with all that other tests left, for a second each."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
