@@ -42,7 +42,7 @@ def torture_table() -> str:
 TABLES = {
     "comparison": lambda: accuracy_table(json.loads((RESULTS / "comparison" / "report.json").read_text())),
     "benchmark": lambda: speed_table(
-        json.loads((RESULTS / "results" / "amd-epyc-2-cores-2026-11-24.json").read_text())
+        json.loads((RESULTS / "results" / "amd-epyc-2-cores-2026-11-25.json").read_text())
     ),
     "recipes": recipe_table,
     "torture": torture_table,

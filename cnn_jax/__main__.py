@@ -37,6 +37,14 @@ COMMANDS = {
     "benchmark": BenchmarkSettings,
 }
 
+# The packages that an exported file takes to be written or tested, and the extra that brings each.
+EXPORT_NEEDS = {
+    "onnx": {"onnx": "export", "onnxruntime": "export"},
+    "stablehlo": {"flatbuffers": "export"},
+    "safetensors": {},
+    "torch": {"torch": "torch"},
+}
+
 
 def train(settings: TrainSettings) -> None:
     """Train a run; wrong settings are refused before JAX, which takes a second to import, is touched."""
@@ -90,11 +98,8 @@ def run_command(settings: object) -> None:
 
         predict(settings)
     elif isinstance(settings, ExportSettings):
-        if settings.to == "torch":
-            require("torch", extra="torch")
-        if settings.to == "onnx":
-            require("onnx", extra="export")
-            require("onnxruntime", extra="export")
+        for package, extra in EXPORT_NEEDS[settings.to].items():
+            require(package, extra=extra)
         from cnn_jax.export import export
 
         export(settings)
