@@ -15,11 +15,12 @@ import yaml
 from cnn_jax.__main__ import COMMANDS
 from cnn_jax.command_line import read_command, read_settings
 from cnn_jax.config import TrainSettings
-from cnn_jax.errors import CnnJaxError
+from cnn_jax.errors import CnnJaxError, UsageError
 
 from .conftest import ROOT
 
 DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text()
 RESEARCH = (DOCS / "research.md").read_text()
 
 
@@ -82,6 +83,23 @@ def test_every_command_on_the_researchers_page_is_understood():
     for line in commands:
         settings_of(line)
     assert all(line.startswith("pip install -e '.[") for line in set(lines) - set(commands))
+
+
+def test_every_command_of_the_readme_is_understood_and_its_mistakes_are_told_as_it_says():
+    lines = re.findall(r"^(?:\$ )?((?:pip .* && )?python (?:train\.py|-m cnn_jax) .*)\n(?=(.*)$)", README, re.MULTILINE)
+    assert len(lines) >= 20
+    mistakes = 0
+    for line, told in lines:
+        words = line.partition(" # ")[0]
+        if "--help" in words:
+            continue
+        if told.startswith("error: "):
+            mistakes += 1
+            with pytest.raises(UsageError, match=f"^{re.escape(told.removeprefix('error: '))}$"):
+                settings_of(words)
+        else:
+            settings_of(words)
+    assert mistakes == 2
 
 
 @pytest.mark.optax_promotes
