@@ -19,7 +19,7 @@ from cnn_jax.config import (
     SweepSettings,
     TrainSettings,
 )
-from cnn_jax.data import check_batch_size, count_train_examples
+from cnn_jax.data import check_sizes, count_train_examples
 from cnn_jax.errors import UsageError, one_line_failures
 from cnn_jax.signals import end_on_signals
 
@@ -52,7 +52,7 @@ def train(settings: TrainSettings) -> None:
         require("tensorboardX", extra="tensorboard")
     train_examples = count_train_examples(settings.dataset, settings.dataset_dir, settings.common.data_dir)
     if train_examples is not None:
-        check_batch_size(settings.batch_size, train_examples - (settings.validation or 0))
+        check_sizes(settings.batch_size, settings.validation, train_examples)
     logging.basicConfig(level=settings.run.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
     from cnn_jax.run import train_run

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union
 
 import tyro
 
+from cnn_jax import __version__
 from cnn_jax.errors import UsageError
 
 S = TypeVar("S")
@@ -26,7 +27,7 @@ def read_settings(kind: type[S], arguments: Sequence[str], *, prog: str) -> S:
       prog: The program's name, for its help.
 
     Returns:
-      The settings; `--help` prints the help and exits.
+      The settings; `--help` prints the help and exits, `--version` the version.
 
     Raises:
       UsageError: with what is wrong, and what is near it, in one line.
@@ -43,7 +44,7 @@ def read_command(commands: Mapping[str, type], arguments: Sequence[str], *, prog
       prog: As for `read_settings`.
 
     Returns:
-      The settings; `--help` prints the help and exits, and so does Tyro's option for shell completion.
+      The settings; `--help`, `--version` and Tyro's option for shell completion print what they are for and exit.
 
     Raises:
       UsageError: as `read_settings` does.
@@ -51,14 +52,15 @@ def read_command(commands: Mapping[str, type], arguments: Sequence[str], *, prog
     word = arguments[0] if arguments else ""
     if word in commands:
         return read_settings(commands[word], arguments[1:], prog=f"{prog} {word}")
-    if not word.startswith(("-h", "--help", "--tyro-")):
+    if not word.startswith(("-h", "--help", "--version", "--tyro-")):
         near = difflib.get_close_matches(word, commands, n=1)
         wrong = f"there is no command {word}" if word else "a command is missing"
         meant = f"perhaps you meant {near[0]}" if near else f"the commands are {', '.join(commands)}"
         raise UsageError(f"{wrong}; {meant}; {prog} --help explains them")
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items())
     examples = [_examples(kind)[0] for kind in commands.values()]
-    return _parse(Union[kinds], arguments, prog, examples)  # noqa: UP007
+    about = "Train, test and look at the convolutional network of a well-known PyTorch tutorial on MNIST."
+    return _parse(Union[kinds], arguments, prog, examples, about)  # noqa: UP007
 
 
 def _examples(kind):
@@ -66,7 +68,10 @@ def _examples(kind):
     return inspect.getdoc(kind).partition("Examples:\n")[2].split("\n")
 
 
-def _parse(kind, arguments, prog, examples):
+def _parse(kind, arguments, prog, examples, description=None):
+    if arguments and arguments[0] == "--version":
+        print(f"cnn-jax {__version__}")
+        raise SystemExit
     # Into a buffer, Tyro writes plain sections in place of boxes, and no colours.
     printed, complaint = io.StringIO(), io.StringIO()
     try:
@@ -74,6 +79,7 @@ def _parse(kind, arguments, prog, examples):
             return tyro.cli(
                 kind,
                 prog=prog,
+                description=description,
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             )
@@ -114,4 +120,21 @@ def _in_one_line(complaint):
             header = " ".join(line for line in section if not line.startswith(" "))
             names = ", ".join(line.strip() for line in section if re.match(r" {4}\S", line))
             told.append(f"{header} {names}".strip().removesuffix("."))
-    return "; ".join(told)
+    return _in_plain_words("; ".join(told))
+
+
+def _in_plain_words(complaint):
+    """Return a complaint about a value with no name of a Python type in it, and with the choice that is near."""
+    wrong = re.match(
+        r"Error parsing (?P<option>--[\w/-]+): .*(?P<kind>FLOAT|INT|int\(\)|float).*'(?P<value>.*)'", complaint
+    )
+    if wrong:
+        needed = "a number" if wrong["kind"].lower() == "float" else "a whole number"
+        return f"{wrong['option']} {wrong['value']}: it must be {needed}"
+    wrong = re.match(r"invalid choice '(?P<value>.*)' for argument '(?P<option>.*)'\. Expected one of (.*)", complaint)
+    if wrong:
+        choices = sorted(set(re.findall(r"'([^']+)'", wrong[3])) - {"None"})
+        near = difflib.get_close_matches(wrong["value"], choices, n=1)
+        meant = f"; perhaps you meant {near[0]}" if near else ""
+        return f"{wrong['option']} {wrong['value']}: it must be one of {', '.join(choices)}{meant}"
+    return complaint.replace("; Perhaps", "; perhaps").replace("; Arguments", "; arguments")

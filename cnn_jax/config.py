@@ -18,10 +18,10 @@ Platform = Literal["cpu", "gpu", "tpu"]
 RECIPE_DEFAULTS = {"tutorial": (15, 100, 0.001), "fast": (1.25, 100, 0.01), "accurate": (30, 100, 0.003)}
 
 
-def _option(metavar: str, default: str | None = None) -> Any:
-    """Describe an option: what stands for its value in the help, and there in words what it is by default."""
+def _option(metavar: str, default: str | None = None, *aliases: str) -> Any:
+    """Describe an option: its value and, in words, its default in the help; and other names that people know it by."""
     hint = None if default is None else f"(default: {default})" if default else ""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, aliases=aliases)
 
 
 def _of_recipe(place: int) -> str:
@@ -113,7 +113,7 @@ class TrainSettings:
     """Passes over the training set; 1.5 is one and a half."""
     batch_size: Annotated[int | None, _option("N", _of_recipe(1))] = None
     """Images a step."""
-    learning_rate: Annotated[float | None, _option("RATE", _of_recipe(2))] = None
+    learning_rate: Annotated[float | None, _option("RATE", _of_recipe(2), "--lr")] = None
     """Adam's step size, or the peak of its schedule."""
     seed: Annotated[int, _option("N")] = 777
     """Of the initial weights and the images' order."""

@@ -122,16 +122,17 @@ def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path 
     return builder.info.splits["train"].num_examples if "train" in builder.info.splits else None
 
 
-def check_batch_size(batch_size: int, train_examples: int) -> None:
-    """Refuse a batch larger than the training set.
+def check_sizes(batch_size: int, validation: int | None, train_examples: int) -> None:
+    """Refuse a batch, or a validation set, larger than the training set.
 
     Raises:
-      UsageError: not one batch could be made.
+      UsageError: not one batch could be made of the images that are not held out.
     """
-    if batch_size > train_examples:
-        raise UsageError(
-            f"--batch-size {batch_size}: it must be at most {train_examples}, the size of the training set"
-        )
+    if validation is not None and validation >= train_examples:
+        raise UsageError(f"--validation {validation}: it must be less than {train_examples}, all training images")
+    trained_on = train_examples - (validation or 0)
+    if batch_size > trained_on:
+        raise UsageError(f"--batch-size {batch_size}: it must be at most {trained_on}, the size of the training set")
 
 
 def load_dataset(

@@ -9,6 +9,7 @@ import functools
 import html
 import os
 import socket
+import time
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from cnn_jax.errors import UsageError
 from cnn_jax.images import SIZE, encode_png, prepare_digit
 from cnn_jax.model import ConvBlock
 from cnn_jax.network import Network, load_network
+from cnn_jax.signals import listen_for_stop
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -139,7 +141,11 @@ def demo(settings: DemoSettings) -> None:
         },
     )
     display.say(f"draw a digit on http://{settings.host}:{settings.port}; Ctrl-C ends the page")
-    page.block_thread()
+    with listen_for_stop() as request:
+        while request.signal_number is None:
+            time.sleep(0.1)
+    page.close(verbose=False)
+    display.say("the page is closed")
 
 
 def build_page(network: Network) -> gr.Blocks:

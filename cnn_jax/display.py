@@ -18,7 +18,7 @@ LAYER_TABLE = {
 
 
 class Display:
-    """A run's output. On a terminal there is a progress bar; elsewhere, a line an epoch and no control characters.
+    """A run's output. There is a line an epoch, and on a terminal a progress bar; elsewhere no control characters.
 
     Of several processes that train together one shows it, and the others nothing.
     """
@@ -98,12 +98,11 @@ class Display:
         examples_per_second: float,
         left: float,
     ) -> None:
-        """Without a terminal, say where the run is: it has no bar to show it."""
-        if not self._console.is_terminal:
-            self.say(
-                f"epoch {epoch}/{epochs:g}: {tested_on} accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
-                f"{describe_seconds(left)} left"
-            )
+        """Say where the run is after an epoch."""
+        self.say(
+            f"epoch {epoch}/{epochs:g}: {tested_on} accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
+            f"{describe_seconds(left)} left"
+        )
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Show a table of names and values."""
@@ -117,7 +116,7 @@ class Display:
 
     @contextlib.contextmanager
     def _bar_hidden(self) -> Iterator[None]:
-        if self._progress is None or self._progress.finished:
+        if self._progress is None:
             yield
             return
         self._progress.stop()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import json
 import os
@@ -105,7 +106,7 @@ class RunFolder:
         """
         file = self.path / "config.json"
         if not file.is_file():
-            raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); train it first")
+            raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
         try:
             values = json.loads(file.read_text())
             values |= {"features": tuple(values["features"]), "data_dir": data_dir or values["data_dir"]}
@@ -114,6 +115,14 @@ class RunFolder:
             return from_option_values(values)
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
+
+    def _remedy(self):
+        """Say which runs are beside this folder, where there is none in it."""
+        runs = sorted(file.parent.name for file in self.path.parent.glob("*/config.json"))
+        near = difflib.get_close_matches(self.path.name, runs, n=1)
+        if near:
+            return f"perhaps you meant {near[0]}"
+        return f"there are {', '.join(runs[:5])}{' ...' * (len(runs) > 5)}" if runs else "train it first"
 
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start."""

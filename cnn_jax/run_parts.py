@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cnn_jax import __version__
 from cnn_jax.checkpoint import open_checkpoints
 from cnn_jax.config import TrainSettings
-from cnn_jax.data import Dataset, check_batch_size, fingerprint, load_dataset
+from cnn_jax.data import Dataset, check_sizes, fingerprint, load_dataset
 from cnn_jax.devices import device_bytes
 from cnn_jax.errors import NoCheckpointError, UsageError
 from cnn_jax.model import CNN
@@ -56,7 +56,7 @@ def load_run_data(settings: TrainSettings) -> Dataset:
     dataset = load_dataset(
         settings.dataset, settings.dataset_dir, settings.common.data_dir, resident_bytes=resident_bytes(settings)
     )
-    check_batch_size(settings.batch_size, len(dataset.train_labels) - (settings.validation or 0))
+    check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
     height, width, _ = dataset.train_images.shape[1:]
     if min(height, width) < 4:
         raise UsageError(f"{dataset.name} has images of {height}x{width}; two poolings need at least 4x4")

@@ -65,6 +65,8 @@ def _score(trial: Trial, settings: SweepSettings, display: Display) -> float:
         batch_size=trial.suggest_categorical("batch_size", settings.batch_size),
         features=tuple(int(channels) for channels in features.split("x")),
     )
+    if not trial.number:
+        display.say("trial 0: training")  # the others begin where one before them is told
     try:
         with trained(run, shown=False) as training:
             accuracy = float(np.mean(training.metrics[-1].accuracy))

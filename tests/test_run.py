@@ -377,7 +377,9 @@ def test_evaluate_gives_the_accuracy_that_training_gave_and_the_tutorials(train,
     assert "0..255" in err
     code, _, err = command("evaluate", "no-such-run", "--checkpoint-dir", tmp_path)
     assert code == 3
-    assert "no-such-run is not a run" in err
+    assert "no-such-run is not a run (it has no config.json); there are run\n" in err
+    code, _, err = command("evaluate", "rum", "--checkpoint-dir", tmp_path)
+    assert (code, err.partition("; ")[2]) == (3, "perhaps you meant run\n")
 
 
 def test_a_disk_error_ends_with_4_and_names_the_place(train, tmp_path):
