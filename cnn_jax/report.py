@@ -129,7 +129,9 @@ def _results(
         ]
         if last.tested_on == "validation":
             rows.append(("validation accuracy", f"{describe_values(last.accuracy)} of {settings.validation:,} images"))
-        rows.append(("speed, last epoch", f"{last.examples_per_second:,.0f} images/s, {last.step_milliseconds:.3g} ms a step"))
+        rows.append(
+            ("speed, last epoch", f"{last.examples_per_second:,.0f} images/s, {last.step_milliseconds:.3g} ms a step")
+        )
     return rows
 
 

@@ -67,11 +67,11 @@ def packages_of(extra):
 
 @pytest.mark.parametrize("extra", COMMANDS)
 def test_commands_need_nothing_but_what_their_extra_brings(extra, program, small_mnist, tfds_folder, tmp_path):
+    if extra == "torch":
+        pytest.importorskip("torch", reason="needs the extra torch")
     packages, others = packages_of(extra)
     assert "jax" in packages
     assert "pytest" in others
-    if extra == "torch":
-        pytest.importorskip("torch", reason="needs the extra torch")
     code = HIDE.format(others=others)
     for line in COMMANDS[extra]:
         code += f"main({line.format(data=small_mnist, runs=tmp_path).split()})\n"
