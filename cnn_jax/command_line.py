@@ -1,7 +1,6 @@
 """How the words of a command line become settings, and what is told of them: help, what is wrong, what is near it."""
 
 import contextlib
-import difflib
 import inspect
 import io
 import re
@@ -13,7 +12,7 @@ from typing import Annotated, Any, TypeVar, Union
 import tyro
 
 from cnn_jax import __version__
-from cnn_jax.errors import UsageError
+from cnn_jax.errors import UsageError, suggest
 
 S = TypeVar("S")
 
@@ -53,9 +52,8 @@ def read_command(commands: Mapping[str, type], arguments: Sequence[str], *, prog
     if word in commands:
         return read_settings(commands[word], arguments[1:], prog=f"{prog} {word}")
     if not word.startswith(("-h", "--help", "--version", "--tyro-")):
-        near = difflib.get_close_matches(word, commands, n=1)
         wrong = f"there is no command {word}" if word else "a command is missing"
-        meant = f"perhaps you meant {near[0]}" if near else f"the commands are {', '.join(commands)}"
+        meant = suggest(word, commands) or f"the commands are {', '.join(commands)}"
         raise UsageError(f"{wrong}; {meant}; {prog} --help explains them")
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items())
     examples = [_examples(kind)[0] for kind in commands.values()]
@@ -101,7 +99,8 @@ def _help(told, examples):
             text.append(line.rstrip())
         elif not line.startswith(" --"):  # the rule below a heading
             is_heading = line.startswith(" ")
-            text += ["", *([f"{line.strip()}:"] if is_heading else textwrap.wrap(line, width))]
+            text.append("")
+            text += [f"{line.strip()}:"] if is_heading else textwrap.wrap(line, width)
     return "\n".join([*text, "", "examples:", *(f"  {example.strip()}" for example in examples), ""])
 
 
@@ -134,7 +133,6 @@ def _in_plain_words(complaint):
     wrong = re.match(r"invalid choice '(?P<value>.*)' for argument '(?P<option>.*)'\. Expected one of (.*)", complaint)
     if wrong:
         choices = sorted(set(re.findall(r"'([^']+)'", wrong[3])) - {"None"})
-        near = difflib.get_close_matches(wrong["value"], choices, n=1)
-        meant = f"; perhaps you meant {near[0]}" if near else ""
-        return f"{wrong['option']} {wrong['value']}: it must be one of {', '.join(choices)}{meant}"
+        told = f"{wrong['option']} {wrong['value']}: it must be one of {', '.join(choices)}"
+        return "; ".join(filter(None, [told, suggest(wrong["value"], choices)]))
     return complaint.replace("; Perhaps", "; perhaps").replace("; Arguments", "; arguments")

@@ -21,7 +21,7 @@ from cnn_jax.data import scale_pixels
 from cnn_jax.devices import start_devices
 from cnn_jax.display import Display
 from cnn_jax.errors import UsageError
-from cnn_jax.images import SIZE, encode_png, prepare_digit
+from cnn_jax.images import SIZE, check_takes_digits, encode_png, prepare_digit
 from cnn_jax.model import ConvBlock
 from cnn_jax.network import Network, load_network
 from cnn_jax.signals import listen_for_stop
@@ -112,11 +112,7 @@ def demo(settings: DemoSettings) -> None:
     start_devices(settings.common.platform)
     display = Display()
     network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, display.say)
-    if network.image_shape != (SIZE, SIZE, 1):
-        size = "x".join(map(str, network.image_shape))
-        raise UsageError(
-            f"{settings.run}: its network takes images of {size}, not of {SIZE}x{SIZE}x1; name another run"
-        )
+    check_takes_digits(network.image_shape, settings.run)
     # Gradio asks its own server whether it is there, and would ask a proxy for it. It asks nobody else.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
     page = build_page(network)

@@ -1,9 +1,10 @@
 """The failures that a user can cause or meet, the exit code of each, and how one is told."""
 
 import contextlib
+import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -67,6 +68,12 @@ class StopSignalError(CnnJaxError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def suggest(word: str, known: Iterable[str]) -> str | None:
+    """Return which of the known words was perhaps meant, as a part of a failure's line; None if none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"perhaps you meant {near[0]}" if near else None
 
 
 @contextlib.contextmanager

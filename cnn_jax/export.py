@@ -10,12 +10,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax.config import ExportSettings, TrainSettings
-from cnn_jax.data import Dataset, scale_pixels
+from cnn_jax.config import ExportSettings
+from cnn_jax.data import Dataset, load_dataset, scale_pixels
 from cnn_jax.devices import start_devices
 from cnn_jax.display import Display
 from cnn_jax.errors import StorageError
-from cnn_jax.network import Network, load_network, read_network, write_network
+from cnn_jax.network import PACKAGED, Network, load_run_network, read_network, write_network
 from cnn_jax.pytorch.weights import params_to_torch, write_torch_file
 
 # What the logits of a file may differ by from ours: absolutely, or as a share of the largest where that is more. Other
@@ -55,8 +55,11 @@ def export(settings: ExportSettings) -> None:
     try:
         start_devices(settings.common.platform)
         display, run = Display(), settings.common.run_folder(settings.run)
-        network = load_network(run, settings.common.data_dir, display.say, settings.seed)
-        dataset = _load_dataset(run, settings.common)
+        if run is None:
+            network = read_network(PACKAGED)
+            dataset = load_dataset("mnist", None, settings.common.data_dir)
+        else:
+            network, dataset = load_run_network(run, settings.common.data_dir, display.say, settings.seed)
         with _writing(settings.output):
             FORMATS[settings.to].write(network, new)
         display.say(check(settings.to, new, network, dataset, name=settings.output))
@@ -75,13 +78,6 @@ def _writing(file):
         yield
     except OSError as error:
         raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
-
-
-def _load_dataset(run, common):
-    from cnn_jax.run_folder import RunFolder
-    from cnn_jax.run_parts import load_run_data
-
-    return load_run_data(RunFolder(run).read_settings(common.data_dir) if run else TrainSettings(common=common))
 
 
 def check(to: str, file: Path, network: Network, dataset: Dataset, *, name: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from cnn_jax.errors import InputFileError
+from cnn_jax.errors import InputFileError, UsageError
 
 STANDARD_INPUT = "-"
 ENDINGS = (".png", ".jpg", ".jpeg")
@@ -313,6 +313,21 @@ def _centre(fitted):
     )
     image[top : top + fitted.shape[0], left : left + fitted.shape[1], 0] = fitted
     return image
+
+
+def check_takes_digits(image_shape: tuple[int, int, int], run: str) -> None:
+    """Refuse a network of other images than `read_digit` returns.
+
+    Args:
+      image_shape: What the network takes: height, width, channels.
+      run: What to call it.
+
+    Raises:
+      UsageError: it takes others.
+    """
+    if image_shape != (SIZE, SIZE, 1):
+        size = "x".join(map(str, image_shape))
+        raise UsageError(f"{run}: its network takes images of {size}, not of {SIZE}x{SIZE}x1; name another run")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

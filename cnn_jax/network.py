@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cnn_jax import __version__
-from cnn_jax.data import scale_pixels
+from cnn_jax.data import Dataset, scale_pixels
 from cnn_jax.errors import InputFileError, StorageError, UsageError
 from cnn_jax.model import CNN
 from cnn_jax.pytorch.weights import params_from_torch, params_to_torch
@@ -69,13 +69,21 @@ def _apply(params, images, *, model):
     return model.apply({"params": params}, scale_pixels(images))
 
 
-def load_network(
-    run: Path | None, data_dir: Path | None, warn: Callable[[str], None], seed: int | None = None
-) -> Network:
-    """Load a network.
+def load_network(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> Network:
+    """Load a network: of a run, of its first seed, or where `run` is None, the one in the package.
+
+    The arguments and failures are those of `load_run_network`.
+    """
+    return read_network(PACKAGED) if run is None else load_run_network(run, data_dir, warn)[0]
+
+
+def load_run_network(
+    run: Path, data_dir: Path | None, warn: Callable[[str], None], seed: int | None = None
+) -> tuple[Network, Dataset]:
+    """Load a run's network and the data set that it was trained on.
 
     Args:
-      run: A run's folder; None for the network in the package.
+      run: The run's folder.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
       warn: Told, in a line, of each checkpoint that is damaged.
       seed: Of a run of several seeds, which; by default the first.
@@ -84,8 +92,6 @@ def load_network(
       UsageError: the run has no such seed.
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
     """
-    if run is None:
-        return read_network(PACKAGED)
     # Orbax takes a second to import, and the packaged network does not need it.
     from cnn_jax.run_folder import RunFolder
     from cnn_jax.run_parts import restore_run
@@ -101,7 +107,7 @@ def load_network(
     accuracies = [
         epoch.accuracy[place] for epoch in folder.read_metrics() if epoch.step == steps and epoch.tested_on == "test"
     ]
-    return Network(
+    network = Network(
         name=folder.path.name,
         params=jax.tree.map(lambda leaf: np.asarray(leaf[place]), states.tested_params),
         features=settings.features,
@@ -111,6 +117,7 @@ def load_network(
         test_accuracy=accuracies[-1] if accuracies else None,
         training={"recipe": settings.recipe, "epochs": settings.epochs, "seed": seed, "steps": steps},
     )
+    return network, dataset
 
 
 def write_network(network: Network, file: Path) -> None:

@@ -9,8 +9,8 @@ import scipy.special
 from cnn_jax.config import PredictSettings
 from cnn_jax.devices import start_devices
 from cnn_jax.display import Display
-from cnn_jax.errors import InputFileError, UsageError
-from cnn_jax.images import SIZE, find_images, read_digit
+from cnn_jax.errors import InputFileError
+from cnn_jax.images import check_takes_digits, find_images, read_digit
 from cnn_jax.network import load_network
 
 TOLD = 3  # classes of each picture, the most probable first
@@ -43,11 +43,7 @@ def _tell(files, digits, settings):
     start_devices(settings.common.platform)
     display = Display(shown=not settings.json)
     network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, Display().say)
-    if network.image_shape != (SIZE, SIZE, 1):
-        size = "x".join(map(str, network.image_shape))
-        raise UsageError(
-            f"--run {settings.run}: its network takes images of {size}, not of {SIZE}x{SIZE}x1; name another run"
-        )
+    check_takes_digits(network.image_shape, f"--run {settings.run}")
     probabilities = scipy.special.softmax(network.logits(digits).astype(np.float64), axis=1)
     if settings.json:
         results = [

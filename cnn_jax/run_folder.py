@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import json
 import os
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cnn_jax.config import TrainSettings, from_option_values, option_values
-from cnn_jax.errors import NoCheckpointError, RunLockedError, StorageError, UsageError
+from cnn_jax.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
 
 # What a run's results depend on. Its other settings may change from one start to the next.
 DECIDING_FIELDS = (
@@ -119,10 +118,9 @@ class RunFolder:
     def _remedy(self):
         """Say which runs are beside this folder, where there is none in it."""
         runs = sorted(file.parent.name for file in self.path.parent.glob("*/config.json"))
-        near = difflib.get_close_matches(self.path.name, runs, n=1)
-        if near:
-            return f"perhaps you meant {near[0]}"
-        return f"there are {', '.join(runs[:5])}{' ...' * (len(runs) > 5)}" if runs else "train it first"
+        if not runs:
+            return "train it first"
+        return suggest(self.path.name, runs) or f"there are {', '.join(runs[:5])}{' ...' * (len(runs) > 5)}"
 
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start."""

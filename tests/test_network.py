@@ -12,7 +12,7 @@ from safetensors.numpy import load, save_file
 
 from cnn_jax.errors import InputFileError
 from cnn_jax.mnist.idx import read_idx
-from cnn_jax.network import PACKAGED, load_network, read_network, write_network
+from cnn_jax.network import PACKAGED, load_network, load_run_network, read_network, write_network
 
 from .conftest import EMBEDDED, ROOT
 
@@ -74,7 +74,7 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     assert (code, out) == (0, "")
     assert err.endswith(f"{tmp_path}/run, seed 6, after 20 steps is now {file}\n")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    network, of_run = read_network(file), load_network(tmp_path / "run", None, pytest.fail, seed=6)
+    network, of_run = read_network(file), load_run_network(tmp_path / "run", None, pytest.fail, seed=6)[0]
     assert network.test_accuracy == metrics["seeds"]["test_accuracy"][1]
     assert network.training == {"recipe": "tutorial", "epochs": 1, "seed": 6, "steps": 20}
     np.testing.assert_array_equal(network.params["fc"]["kernel"], of_run.params["fc"]["kernel"])
