@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
@@ -99,19 +98,18 @@ def one_line_failures(debug: bool) -> Iterator[None]:
 
 
 def _end(line: str, exit_code: int) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
-    _leave(exit_code)
+    _leave(" ".join(line.split()), exit_code)
 
 
-_leave: Callable[[int], NoReturn] = sys.exit
+def _leave_as_python_does(line: str, exit_code: int) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(exit_code)
 
 
-def leave_at_once() -> None:
-    """Let a failure end this process without what Python does at its end: there, JAX waits for the other processes."""
+_leave: Callable[[str, int], NoReturn] = _leave_as_python_does
+
+
+def leave_by(leave: Callable[[str, int], NoReturn]) -> None:
+    """Let a function of a failure's line and its exit code end this process, in place of `sys.exit`."""
     global _leave
-
-    def leave(exit_code: int) -> NoReturn:
-        sys.stdout.flush()
-        os._exit(exit_code)
-
     _leave = leave

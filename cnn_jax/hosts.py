@@ -4,24 +4,30 @@ Process 0 prints and writes. What it does alone, it does inside `on_first`, and 
 """
 
 import contextlib
+import ctypes
 import os
 import pickle
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cnn_jax.errors import CnnJaxError, HostLostError, UsageError, leave_at_once
+from cnn_jax.errors import CnnJaxError, HostLostError, UsageError, leave_by
 
 T = TypeVar("T")
 
 # A process that died without closing its connections, as when its host loses power, is noticed after so long.
 HEARTBEAT_SECONDS = 20
 START_SECONDS = 120
+# What the others have to end in before process 0 does, and the service in it without which JAX aborts them: they need a
+# few milliseconds.
+GRACE_SECONDS = 0.5
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -39,6 +45,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     watchdog = threading.Timer(START_SECONDS, _give_up, args=(coordinator or "the cluster",))
     watchdog.daemon = True
     watchdog.start()
+    # Where no collective fails of it, a thread of JAX notices that another process is gone, and aborts this one: no
+    # option prevents that, and a handler of Python's own would run too late, after the abort.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _tell_of_abort)
     jax.distributed.initialize(
         coordinator,
         num_processes,
@@ -48,24 +57,53 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     )
     watchdog.cancel()
     _keep_stdout_for_python()
-    leave_at_once()
+    leave_by(_leave_at_once)
 
 
 def _give_up(place: str) -> None:
-    line = (
+    _say_last(
         f"error: the processes of this run do not find each other at {place}; start the same command once for each "
-        "--process-id, with a --coordinator that all of them reach\n"
+        "--process-id, with a --coordinator that all of them reach"
     )
-    os.write(2, line.encode())
     os._exit(UsageError.exit_code)
+
+
+def _leave_at_once(line: str, exit_code: int) -> NoReturn:
+    # At Python's own end JAX waits for the other processes.
+    sys.stdout.flush()
+    _say_last(line)
+    with contextlib.suppress(RuntimeError):  # there is no device to ask which process this is
+        if is_first():
+            time.sleep(GRACE_SECONDS)
+    os._exit(exit_code)
+
+
+def _say_last(line: str) -> None:
+    # In one piece, and with nothing after it: JAX's threads write their own account of a lost process at the same time.
+    stderr = os.dup(2)
+    _send_nowhere(2)
+    os.write(stderr, f"{line}\n".encode())
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _tell_of_abort(signal_number: int) -> None:
+    _say_last(
+        "error: JAX ended this process, as it does when another process of this run is gone; start all of them again "
+        "to continue from the newest checkpoint"
+    )
+    os._exit(HostLostError.exit_code)
 
 
 def _keep_stdout_for_python() -> None:
     # Gloo tells on the process's stdout who is connected to whom; there the results belong.
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    _send_nowhere(1)
+
+
+def _send_nowhere(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 

@@ -121,3 +121,16 @@ def test_a_cluster_that_is_not_there_is_told_in_one_line(program, small_mnist, t
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     assert "the processes of this run do not find each other at 127.0.0.1:9" in err.splitlines()[-1]
+
+
+def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = "import time, jax; from cnn_jax import hosts; hosts.join({!r}, 2, {}); print('joined'); time.sleep(60)"
+    first, second = (program("-c", joined.format(place, number)) for number in range(2))
+    assert second.stdout.readline() == "joined\n"
+    first.kill()
+    _, err = second.communicate(timeout=30)
+    assert second.returncode == 7, err
+    assert "another process of this run is gone; start all of them again" in err.splitlines()[-1]
