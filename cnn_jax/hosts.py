@@ -25,7 +25,7 @@ T = TypeVar("T")
 # A process that died without closing its connections, as when its host loses power, is noticed after so long.
 HEARTBEAT_SECONDS = 20
 START_SECONDS = 120
-# What the others have to end in before process 0 does, and the service in it without which JAX aborts them: they need a
+# How much later than the others process 0 ends: without the service that lives in it JAX aborts them. They need a
 # few milliseconds.
 GRACE_SECONDS = 0.5
 

@@ -17,6 +17,7 @@ from cnn_jax.data import Dataset, scale_pixels
 from cnn_jax.errors import InputFileError, StorageError, UsageError
 from cnn_jax.model import CNN
 from cnn_jax.pytorch.weights import params_from_torch, params_to_torch
+from cnn_jax.run_folder import RunFolder, write_atomically
 
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
 # Images at a time; a batch is filled up to a power of two, so that few sizes are ever compiled.
@@ -93,7 +94,6 @@ def load_run_network(
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
     """
     # Orbax takes a second to import, and the packaged network does not need it.
-    from cnn_jax.run_folder import RunFolder
     from cnn_jax.run_parts import restore_run
 
     folder = RunFolder(run)
@@ -130,10 +130,8 @@ def write_network(network: Network, file: Path) -> None:
     about["versions"] = {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
     # Under one key: safetensors writes several in an order that changes from one time to the next.
     content = save(params_to_torch(network.params, network.image_shape), metadata={"network": json.dumps(about)})
-    new = file.with_name(file.name + ".new")
     try:
-        new.write_bytes(content)
-        new.replace(file)
+        write_atomically(file, content)
     except OSError as error:
         raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
 

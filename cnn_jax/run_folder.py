@@ -216,14 +216,22 @@ class RunFolder:
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace a file so that whoever reads it, whenever the power fails, finds the old content or the new."""
+    """Replace a file so that whoever reads it, whenever the power fails, finds the old content or the new.
+
+    Raises:
+      OSError: naming the file, where it could not be written.
+    """
     new = file.with_name(file.name + ".new")
-    with new.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)
-    sync(file.parent)
+    try:
+        with new.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.replace(file)
+        sync(file.parent)
+    except OSError as error:
+        error.filename = str(file)  # nobody asked for the new one
+        raise
 
 
 def sync(path: Path) -> None:

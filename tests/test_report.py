@@ -68,6 +68,12 @@ def test_the_page_that_training_ends_with_is_the_one_that_report_writes(of_three
     assert (tmp_path / "page.html").read_text() == (of_three_seeds / "report.html").read_text()
 
 
+def test_a_page_that_cannot_be_written_is_named_as_it_was_asked_for(of_three_seeds, command, tmp_path):
+    code, _, err = command("report", of_three_seeds, "--output", tmp_path / "no" / "page.html")
+    assert code == 4
+    assert err.splitlines()[-1] == f"error: cannot read or write {tmp_path}/no/page.html: No such file or directory"
+
+
 def test_the_page_opens_without_a_network_and_runs_nothing(of_three_seeds):
     page = read(of_three_seeds)
     sources = {value for _, name, value in page.named if name in ("src", "srcset", "href", "data", "action", "poster")}

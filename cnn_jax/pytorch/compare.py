@@ -21,6 +21,7 @@ from cnn_jax.display import Display, describe_seconds
 from cnn_jax.errors import StorageError
 from cnn_jax.plots import plot_comparison
 from cnn_jax.pytorch.forms import ENVIRONMENT
+from cnn_jax.run_folder import write_atomically
 
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 FASTEST = "PyTorch, channels_last, memory kept"
@@ -150,9 +151,7 @@ def _run(command, name, environment=None):
 
 
 def _write(file, result):
-    new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(result, indent=2) + "\n")
-    new.replace(file)
+    write_atomically(file, json.dumps(result, indent=2) + "\n")
 
 
 def summarize(results: dict[str, list[SeedResult]], agreement: dict, *, epochs: int) -> dict:
@@ -249,9 +248,11 @@ def accuracy_table(report: dict) -> str:
         ("test accuracy, mean", *(_mean(side["accuracy"]) for side in sides)),
         (f"of seeds {seeds}", *(" / ".join(f"{run['accuracy']:.4f}" for run in side["runs"]) for side in sides)),
         ("tested on unscaled pixels", *(_mean(side["unscaled_accuracy"]) for side in sides)),
-        ("cost after epoch 1", *(f"{np.mean([run['costs'][0] for run in side['runs']]):.4f}" for side in sides)),
         (f"cost after epoch {report['epochs']}", *(_mean(side["last_cost"]) for side in sides)),
     ]
+    if report["epochs"] > 1:
+        first_costs = [np.mean([run["costs"][0] for run in side["runs"]]) for side in sides]
+        rows.insert(-1, ("cost after epoch 1", *(f"{cost:.4f}" for cost in first_costs)))
     for part in ("starting", "compiling", "training", "testing"):
         rows.append((part, *(describe_seconds(side["seconds"][part]) for side in sides)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
