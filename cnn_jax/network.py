@@ -14,10 +14,10 @@ from safetensors.numpy import save
 
 from cnn_jax import __version__
 from cnn_jax.data import Dataset, scale_pixels
-from cnn_jax.errors import InputFileError, StorageError, UsageError
+from cnn_jax.errors import InputFileError, UsageError
 from cnn_jax.model import CNN
 from cnn_jax.pytorch.weights import params_from_torch, params_to_torch
-from cnn_jax.run_folder import RunFolder, write_atomically
+from cnn_jax.run_folder import RunFolder
 
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
 # Images at a time; a batch is filled up to a power of two, so that few sizes are ever compiled.
@@ -124,16 +124,14 @@ def write_network(network: Network, file: Path) -> None:
     """Write a safetensors file: the weights as PyTorch names and lays them out, the rest as JSON in its header.
 
     Raises:
-      StorageError: it could not be written.
+      OSError: it could not be written.
     """
     about = {name: value for name, value in vars(network).items() if name not in ("name", "params")}
     about["versions"] = {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
     # Under one key: safetensors writes several in an order that changes from one time to the next.
-    content = save(params_to_torch(network.params, network.image_shape), metadata={"network": json.dumps(about)})
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
+    file.write_bytes(
+        save(params_to_torch(network.params, network.image_shape), metadata={"network": json.dumps(about)})
+    )
 
 
 def read_network(file: Path) -> Network:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 
 import jax
 import numpy as np
@@ -67,6 +68,34 @@ def test_a_file_is_tested_on_all_test_images_before_it_is_there(to, exported):
     assert float(tested.rpartition(" ")[2]) <= 1e-4
     assert done == f"the packaged network, seed 777, after 9,000 steps is now {file}"
     assert not list(file.parent.glob("*.unchecked"))
+
+
+# Exports in every format that can be, where no file may have more than 1,000 bytes.
+EXPORT_TO_A_FULL_DISK = """
+import resource, sys
+from cnn_jax.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for to in sys.argv[2:]:
+    try:
+        main(["export", "--to", to, "--output", sys.argv[1]])
+    except SystemExit as end:
+        print(to, end.code)
+"""
+
+
+def test_where_the_disk_is_full_the_file_that_was_asked_for_is_named_and_nothing_is_left(
+    exported, program, tfds_folder, tmp_path
+):
+    exported("safetensors")  # has the data prepared, while there is room
+    needed = {"torch": "torch", "onnx": "onnxruntime"}
+    formats = [to for to in FORMATS if to not in needed or importlib.util.find_spec(needed[to])]
+    environment = os.environ | {"TFDS_DATA_DIR": str(tfds_folder)}
+    process = program("-c", EXPORT_TO_A_FULL_DISK, tmp_path / "network", *formats, env=environment)
+    out, err = process.communicate(timeout=120)
+    assert out.splitlines() == [f"{to} 4" for to in formats], err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: cannot write {tmp_path}/network (File too large); give another --output"] * len(formats)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", [1, 3])

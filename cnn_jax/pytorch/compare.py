@@ -248,11 +248,11 @@ def accuracy_table(report: dict) -> str:
         ("test accuracy, mean", *(_mean(side["accuracy"]) for side in sides)),
         (f"of seeds {seeds}", *(" / ".join(f"{run['accuracy']:.4f}" for run in side["runs"]) for side in sides)),
         ("tested on unscaled pixels", *(_mean(side["unscaled_accuracy"]) for side in sides)),
-        (f"cost after epoch {report['epochs']}", *(_mean(side["last_cost"]) for side in sides)),
     ]
     if report["epochs"] > 1:
         first_costs = [np.mean([run["costs"][0] for run in side["runs"]]) for side in sides]
-        rows.insert(-1, ("cost after epoch 1", *(f"{cost:.4f}" for cost in first_costs)))
+        rows.append(("cost after epoch 1", *(f"{cost:.4f}" for cost in first_costs)))
+    rows.append((f"cost after epoch {report['epochs']}", *(_mean(side["last_cost"]) for side in sides)))
     for part in ("starting", "compiling", "training", "testing"):
         rows.append((part, *(describe_seconds(side["seconds"][part]) for side in sides)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,13 +1,14 @@
 """The network's weights as PyTorch names and lays them out, and the files that hold them."""
 
 import contextlib
+import io
 import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from cnn_jax.errors import InputFileError, StorageError, UsageError
+from cnn_jax.errors import InputFileError, UsageError
 
 # PyTorch's name of each weight, and ours.
 NAMES = {
@@ -115,24 +116,19 @@ def _check_size_and_checksums(file: Path) -> None:
 
 
 def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a `state_dict` that `torch.load(file, weights_only=True)` reads; the file is replaced whole or not at all.
+    """Write a `state_dict` that `torch.load(file, weights_only=True)` reads.
 
     Raises:
-      StorageError: it could not be written.
+      OSError: it could not be written.
       UsageError: the extra `torch` is not installed.
     """
     try:
         import torch
     except ImportError as error:
         raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
-    new = file.with_name(file.name + ".new")
-    try:
-        torch.save({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, new)
-        new.replace(file)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
-        raise StorageError(
-            f"cannot write {file} ({str(error).partition(chr(10))[0]}); give another --output"
-        ) from error
+    content = io.BytesIO()  # where PyTorch cannot write a file, it raises RuntimeError without the system's reason
+    torch.save({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, content)
+    file.write_bytes(content.getvalue())
 
 
 def _to_torch(array, image_shape):
