@@ -1,10 +1,12 @@
 """A search over settings, scored on held-out training images; the only file that knows Optuna."""
 
+import fcntl
 import warnings
 from pathlib import Path
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -40,18 +42,27 @@ def sweep(settings: SweepSettings) -> None:
 def open_study(folder: Path) -> optuna.Study:
     """Open a folder's study, or begin it; several processes may have it open."""
     folder.mkdir(parents=True, exist_ok=True)
-    storage = RDBStorage(
-        f"sqlite:///{folder.resolve() / 'study.db'}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=SILENT_SECONDS,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-    )
-    # A process takes the unfinished trials of the others for bad ones, so that they try different things.
-    sampler = optuna.samplers.TPESampler(constant_liar=True)
-    return optuna.create_study(
-        study_name=folder.name, storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
-    )
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # where several begin it at once, one makes the tables and the others wait
+        storage = RDBStorage(
+            f"sqlite:///{folder.resolve() / 'study.db'}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=SILENT_SECONDS,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        )
+        sqlalchemy.event.listen(storage.engine, "begin", _lock_before_reading)
+        # A process takes the unfinished trials of the others for bad ones, so that they try different things.
+        sampler = optuna.samplers.TPESampler(constant_liar=True)
+        return optuna.create_study(
+            study_name=folder.name, storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
+        )
+
+
+def _lock_before_reading(connection: sqlalchemy.Connection) -> None:
+    # SQLite would lock at the first write. Two processes that had each read before that a trial waits would both take
+    # it: Optuna's protection is SELECT ... FOR UPDATE, which SQLite does not know.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _score(trial: Trial, settings: SweepSettings, display: Display) -> float:

@@ -1,9 +1,11 @@
 """A sweep tries settings, scores them on held-out images, and goes on where it was stopped."""
 
+import multiprocessing
 import os
 import re
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import optuna
 import pytest
@@ -52,6 +54,29 @@ def test_a_trial_whose_loss_is_not_finite_scores_nothing(command, arguments, tmp
     assert code == 0
     assert "the loss is not finite" in err
     assert [trial.state for trial in study_of(tmp_path).trials] == [TrialState.PRUNED]
+
+
+def begin_and_ask(folder, rounds, barrier):
+    """Begin studies when the other process does, and return the number of the trial that each then gives."""
+    from cnn_jax.sweep import open_study
+
+    numbers = []
+    for number in range(rounds):
+        barrier.wait(60)
+        study = open_study(folder / str(number))
+        if barrier.wait(60) == 0:
+            study.enqueue_trial({"waits": 1})
+        barrier.wait(60)
+        numbers.append(study.ask().number)
+    return numbers
+
+
+def test_two_processes_begin_a_study_at_once_and_never_take_the_same_waiting_trial(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        barrier = manager.Barrier(2)
+        asked = [pool.submit(begin_and_ask, tmp_path, 20, barrier) for _ in range(2)]
+        assert [set(numbers) for numbers in zip(*(each.result() for each in asked), strict=True)] == [{0, 1}] * 20
 
 
 def test_several_processes_share_a_study_and_a_stopped_trial_is_taken_up_again(program, arguments, tmp_path):
