@@ -2,11 +2,11 @@
 
 import sys
 
-from cnn_jax.__main__ import train
-from cnn_jax.command_line import read_settings
-from cnn_jax.config import TrainSettings
-from cnn_jax.errors import one_line_failures
-from cnn_jax.signals import end_on_signals
+from cnn_jax.cli.commands import train
+from cnn_jax.cli.parser import read_settings
+from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.errors import one_line_failures
+from cnn_jax.runtime.signals import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

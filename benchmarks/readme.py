@@ -5,9 +5,9 @@ import re
 import statistics
 from pathlib import Path
 
-from cnn_jax.display import describe_seconds, describe_values
 from cnn_jax.pytorch.benchmark import speed_table
 from cnn_jax.pytorch.compare import accuracy_table
+from cnn_jax.runtime.display import describe_seconds, describe_values
 from tests.torture.__main__ import trials_table
 
 ROOT = Path(__file__).parents[1]

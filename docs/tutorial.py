@@ -32,11 +32,11 @@ import optax
 from flax import linen as nn
 from jax import lax
 
-from cnn_jax.data import load_dataset, scale_pixels
-from cnn_jax.evaluation import evaluate
-from cnn_jax.model import CNN
-from cnn_jax.recipes import tutorial
-from cnn_jax.training import create_train_state, epoch_order, make_keys, run_steps, train_step
+from cnn_jax.core.evaluation import evaluate
+from cnn_jax.core.model import CNN
+from cnn_jax.core.recipes import tutorial
+from cnn_jax.core.training import create_train_state, epoch_order, make_keys, run_steps, train_step
+from cnn_jax.data.dataset import load_dataset, scale_pixels
 
 # GPUs and TPUs round the factors of a product unless told otherwise. Here both sides of an equality should agree.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -419,7 +419,7 @@ np.testing.assert_allclose(there[:, :, 3:], here[:, :, :-3], atol=1e-5)
 # | flatten | `x.view(x.size(0), -1)` | `x.reshape(x.shape[0], -1)` | (N, 3136) |
 # | head | `Linear(3136, 10)` | `Dense(10)` | (N, 10) |
 #
-# In this project that is `CNN` in `cnn_jax/model.py`. `init` draws the weights from a key, and returns them.
+# In this project that is `CNN` in `cnn_jax/core/model.py`. `init` draws the weights from a key, and returns them.
 #
 # They come as a **pytree**. That is JAX's word for arrays in dicts, lists, tuples and the like, nested as you please.
 # `jax.tree.map` applies a function to every array and keeps the nesting; `jax.tree.leaves` lists the arrays. In PyTorch
@@ -524,7 +524,7 @@ assert loss_fn(params) == loss  # the old weights are what they were
 # A better way down is Adam, as in `optim.Adam(model.parameters(), lr=0.001)`. It remembers two more numbers for each
 # weight. Weights, Adam's numbers and the count of steps go together in a **training state**, which is a pytree again.
 # `create_train_state` makes it, and `train_step` takes a state and a batch, and returns the next state and the loss.
-# Open `cnn_jax/training.py` beside this page: you know every part of `train_step` now.
+# Open `cnn_jax/core/training.py` beside this page: you know every part of `train_step` now.
 
 # %%
 state = create_train_state(init_key, model, (28, 28, 1), tutorial(0.001))
@@ -741,6 +741,6 @@ assert not jnp.allclose(jnp.tanh(255 * sample), 255 * jnp.tanh(sample))
 # - `python train.py --epochs 15` trains the same network in full, and writes down how it went.
 # - Give `CNN(pool="avg")` in chapter 6, or `CNN(features=(8, 16))`, and run the page again. What changes, and which
 #   `assert` tells you so?
-# - Replace `tutorial(0.001)` by `fast(0.01, steps=1200)` from `cnn_jax.recipes`. How far do two epochs get then?
+# - Replace `tutorial(0.001)` by `fast(0.01, steps=1200)` from `cnn_jax.core.recipes`. How far do two epochs get then?
 # - Test with all biases set to zero: `with_biases_times(0, state.params)`. How much do they do for this network?
 # - [research.md](research.md) shows how to change the network, the recipe and the data in earnest.

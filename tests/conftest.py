@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax.__main__ import main
-from cnn_jax.mnist.idx import idx_header, read_idx
+from cnn_jax.cli.commands import main
+from cnn_jax.data.idx import idx_header, read_idx
 
 ROOT = Path(__file__).parents[1]
-EMBEDDED = ROOT / "cnn_jax" / "mnist"
+EMBEDDED = ROOT / "cnn_jax" / "data" / "mnist"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -12,12 +12,11 @@ import nbformat
 import pytest
 import yaml
 
-from cnn_jax.__main__ import COMMANDS
-from cnn_jax.command_line import read_command, read_settings
-from cnn_jax.config import TrainSettings
-from cnn_jax.errors import CnnJaxError, UsageError
-
-from .conftest import ROOT
+from cnn_jax.cli.commands import COMMANDS
+from cnn_jax.cli.parser import read_command, read_settings
+from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.errors import CnnJaxError, UsageError
+from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()

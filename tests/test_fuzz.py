@@ -11,12 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnn_jax.errors import InputFileError
-from cnn_jax.images import read_digit
-from cnn_jax.mnist.idx import idx_header, read_idx
-from cnn_jax.pytorch.weights import read_torch_file
-
-from .digits import DARK_PENS, SHAPES, draw_digit
+from cnn_jax.data.idx import idx_header, read_idx
+from cnn_jax.inference.pictures import read_digit
+from cnn_jax.inference.torch_layout import read_torch_file
+from cnn_jax.runtime.errors import InputFileError
+from tests.digits import DARK_PENS, SHAPES, draw_digit
 
 # The same examples in every run, with no folder of earlier ones; what a test is given stays the same for all of them.
 fuzz = settings(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 pytest.importorskip("torch", reason="needs the extra torch")
 

@@ -76,6 +76,6 @@ def test_no_damaged_file_of_a_checkpoint_is_ever_used(choose):
 
 @orbax_leaves_coroutines
 def test_without_the_digest_damage_passes(choose, monkeypatch):
-    monkeypatch.setattr("cnn_jax.checkpoint.digest", lambda tree, meta: "")
+    monkeypatch.setattr("cnn_jax.runs.checkpoint.digest", lambda tree, meta: "")
     tally = trials.damaged_checkpoints(flips=4, choose=choose, say=print)
     assert tally.counts["silent changes"] > 0

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax.config import BenchmarkSettings
-from cnn_jax.data import load_dataset
-from cnn_jax.devices import describe_machine
-from cnn_jax.display import Display, describe_seconds
-from cnn_jax.errors import StorageError
-from cnn_jax.plots import plot_benchmark
+from cnn_jax.analysis.plots import plot_benchmark
+from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
-from cnn_jax.pytorch.forms import BATCH_SIZE, ENVIRONMENT, FORMS, is_torch
+from cnn_jax.pytorch.variants import BATCH_SIZE, ENVIRONMENT, FORMS, is_torch
+from cnn_jax.runs.settings import BenchmarkSettings
+from cnn_jax.runtime.devices import describe_machine
+from cnn_jax.runtime.display import Display, describe_seconds
+from cnn_jax.runtime.errors import StorageError
 
 STEPS_A_ROUND = 16
 STEPS_OF_15_EPOCHS = 9000
@@ -125,7 +125,7 @@ def _measure_in_turn(forms, settings, display):
 
 
 def _start(form, data_dir):
-    call = f"from cnn_jax.pytorch.forms import serve; serve({form!r}, {data_dir and str(data_dir)!r})"
+    call = f"from cnn_jax.pytorch.variants import serve; serve({form!r}, {data_dir and str(data_dir)!r})"
     # Without JAX's cache: what is measured is the first start of all.
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"} | ENVIRONMENT.get(form, {})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

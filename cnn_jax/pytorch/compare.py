@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from cnn_jax.config import CompareSettings
-from cnn_jax.data import load_dataset
-from cnn_jax.devices import describe_machine
-from cnn_jax.display import Display, describe_seconds
-from cnn_jax.errors import StorageError
-from cnn_jax.plots import plot_comparison
-from cnn_jax.pytorch.forms import ENVIRONMENT
-from cnn_jax.run_folder import write_atomically
+from cnn_jax.analysis.plots import plot_comparison
+from cnn_jax.data.dataset import load_dataset
+from cnn_jax.pytorch.variants import ENVIRONMENT
+from cnn_jax.runs.folder import write_atomically
+from cnn_jax.runs.settings import CompareSettings
+from cnn_jax.runtime.devices import describe_machine
+from cnn_jax.runtime.display import Display, describe_seconds
+from cnn_jax.runtime.errors import StorageError
 
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 FASTEST = "PyTorch, channels_last, memory kept"
@@ -88,7 +88,7 @@ def _agreement(settings, display):
     """Measure part A over an epoch, in this process, unless that has been done."""
     file = settings.output / "runs" / "agreement.json"
     if not file.exists():
-        from cnn_jax.pytorch.proof import measure_agreement
+        from cnn_jax.pytorch.equivalence import measure_agreement
 
         display.say("from equal weights: an epoch in both frameworks, step by step")
         dataset = load_dataset("mnist", None, settings.common.data_dir)

@@ -8,11 +8,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from cnn_jax.data import Dataset
-from cnn_jax.model import CNN, torch_uniform
-from cnn_jax.parallel import create_states, epoch_orders, make_mesh, place, run_steps_of_seeds, seed_keys
-from cnn_jax.recipes import tutorial
-from cnn_jax.training import create_train_state, epoch_order, make_keys, train_step
+from cnn_jax.core.model import CNN, torch_uniform
+from cnn_jax.core.recipes import tutorial
+from cnn_jax.core.sharding import create_states, epoch_orders, make_mesh, place, run_steps_of_seeds, seed_keys
+from cnn_jax.core.training import create_train_state, epoch_order, make_keys, train_step
+from cnn_jax.data.dataset import Dataset
 
 
 class PlainCNN(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cnn_jax.data import Dataset
+from cnn_jax.data.dataset import Dataset
 
 Form = Literal["eager", "channels_last", "bfloat16", "compiled", "cuda_graph"]
 

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cnn_jax.display import Display
+from cnn_jax.runtime.display import Display
 from tests.conftest import write_small_mnist
 from tests.torture.kinds import KINDS, Torture
 from tests.torture.runs import Trainer, run_fingerprint

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from unittest import mock
 
-from cnn_jax import checkpoint
-from cnn_jax.display import Display
+from cnn_jax.runs import checkpoint
+from cnn_jax.runtime.display import Display
 from tests.torture import trials
 from tests.torture.runs import Trainer
 from tests.torture.sabotage import digest_off

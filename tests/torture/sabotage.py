@@ -7,9 +7,9 @@ import sys
 
 import jax
 
-from cnn_jax import checkpoint, run
-from cnn_jax.__main__ import main
-from cnn_jax.signals import end_on_signals
+from cnn_jax.cli.commands import main
+from cnn_jax.runs import checkpoint, train
+from cnn_jax.runtime.signals import end_on_signals
 
 
 def digest_off() -> None:
@@ -31,8 +31,8 @@ def optimizer_left_out() -> None:
 
 def epoch_left_out() -> None:
     """Give every epoch the same order."""
-    order = run.epoch_orders
-    run.epoch_orders = lambda key, epoch, **sizes: order(key, 0, **sizes)
+    order = train.epoch_orders
+    train.epoch_orders = lambda key, epoch, **sizes: order(key, 0, **sizes)
 
 
 SABOTAGES = {"digest off": digest_off, "optimizer left out": optimizer_left_out, "epoch left out": epoch_left_out}

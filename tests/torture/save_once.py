@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax.checkpoint import open_checkpoints
-from cnn_jax.errors import one_line_failures
+from cnn_jax.runs.checkpoint import open_checkpoints
+from cnn_jax.runtime.errors import one_line_failures
 
 STEPS = (10, 20, 30)
 SAVED = 40

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.checkpoint import open_checkpoints
-from cnn_jax.data import fingerprint, load_dataset
-from cnn_jax.errors import InputFileError, NoCheckpointError
-from cnn_jax.mnist.builder import SHA256
-from cnn_jax.mnist.idx import read_idx
+from cnn_jax.data.dataset import fingerprint, load_dataset
+from cnn_jax.data.idx import read_idx
+from cnn_jax.data.mnist.builder import SHA256
+from cnn_jax.runs.checkpoint import open_checkpoints
+from cnn_jax.runtime.errors import InputFileError, NoCheckpointError
 from tests.conftest import EMBEDDED
 from tests.torture.runs import ROOT, Trainer, run_fingerprint
 from tests.torture.save_once import SAVED, STEPS, content
@@ -214,7 +214,9 @@ def _digest_idx(file, ndim):
 def killed_preparations(*, count: int, choose: random.Random, say: Say) -> Tally:
     """Kill processes that prepare MNIST at random times, then load it."""
     tally = Tally("kill -9 while MNIST is prepared")
-    code = "import sys, pathlib; from cnn_jax.data import load_dataset; load_dataset('mnist', None, pathlib.Path({!r}))"
+    code = (
+        "import pathlib; from cnn_jax.data.dataset import load_dataset; load_dataset('mnist', None, pathlib.Path({!r}))"
+    )
     sound = None
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:

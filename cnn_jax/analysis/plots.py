@@ -1,0 +1,220 @@
+"""Every picture that the program draws, in one style; the only file that knows matplotlib."""
+
+import io
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")  # files only: no window, no display needed
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from cnn_jax.core.evaluation import Mistake
+from cnn_jax.runs.folder import EpochMetrics, write_atomically
+
+COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
+# Numbers below 0, 0 and above; the gaps between tiles are not numbers.
+SIGNED = LinearSegmentedColormap.from_list("signed", [COLOURS["PyTorch"], "#ffffff", COLOURS["cnn-jax"]], bad="#b4bcc6")
+COUNTS = LinearSegmentedColormap.from_list("counts", ["#ffffff", COLOURS["cnn-jax"]], bad="#e6e9ee")
+# Inches of a picture of a report: so narrow that its words can be read where it is as wide as a telephone.
+NARROW = 5
+# More classes than this leave no room for numbers.
+COUNTED_CLASSES = 20
+
+
+def plot_comparison(report: dict, file: Path) -> None:
+    """Draw a comparison's costs and accuracies, a line or a point a seed, and its distance from equal weights."""
+    figure, (costs, accuracies, apart) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for place, (framework, side) in enumerate(report["frameworks"].items()):
+        for run in side["runs"]:
+            epochs = range(1, len(run["costs"]) + 1)
+            label = framework if run is side["runs"][0] else None
+            costs.semilogy(epochs, run["costs"], color=COLOURS[framework], alpha=0.7, label=label)
+        values = [run["accuracy"] for run in side["runs"]]
+        accuracies.plot([place] * len(values), values, "o", color=COLOURS[framework], alpha=0.7)
+        mean, deviation = side["accuracy"]["mean"], side["accuracy"]["standard_deviation"]
+        accuracies.errorbar(place + 0.15, mean, deviation, fmt="s", color=COLOURS[framework], capsize=4)
+    costs.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training")
+    costs.legend()
+    accuracies.set(ylabel="test accuracy", title="Test: each seed, mean and standard deviation", xlim=(-0.5, 1.5))
+    accuracies.set_xticks(range(len(report["frameworks"])), list(report["frameworks"]))
+    steps = range(1, len(report["agreement"]["costs"]) + 1)
+    apart.semilogy(steps, report["agreement"]["distances"], color="#555555", label="weights, relative to their way")
+    apart.semilogy(steps, report["agreement"]["costs"], ".", color="#d1495b", markersize=2, label="cost")
+    apart.semilogy(
+        steps,
+        report["agreement"]["pytorch_costs"],
+        ".",
+        color="#30638e",
+        markersize=2,
+        label="cost, PyTorch and itself",
+    )
+    apart.set(xlabel="step", ylabel="difference", title="From equal weights and order")
+    apart.legend()
+    _save(figure, file)
+
+
+def save_axes(axes: Axes, file: Path) -> None:
+    """Write down what a library has drawn, and forget it."""
+    figure = axes.figure
+    figure.set_size_inches(9, 5)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_benchmark(result: dict, file: Path) -> None:
+    """Draw a benchmark's milliseconds a step, a bar a form with its quartiles, and the machine's floor."""
+    measured = {name: form for name, form in result["forms"].items() if "error" not in form}
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(measured) + 1.5), layout="constrained")
+    for place, (name, form) in enumerate(measured.items()):
+        spread = [[form["milliseconds"] - form["low"]], [form["high"] - form["milliseconds"]]]
+        colour = next((COLOURS[side] for side in COLOURS if name.startswith(side)), "#8d99ae")
+        bar = axes.barh(place, form["milliseconds"], xerr=spread, color=colour, capsize=3)
+        axes.bar_label(bar, fmt="%.3g", padding=6)
+    # One form takes thirty times as long as the others: on a linear scale it alone would be seen.
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    axes.axvline(result["floor"]["milliseconds"], color="#555555", linestyle="--", label="floor, float32")
+    axes.set_yticks(range(len(measured)), list(measured))
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds a step of 100 images, logarithmic", title=result["device"])
+    axes.legend()
+    _save(figure, file)
+
+
+def plot_costs(metrics: list[EpochMetrics], file: Path) -> None:
+    """Draw the cost of each epoch: of each seed and their mean."""
+    figure, axes = plt.subplots(figsize=(NARROW, 3.2), layout="constrained")
+    _draw_epochs(axes, metrics, [epoch.cost for epoch in metrics])
+    axes.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training", yscale="log")
+    _save(figure, file)
+
+
+def plot_accuracies(metrics: list[EpochMetrics], file: Path) -> None:
+    """Draw the accuracy after each epoch: of each seed and their mean."""
+    figure, axes = plt.subplots(figsize=(NARROW, 3.2), layout="constrained")
+    _draw_epochs(axes, metrics, [epoch.accuracy for epoch in metrics])
+    axes.set(xlabel="epoch", ylabel=f"{metrics[-1].tested_on} accuracy", title="Test after each epoch")
+    _save(figure, file)
+
+
+def _draw_epochs(axes: Axes, metrics: list[EpochMetrics], values: list[list[float]]) -> None:
+    """Draw a line a seed, and their mean, of values that each epoch has one of for each seed."""
+    epochs = [epoch.epoch for epoch in metrics]
+    several = len(values[0]) > 1
+    if several:
+        axes.plot(epochs, values, color=COLOURS["cnn-jax"], alpha=0.35, linewidth=1)
+    colour = "#333333" if several else COLOURS["cnn-jax"]
+    axes.plot(epochs, np.mean(values, axis=1), "o-", color=colour, markersize=3, label="mean")
+    if several:
+        axes.legend()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_confusion(confusion: np.ndarray, file: Path) -> None:
+    """Draw how many images of each class, by row, were taken for each, by column: (K, K), int."""
+    classes = len(confusion)
+    is_right = np.eye(classes, dtype=bool)
+    figure, axes = plt.subplots(figsize=(NARROW, NARROW), layout="constrained")
+    # Coloured by the mistakes: beside the hundreds on the diagonal none would be seen.
+    most = np.where(is_right, 1, confusion).max()
+    axes.imshow(np.where(is_right, np.nan, confusion), cmap=COUNTS, vmin=0, vmax=most)
+    if classes <= COUNTED_CLASSES:
+        for (row, column), count in np.ndenumerate(confusion):
+            if count:
+                weight = "bold" if row == column else None
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, weight=weight)
+        axes.set_xticks(range(classes))
+        axes.set_yticks(range(classes))
+    axes.set(xlabel="taken for", ylabel="class", title="What was taken for what")
+    _save(figure, file)
+
+
+def plot_mistakes(mistakes: list[Mistake], file: Path) -> None:
+    """Draw images that were taken for another class: above each, its class, what it was taken for, and how surely."""
+    columns = 4
+    rows = max(1, math.ceil(len(mistakes) / columns))
+    size = (NARROW, 1.45 * rows + 0.3)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
+    for axes in panels.flat:
+        axes.axis("off")
+    for axes, mistake in zip(panels.flat, mistakes, strict=False):
+        _draw_image(axes, mistake.image)
+        axes.set_title(f"{mistake.label} → {mistake.taken_for}\n{100 * mistake.probability:.2f} %", fontsize=10)
+    _save(figure, file)
+
+
+def plot_kernels(kernels: np.ndarray, name: str, file: Path) -> None:
+    """Draw a convolution's kernels, (height, width, channels in, channels out), on one scale around 0."""
+    height, width, ins, outs = kernels.shape
+    # Enlarged, so that the gaps are narrow beside the nine weights.
+    tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width).repeat(4, axis=1).repeat(4, axis=2)
+    sheet = _mosaic(tiles, outs if ins > 1 else _columns(outs))
+    size = (NARROW, NARROW * sheet.shape[0] / sheet.shape[1] + 1.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    # A few weights far from 0 would leave all the others pale.
+    image = _draw_sheet(axes, sheet, np.percentile(np.abs(kernels), 99.5))
+    axes.set_title(f"{name}: {height}x{width} kernels", fontsize=10)
+    if ins > 1:
+        axes.set(xlabel=f"to each of {outs} channels", ylabel=f"from each of {ins}")
+    figure.colorbar(image, orientation="horizontal", shrink=0.6, aspect=40, extend="both")
+    _save(figure, file)
+
+
+def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path) -> None:
+    """Draw an image and below it each step's maps, (height, width, channels), on one scale around 0."""
+    sheets = {title: _mosaic(map_.transpose(2, 0, 1), _columns(map_.shape[2])) for title, map_ in maps.items()}
+    ratios = [0.2, *(sheet.shape[0] / sheet.shape[1] for sheet in sheets.values())]
+    figure, (first, *others) = plt.subplots(
+        len(ratios), figsize=(NARROW, NARROW * sum(ratios) + 1.5), height_ratios=ratios, layout="constrained"
+    )
+    _draw_image(first, image)
+    first.set_title("image", fontsize=10)
+    largest = max(np.abs(map_).max() for map_ in maps.values())
+    for axes, (title, sheet) in zip(others, sheets.items(), strict=True):
+        drawn = _draw_sheet(axes, sheet, largest)
+        axes.set_title(f"{title}, {'x'.join(map(str, maps[title].shape))}", fontsize=10)
+    figure.colorbar(drawn, ax=others, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
+    _save(figure, file)
+
+
+def _draw_image(axes: Axes, image: np.ndarray) -> None:
+    """Draw an image (height, width, channels), uint8: in colour where it has three channels, else its first one."""
+    if image.shape[-1] == 3:
+        axes.imshow(image)
+    else:
+        axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[])
+
+
+def _draw_sheet(axes: Axes, sheet: np.ndarray, largest: float) -> AxesImage:
+    axes.set(xticks=[], yticks=[])
+    return axes.imshow(sheet, cmap=SIGNED, vmin=-largest, vmax=largest, aspect="auto")
+
+
+def _columns(tiles: int) -> int:
+    """Return how many tiles to lay in a row: so few that each can be seen, so many that there are not many rows."""
+    return 8 if tiles <= 32 else 16
+
+
+def _mosaic(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """Lay tiles, (n, height, width), out row by row with gaps of NaN between them."""
+    rows = math.ceil(len(tiles) / columns)
+    spaced = np.pad(tiles, ((0, rows * columns - len(tiles)), (0, 1), (0, 1)), constant_values=np.nan)
+    height, width = spaced.shape[1:]
+    sheet = spaced.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+    return sheet[:-1, :-1]
+
+
+def _save(figure: Figure, file: Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150, format="png")
+    plt.close(figure)
+    write_atomically(file, png.getvalue())

@@ -1,0 +1,145 @@
+"""Accuracy and loss over a whole test set: sums over every image, divided once."""
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.stats
+from jax import lax
+
+from cnn_jax.data.dataset import scale_pixels
+
+# 250 images' patches of block 2 take 56 MB.
+BATCH_SIZE = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a network did on a test set.
+
+    Attributes:
+      correct: Images whose largest logit is that of their label.
+      count: Images tested.
+      loss: Mean softmax cross-entropy.
+    """
+
+    correct: int
+    count: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of correct images, in [0, 1]."""
+        return self.correct / self.count
+
+
+class Mistake(NamedTuple):
+    """A test image that was taken for another class.
+
+    Attributes:
+      image: (height, width, channels), uint8.
+      label: What it is.
+      taken_for: The class of the largest logit.
+      probability: Of that class, in [0, 1].
+    """
+
+    image: np.ndarray
+    label: int
+    taken_for: int
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How the results of several seeds are spread.
+
+    Attributes:
+      mean: Their mean.
+      standard_deviation: The sample's, with n - 1 in its denominator.
+      standard_error: Of the mean: the standard deviation divided by the square root of n.
+      low: Where the mean's 95 % interval begins: mean - t * standard error, t of Student's distribution with n - 1
+        degrees of freedom (Student, Biometrika 6, 1908).
+      high: Where it ends.
+    """
+
+    mean: float
+    standard_deviation: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the spread of at least two values."""
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    error = deviation / math.sqrt(len(values))
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error
+    return Spread(mean, deviation, error, mean - half, mean + half)
+
+
+def evaluate(
+    apply_fn: Callable, params: dict, images: jax.Array, labels: jax.Array, *, unscaled: bool = False
+) -> Evaluation:
+    """Test a network on all images.
+
+    Args:
+      apply_fn: The network's `apply`.
+      params: Its weights.
+      images: (M, height, width, channels), uint8.
+      labels: (M,), int32.
+      unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
+    """
+    maximum = pixel_maximum(unscaled=unscaled)
+    correct, loss_sum, count = sum_over_images(params, images, labels, maximum, apply_fn=apply_fn)
+    return Evaluation(correct=int(correct), count=int(count), loss=float(loss_sum) / int(count))
+
+
+def pixel_maximum(*, unscaled: bool) -> jax.Array:
+    """Return the pixel value that becomes 1: an argument of what is compiled, so that both ways share one program."""
+    return jnp.float32(1 if unscaled else 255)
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "batch_size"))
+def sum_over_images(
+    params: dict,
+    images: jax.Array,
+    labels: jax.Array,
+    maximum: jax.Array,
+    *,
+    apply_fn: Callable,
+    batch_size: int = BATCH_SIZE,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the number of correct images, int32, the sum of the losses, float32, and the number of images, int32.
+
+    Args:
+      params: The network's weights.
+      images: (M, height, width, channels), uint8.
+      labels: (M,), int32; an image labelled -1 counts for nothing.
+      maximum: The pixel value that becomes 1, float32.
+      apply_fn: The network's `apply`.
+      batch_size: Images at a time; M need not be a multiple of it.
+    """
+    batches = -(-len(labels) // batch_size)
+    missing = batches * batch_size - len(labels)
+    count = (labels >= 0).sum(dtype=jnp.int32)
+    images = jnp.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
+    labels = jnp.pad(labels, (0, missing), constant_values=-1)
+
+    def add_batch(sums, batch):
+        batch_images, batch_labels = batch
+        logits = apply_fn({"params": params}, scale_pixels(batch_images, maximum))
+        is_real = batch_labels >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch_labels, 0))
+        correct = (logits.argmax(axis=-1).astype(jnp.int32) == batch_labels) & is_real
+        return (sums[0] + correct.sum(dtype=jnp.int32), sums[1] + jnp.where(is_real, losses, 0).sum()), None
+
+    sums = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    stacked = (images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
+    return *lax.scan(add_batch, sums, stacked)[0], count

@@ -1,0 +1,152 @@
+"""The network's weights as PyTorch names and lays them out, and the files that hold them."""
+
+import contextlib
+import io
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cnn_jax.runtime.errors import InputFileError, UsageError
+
+# PyTorch's name of each weight, and ours.
+NAMES = {
+    "layer1.0.weight": ("layer1", "kernel"),
+    "layer1.0.bias": ("layer1", "bias"),
+    "layer2.0.weight": ("layer2", "kernel"),
+    "layer2.0.bias": ("layer2", "bias"),
+    "fc.weight": ("fc", "kernel"),
+    "fc.bias": ("fc", "bias"),
+}
+# What the two blocks leave of an image's height and width.
+SHRINKING = 4
+MAXIMUM_BYTES = 2**30  # of a file, packed or not; the tutorial's has 0.2 MiB
+
+
+def params_to_torch(params: dict, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Lay out the network's weights as the tutorial's `state_dict` does.
+
+    Args:
+      params: Of `CNN`: kernels (3, 3, C, F), a dense kernel (H * W * C, K), biases.
+      image_shape: (height, width, channels) of the images that the network takes.
+
+    Returns:
+      float32 arrays under PyTorch's names: kernels (F, C, 3, 3), a dense weight (K, C * H * W), biases.
+    """
+    return {name: _to_torch(np.asarray(params[layer][kind]), image_shape) for name, (layer, kind) in NAMES.items()}
+
+
+def params_from_torch(
+    tensors: dict[str, np.ndarray], template: dict, image_shape: tuple[int, int, int], *, source: Path
+) -> dict:
+    """Lay out a `state_dict` of the tutorial as the network's weights: the reverse of `params_to_torch`.
+
+    Args:
+      tensors: Arrays under PyTorch's names.
+      template: Weights of the shapes that are wanted.
+      image_shape: (height, width, channels) of the images that the network takes.
+      source: Where they come from, to name it.
+
+    Raises:
+      InputFileError: naming each tensor that is missing, not known, of another shape or dtype, or not finite.
+    """
+    expected = params_to_torch(template, image_shape)
+    complaints = [f"{name} is missing" for name in expected if name not in tensors]
+    complaints += [f"{name} is not part of the network" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        tensor, wanted = tensors[name], expected[name]
+        if tensor.shape != wanted.shape:
+            complaints.append(f"{name} has shape {tensor.shape}, not {wanted.shape}")
+        elif tensor.dtype != np.float32:
+            complaints.append(f"{name} is {tensor.dtype}, not float32")
+        elif not np.isfinite(tensor).all():
+            complaints.append(f"{name} holds values that are not finite")
+    if complaints:
+        raise InputFileError(f"{source} does not fit the network: {'; '.join(sorted(complaints))}")
+    params = jax.tree.map(np.asarray, template)
+    for name, (layer, kind) in NAMES.items():
+        params[layer][kind] = _from_torch(tensors[name], params[layer][kind].shape, image_shape)
+    return params
+
+
+def read_torch_file(file: Path) -> dict[str, np.ndarray]:
+    """Read a PyTorch `state_dict`, or a safetensors file where its name ends in `.safetensors`.
+
+    Raises:
+      InputFileError: the file is missing, damaged, too large, or holds something else; nothing in it is ever
+        executed.
+      UsageError: the extra `torch` is not installed.
+    """
+    if not file.is_file():
+        raise InputFileError(f"{file} is not a file; give a PyTorch state_dict or a .safetensors file")
+    try:
+        _check_size_and_checksums(file)
+        if file.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return load_file(file)
+        import torch
+
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+            raise InputFileError(f"{file} holds no state_dict; save one with torch.save(model.state_dict(), ...)")
+        return {name: tensor.detach().numpy() for name, tensor in content.items()}
+    except ImportError as error:
+        raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
+    except InputFileError:
+        raise
+    except Exception as error:  # a damaged file comes as any of a dozen types
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputFileError(
+            f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
+            "save them with torch.save(model.state_dict(), ...)"
+        ) from error
+
+
+def _check_size_and_checksums(file: Path) -> None:
+    with contextlib.ExitStack() as held:
+        archive = held.enter_context(zipfile.ZipFile(file)) if zipfile.is_zipfile(file) else None
+        size = file.stat().st_size if archive is None else sum(entry.file_size for entry in archive.infolist())
+        if size > MAXIMUM_BYTES:
+            raise InputFileError(f"{file} unpacks to {size:,} bytes, more than 1 GiB; give the weights of this network")
+        # PyTorch writes a CRC-32 of each part of its archives and does not look at it.
+        if archive is not None and (part := archive.testzip()) is not None:
+            raise InputFileError(f"{file} is damaged: its part {part} does not have its CRC-32; copy it again")
+
+
+def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a `state_dict` that `torch.load(file, weights_only=True)` reads.
+
+    Raises:
+      OSError: it could not be written.
+      UsageError: the extra `torch` is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
+    content = io.BytesIO()  # where PyTorch cannot write a file, it raises RuntimeError without the system's reason
+    torch.save({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, content)
+    file.write_bytes(content.getvalue())
+
+
+def _to_torch(array, image_shape):
+    if array.ndim == 4:
+        return np.ascontiguousarray(array.transpose(3, 2, 0, 1))  # (h, w, C, F) -> (F, C, h, w)
+    if array.ndim == 2:
+        # PyTorch flattens channel, height, width; this network height, width, channel.
+        height, width = (size // SHRINKING for size in image_shape[:2])
+        by_place = array.reshape(height, width, -1, array.shape[1])  # (H, W, C, K)
+        return np.ascontiguousarray(by_place.transpose(3, 2, 0, 1).reshape(array.shape[1], -1))
+    return array
+
+
+def _from_torch(tensor, shape, image_shape):
+    if tensor.ndim == 4:
+        return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
+    if tensor.ndim == 2:
+        height, width = (size // SHRINKING for size in image_shape[:2])
+        by_channel = tensor.reshape(tensor.shape[0], -1, height, width)  # (K, C, H, W)
+        return np.ascontiguousarray(by_channel.transpose(2, 3, 1, 0).reshape(shape))
+    return tensor

@@ -1,0 +1,143 @@
+"""How closely both frameworks compute the same function, from equal weights and an equal order of the images."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from torch import nn
+
+from cnn_jax.core.model import CNN
+from cnn_jax.core.recipes import tutorial
+from cnn_jax.core.training import create_train_state, epoch_order, make_keys, train_step
+from cnn_jax.data.dataset import Dataset, scale_pixels
+from cnn_jax.inference.torch_layout import params_to_torch
+from cnn_jax.pytorch.tutorial import TutorialCNN, make_step
+
+BATCH_SIZE = 100
+LEARNING_RATE = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Differences between the two frameworks, in float32 unless said.
+
+    Attributes:
+      logits: The largest of a batch, absolute.
+      gradients: For each weight, the largest of its gradient, relative to the gradient's largest entry.
+      costs: Of each Adam step's loss, absolute.
+      distances: After each step, the L2 distance between all weights relative to the way they have come from the
+        start.
+      pytorch_costs: Of each Adam step's loss between PyTorch and PyTorch in another memory format: how far rounding
+        alone parts two runs.
+      float64_costs: Of each Adam step's loss where both compute in float64, in which rounding is too small to show.
+    """
+
+    logits: float
+    gradients: dict[str, float]
+    costs: list[float]
+    distances: list[float]
+    pytorch_costs: list[float]
+    float64_costs: list[float]
+
+
+def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps: int) -> Agreement:
+    """Run a forward pass, a backward pass and a number of Adam steps in both frameworks, and compare them.
+
+    Args:
+      dataset: MNIST.
+      seed: Of the weights that both start from and of the order in which both see the images.
+      steps: Adam steps in float32, at most an epoch.
+      float64_steps: Adam steps in float64, at most as many.
+    """
+    init_key, order_key, _ = make_keys(seed)
+    image_shape = dataset.train_images.shape[1:]
+    state = create_train_state(init_key, CNN(), image_shape, tutorial(LEARNING_RATE))
+    params = jax.tree.map(np.asarray, state.params)
+    start = params_to_torch(params, image_shape)
+    order = epoch_order(order_key, 0, num_examples=len(dataset.train_labels), batch_size=BATCH_SIZE)
+    batches = [(dataset.train_images[batch], dataset.train_labels[batch]) for batch in np.asarray(order)[:steps]]
+    logits, gradients = _logits_and_gradients(params, make_torch_network(start), *batches[0])
+
+    torch_network = make_torch_network(start)
+    torch_step = make_step(torch_network, "eager", torch.device("cpu"), LEARNING_RATE)
+    other_step = make_step(make_torch_network(start), "channels_last", torch.device("cpu"), LEARNING_RATE)
+    costs, distances, pytorch_costs = [], [], []
+    for images, labels in batches:
+        state, cost = train_step(state, images, labels)
+        torch_batch = to_torch_images(images), torch.from_numpy(labels.astype(np.int64))
+        torch_cost = torch_step(*torch_batch).item()
+        costs.append(abs(float(cost) - torch_cost))
+        distances.append(_distance(params_to_torch(state.params, image_shape), torch_network, start))
+        pytorch_costs.append(abs(other_step(*torch_batch).item() - torch_cost))
+    return Agreement(
+        logits, gradients, costs, distances, pytorch_costs, _float64_costs(params, start, batches[:float64_steps])
+    )
+
+
+def _logits_and_gradients(params, model, images, labels):
+    @jax.jit
+    def forward_and_backward(params, images, labels):
+        def loss_fn(params):
+            logits = CNN().apply({"params": params}, scale_pixels(images))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    gradients, logits = forward_and_backward(params, images, labels)
+    torch_logits = model(to_torch_images(images))
+    nn.functional.cross_entropy(torch_logits, torch.from_numpy(labels.astype(np.int64))).backward()
+    torch_gradients = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    return float(np.abs(np.asarray(logits) - torch_logits.detach().numpy()).max()), {
+        name: float(np.abs(gradient - torch_gradients[name]).max() / np.abs(torch_gradients[name]).max())
+        for name, gradient in params_to_torch(gradients, images.shape[1:]).items()
+    }
+
+
+def _float64_costs(params, start, batches):
+    torch_step = make_step(make_torch_network(start).double(), "eager", torch.device("cpu"), LEARNING_RATE)
+    optimizer = optax.adam(LEARNING_RATE)
+    model = CNN(dtype=jnp.float64)
+
+    @jax.jit
+    def step(params, opt_state, images, labels):
+        def loss_fn(params):
+            logits = model.apply({"params": params}, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, gradients = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    differences = []
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        opt_state = optimizer.init(params)
+        for images, labels in batches:
+            pixels = scale_pixels(images).astype(np.float64)
+            params, opt_state, cost = step(params, opt_state, pixels, labels)
+            torch_pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+            torch_cost = torch_step(torch_pixels, torch.from_numpy(labels.astype(np.int64)))
+            differences.append(abs(float(cost) - torch_cost.item()))
+    return differences
+
+
+def make_torch_network(tensors: dict[str, np.ndarray]) -> TutorialCNN:
+    """Return the tutorial's network with the given weights, which are copied."""
+    model = TutorialCNN()
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
+    return model
+
+
+def to_torch_images(images: np.ndarray) -> torch.Tensor:
+    """Turn images (N, H, W, C), uint8, into what the tutorial feeds: (N, C, H, W), float32 in [0, 1]."""
+    return torch.from_numpy(scale_pixels(images).transpose(0, 3, 1, 2).copy())
+
+
+def _distance(ours, model, start):
+    theirs = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    apart = sum(float(np.sum((ours[name] - theirs[name]) ** 2, dtype=np.float64)) for name in start)
+    come = sum(float(np.sum((start[name] - theirs[name]) ** 2, dtype=np.float64)) for name in start)
+    return (apart / come) ** 0.5

@@ -1,0 +1,40 @@
+"""Runs made of PyTorch's weights."""
+
+import jax
+import numpy as np
+
+from cnn_jax.core.sharding import make_mesh
+from cnn_jax.inference.torch_layout import params_from_torch, read_torch_file
+from cnn_jax.runs.checkpoint import open_checkpoints
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.restore import describe_run, initial_states, load_run_data
+from cnn_jax.runs.settings import ImportTorchSettings
+from cnn_jax.runtime.devices import start_devices
+from cnn_jax.runtime.display import Display
+from cnn_jax.runtime.errors import UsageError
+
+
+def import_torch(settings: ImportTorchSettings) -> None:
+    """Make a run of a file of PyTorch's weights: its checkpoint is at step 0, with a new optimiser.
+
+    Raises:
+      InputFileError: the file is not what it should be, naming each tensor that is wrong.
+      UsageError: the run is there already.
+    """
+    run = settings.train_settings
+    tensors = read_torch_file(settings.file)
+    start_devices(settings.common.platform)
+    dataset = load_run_data(run)
+    train_examples = len(dataset.train_labels)
+    states = jax.device_get(initial_states(run, dataset, train_examples, make_mesh(1)))
+    template = jax.tree.map(lambda leaf: leaf[0], states.params)
+    params = params_from_torch(tensors, template, dataset.train_images.shape[1:], source=settings.file)
+    states = states.replace(params=jax.tree.map(lambda leaf: np.asarray(leaf)[np.newaxis], params))
+    losses = np.zeros((1, train_examples // run.batch_size), np.float32)
+    display, folder = Display(), RunFolder(run.run_folder)
+    with folder.locked(), open_checkpoints(folder.checkpoints, writing=True, warn=display.say) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            raise UsageError(f"the run {folder.path} is there already; give another --run-name")
+        folder.write_settings(run)
+        checkpoints.save(0, states, losses, describe_run(run, dataset))
+    display.say(f"{settings.file} is now the run {folder.path}")

@@ -1,0 +1,249 @@
+"""Checkpoints of a run's training state, each with a digest of itself; the only file that knows Orbax."""
+
+import contextlib
+import gc
+import hashlib
+import io
+import json
+import logging
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.options import MultiprocessingOptions
+
+from cnn_jax.core.training import TrainState
+from cnn_jax.runs.folder import sync
+from cnn_jax.runtime.errors import NoCheckpointError, StorageError
+
+KEPT_CHECKPOINTS = 3
+SCHEMA_VERSION = 2
+STATE, META = "state", "meta"  # the two items of a step
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      state: The training state, of each array one for each seed, on this process's first device.
+      losses: Those of the epoch that it is in, float32, (S, steps per epoch).
+      meta: What was saved with them, as it was given to `save`.
+    """
+
+    state: TrainState
+    losses: jax.Array
+    meta: dict
+
+
+class Checkpoints:
+    """The newest checkpoints in a folder, each a training state and the losses of the epoch it is in.
+
+    Orbax's files carry no checksum, and it takes any directory with a number for a name for a step. So each step holds,
+    beside the arrays, a SHA-256 of them and of all that was saved with them, and no step is used that has another: it
+    is moved to `quarantine/` beside the steps, and the next older one is used.
+
+    Attributes:
+      folder: Where they are, one folder a step.
+    """
+
+    def __init__(self, folder: Path, manager: ocp.CheckpointManager, *, writing: bool, warn: Callable[[str], None]):
+        self.folder = folder
+        self._manager = manager
+        self._writing = writing
+        self._warn = warn
+
+    @property
+    def quarantine(self) -> Path:
+        """Where steps go that cannot be used; nothing is deleted there."""
+        return self.folder.with_name("quarantine")
+
+    def latest_step(self) -> int | None:
+        """Return the number of steps that the newest checkpoint has behind it, or None without one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, losses: jax.Array, meta: dict) -> None:
+        """Write a checkpoint and return when it is on the disk.
+
+        Args:
+          step: How many steps are behind the state.
+          state: Of arrays.
+          losses: Of the epoch that the state is in.
+          meta: What else is to be known when it is restored; JSON's types only.
+
+        Raises:
+          StorageError: it could not be written; older checkpoints are still there.
+        """
+        tree = {"state": state, "losses": losses}
+        meta = {"schema": SCHEMA_VERSION, "step": step, **meta}
+        meta["digest"] = digest(tree, meta)
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree), META: ocp.args.JsonSave(meta)})
+        with _quiet_orbax():
+            try:
+                self._manager.save(step, args=args)
+                # Orbax leaves it to the system when its files reach the disk. A power cut before costs this step.
+                _sync_tree(self.folder / str(step))
+                sync(self.folder)
+                sync(self.folder.parent)
+                return
+            except Exception as error:  # a full disk comes as any of several types
+                reason = _describe(error)
+            _let_orbax_end()
+        raise StorageError(
+            f"cannot write the checkpoint of step {step} in {self.folder} ({reason}); "
+            "make room there, then run the same command again to continue from the one before"
+        )
+
+    def restore_latest(self, state: TrainState, losses: jax.Array) -> Restored | None:
+        """Read the newest checkpoint that is sound; move those aside that are newer and are not.
+
+        Args:
+          state: A state of the types and shapes that are wanted: arrays or `jax.ShapeDtypeStruct`s.
+          losses: Likewise.
+
+        Returns:
+          What was saved, or None where nothing has ever been saved.
+
+        Raises:
+          NoCheckpointError: not one is sound.
+        """
+        template = jax.tree.map(_abstract, {"state": state, "losses": losses})
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with _quiet_orbax():
+                try:
+                    return self._read(step, template)
+                except Exception as error:  # Orbax raises ValueError, KeyError, FileNotFoundError and bare Exception
+                    reason = _describe(error)
+                _let_orbax_end()
+            self._leave_out(step, reason)
+        if any(path.is_file() for path in self.quarantine.rglob("*")):
+            raise NoCheckpointError(
+                f"no checkpoint of {self.folder} is sound; what was damaged is in {self.quarantine}; "
+                "start anew with --fresh"
+            )
+        return None
+
+    def _read(self, step, template):
+        meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+        if meta["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"it has version {meta['schema']} of the format, not {SCHEMA_VERSION}")
+        # Compared first: Orbax notices another shape while it reads several arrays at once, and converts another
+        # dtype in silence.
+        differing = _shapes(template).items() ^ _shapes(self._manager.item_metadata(step)[STATE].tree).items()
+        if differing:
+            raise ValueError(f"it holds other arrays: {', '.join(sorted({name for name, _ in differing}))}")
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(template)})
+        tree = self._manager.restore(step, args=args)[STATE]
+        saved = meta.pop("digest")
+        if meta["step"] != step or digest(tree, meta) != saved:
+            raise ValueError("its bytes are not those that were saved")
+        return Restored(tree["state"], tree["losses"], meta)
+
+    def _leave_out(self, step, reason):
+        if not self._writing:  # it may be another process's, which is writing or deleting it just now
+            self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is left out")
+            return
+        self.quarantine.mkdir(exist_ok=True)
+        number = 0
+        while (aside := self.quarantine / (f"{step}-{number}" if number else str(step))).exists():
+            number += 1
+        (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is now {aside}")
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]) -> Iterator[Checkpoints]:
+    """Open a folder of checkpoints.
+
+    Args:
+      folder: Where they are.
+      writing: Make the folder if it is missing, and change what is in it; otherwise nothing in it is touched.
+      warn: Told, in a line, of each checkpoint that is damaged.
+
+    Raises:
+      NoCheckpointError: the folder is missing and not to be made.
+    """
+    if not writing and not folder.is_dir():
+        raise NoCheckpointError(f"{folder} holds no checkpoint; train the run first")
+    if writing:
+        folder.mkdir(parents=True, exist_ok=True)
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        handlers.add(STATE, args, ocp.StandardCheckpointHandler())
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        handlers.add(META, args, ocp.JsonCheckpointHandler())
+    with _quiet_orbax():  # it warns of what `read_only` cannot do, and reads the metadata of every step
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            read_only=not writing,
+            preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
+            # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
+            enable_async_checkpointing=False,
+            # Of several processes one alone opens the checkpoints: it must not wait for the others.
+            multiprocessing_options=MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="cnn-jax")
+            if jax.process_count() > 1
+            else MultiprocessingOptions(),
+        )
+        manager = ocp.CheckpointManager(folder.resolve(), options=options, handler_registry=handlers)
+    with manager:
+        yield Checkpoints(folder, manager, writing=writing, warn=warn)
+
+
+def digest(tree: object, meta: dict) -> str:
+    """Return the SHA-256, in hexadecimal, over the path, dtype, shape and bytes of every leaf, and over `meta`."""
+    sha256 = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        sha256.update(f"\n{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keep Orbax from telling of each thread that fails with what it reads: the failure itself is raised."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("absl", "asyncio")}
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+def _let_orbax_end() -> None:
+    """Wait for what Orbax had begun beside what failed: it complains when it ends, and again when it is collected."""
+    time.sleep(0.05)
+    gc.collect()
+
+
+def _describe(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder="...") or type(error).__name__
+
+
+def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device)
+
+
+def _shapes(tree: object) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and dtype of every array of a tree, under its path: `state.params.fc.bias`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)

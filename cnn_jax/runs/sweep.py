@@ -1,0 +1,119 @@
+"""A search over settings, scored on held-out training images; the only file that knows Optuna."""
+
+import fcntl
+import warnings
+from pathlib import Path
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from cnn_jax.analysis.plots import save_axes
+from cnn_jax.runs.settings import SweepSettings
+from cnn_jax.runs.train import trained
+from cnn_jax.runtime.display import Display
+from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError
+
+# A trial whose process has been silent for so long is taken up again by the next one that starts, from its checkpoint.
+HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
+SHOWN_TRIALS = 10
+
+
+def sweep(settings: SweepSettings) -> None:
+    """Run trials until the study has as many as it is to have, and show what came of it.
+
+    Raises:
+      CnnJaxError: a trial failed, but for a loss that is not finite: that one scores nothing.
+    """
+    display = Display()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        # What is marked as experimental: heartbeats and what retries their trials, `constant_liar`, the plots.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = open_study(settings.folder)
+        while len(_ended(study)) < settings.trials:
+            # One a call: between two, other processes may have ended the study.
+            study.optimize(lambda trial: _score(trial, settings, display), n_trials=1)
+        _report(study, settings.folder, display)
+
+
+def open_study(folder: Path) -> optuna.Study:
+    """Open a folder's study, or begin it; several processes may have it open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # where several begin it at once, one makes the tables and the others wait
+        storage = RDBStorage(
+            f"sqlite:///{folder.resolve() / 'study.db'}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=SILENT_SECONDS,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        )
+        sqlalchemy.event.listen(storage.engine, "begin", _lock_before_reading)
+        # A process takes the unfinished trials of the others for bad ones, so that they try different things.
+        sampler = optuna.samplers.TPESampler(constant_liar=True)
+        return optuna.create_study(
+            study_name=folder.name, storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
+        )
+
+
+def _lock_before_reading(connection: sqlalchemy.Connection) -> None:
+    # SQLite would lock at the first write. Two processes that had each read before that a trial waits would both take
+    # it: Optuna's protection is SELECT ... FOR UPDATE, which SQLite does not know.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _score(trial: Trial, settings: SweepSettings, display: Display) -> float:
+    """Train what a trial suggests, and return its accuracy on the held-out images: the mean over its seeds."""
+    features = trial.suggest_categorical("features", ["x".join(map(str, pair)) for pair in settings.features])
+    origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
+    run = settings.trial(
+        f"trial-{trial.number if origin is None else origin}",
+        recipe=trial.suggest_categorical("recipe", settings.recipe),
+        learning_rate=trial.suggest_float("learning_rate", *settings.learning_rate, log=True),
+        batch_size=trial.suggest_categorical("batch_size", settings.batch_size),
+        features=tuple(int(channels) for channels in features.split("x")),
+    )
+    if not trial.number:
+        display.say("trial 0: training")  # the others begin where one before them is told
+    try:
+        with trained(run, shown=False) as training:
+            accuracy = float(np.mean(training.metrics[-1].accuracy))
+    except StopSignalError:
+        # The next process goes on with this trial from its checkpoint.
+        RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])
+        raise
+    except NonFiniteLossError as error:
+        display.say(f"trial {trial.number}: the loss is not finite; {_told(trial)}")
+        raise optuna.TrialPruned(str(error)) from error
+    display.say(f"trial {trial.number}: validation accuracy {accuracy:.4f}; {_told(trial)}")
+    return accuracy
+
+
+def _ended(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _told(trial):
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
+    )
+
+
+def _report(study: optuna.Study, folder: Path, display: Display) -> None:
+    completed = [trial for trial in _ended(study) if trial.value is not None]
+    best = sorted(completed, key=lambda trial: -trial.value)[:SHOWN_TRIALS]
+    rows = [(f"trial {trial.number}: {trial.value:.4f}", _told(trial)) for trial in best]
+    display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
+    if len(completed) < 2:
+        return
+    draw = optuna.visualization.matplotlib
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plots lay themselves out in a way that Matplotlib warns of
+        save_axes(draw.plot_optimization_history(study), folder / "history.png")
+        save_axes(draw.plot_parallel_coordinate(study), folder / "parallel.png")
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # the default one needs scikit-learn
+        save_axes(draw.plot_param_importances(study, evaluator=evaluator), folder / "importances.png")
+    display.say(f"the study is in {folder / 'study.db'}, its plots beside it")

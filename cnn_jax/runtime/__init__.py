@@ -1,0 +1,8 @@
+"""The machine and the process.
+
+errors.py       the failures, and the exit code of each
+signals.py      how Ctrl-C and SIGTERM reach a run
+devices.py      which devices, and where compiled code is kept
+distributed.py  several processes that train one run
+display.py      the progress bar, the tables, the tutorial's lines
+"""

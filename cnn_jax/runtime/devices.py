@@ -1,0 +1,82 @@
+"""Which device a program runs on, and where its compiled code is kept for the next start."""
+
+import os
+import platform as system
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from cnn_jax.runtime import distributed
+from cnn_jax.runtime.errors import UsageError
+
+
+def start_devices(
+    platform: Literal["cpu", "gpu", "tpu"] | None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Start JAX on a platform, together with the other processes of the run if there are any.
+
+    Args:
+      platform: Where to run; None for an accelerator if there is one, else the CPU.
+      coordinator: As for `distributed.join`, and so the next two.
+      num_processes: How many processes there are.
+      process_id: Which of them this is.
+
+    Raises:
+      UsageError: this machine or this installation has no such device.
+    """
+    _keep_compiled_code()
+    if platform is not None:
+        jax.config.update("jax_platforms", platform)
+    distributed.join(coordinator, num_processes, process_id)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        extra = {
+            "gpu": "; on an NVIDIA GPU it needs pip install 'cnn-jax[cuda]'",
+            "tpu": "; it needs cnn-jax[tpu]",
+        }
+        wanted = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        raise UsageError(f"{wanted}: JAX finds no such device here{extra.get(platform, '')}") from error
+
+
+def describe_devices() -> str:
+    """Return all devices in a few words, such as `cpu (2 cores)` or `8 x gpu (NVIDIA H100 80GB HBM3), 2 processes`."""
+    device, count = jax.devices()[0], len(jax.devices())
+    kind = f"{_cores()} cores" if device.platform == "cpu" else device.device_kind
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{f'{count} x ' if count > 1 else ''}{device.platform} ({kind}){processes}"
+
+
+def describe_machine() -> str:
+    """Return the processor's name and the cores that this process may use."""
+    name = system.processor() or system.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0] if lines else name
+    return f"{name}, {_cores()} cores"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def device_bytes() -> int:
+    """Return the memory of one device; of a CPU, the machine's."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics is not None and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _keep_compiled_code() -> None:
+    """Let JAX keep what it compiles on disk: the next start then takes seconds less."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn-jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

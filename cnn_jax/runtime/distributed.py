@@ -1,0 +1,169 @@
+"""Several processes, on one host or many, that train one run together: what one does for all, and what all must know.
+
+Process 0 prints and writes. What it does alone, it does inside `on_first`, and the others learn how it went.
+"""
+
+import contextlib
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, leave_by
+
+T = TypeVar("T")
+
+# A process that died without closing its connections, as when its host loses power, is noticed after so long.
+HEARTBEAT_SECONDS = 20
+START_SECONDS = 120
+# How much later than the others process 0 ends: without the service that lives in it JAX aborts them. They need a
+# few milliseconds.
+GRACE_SECONDS = 0.5
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes of the run: those that are named, or those of a TPU pod or a SLURM job, if it is in one.
+
+    Args:
+      coordinator: Where process 0 is, `HOST:PORT`; None to look for a cluster.
+      num_processes: How many processes there are.
+      process_id: Which of them this is.
+
+    Where they do not find each other in `START_SECONDS`, the process ends with 2: JAX itself would abort it.
+    """
+    if coordinator is None and not _in_a_cluster():
+        return
+    watchdog = threading.Timer(START_SECONDS, _give_up, args=(coordinator or "the cluster",))
+    watchdog.daemon = True
+    watchdog.start()
+    # Where no collective fails of it, a thread of JAX notices that another process is gone, and aborts this one: no
+    # option prevents that, and a handler of Python's own would run too late, after the abort.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _tell_of_abort)
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=2 * START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    watchdog.cancel()
+    _keep_stdout_for_python()
+    leave_by(_leave_at_once)
+
+
+def _give_up(place: str) -> None:
+    _say_last(
+        f"error: the processes of this run do not find each other at {place}; start the same command once for each "
+        "--process-id, with a --coordinator that all of them reach"
+    )
+    os._exit(UsageError.exit_code)
+
+
+def _leave_at_once(line: str, exit_code: int) -> NoReturn:
+    # At Python's own end JAX waits for the other processes.
+    sys.stdout.flush()
+    _say_last(line)
+    with contextlib.suppress(RuntimeError):  # there is no device to ask which process this is
+        if is_first():
+            time.sleep(GRACE_SECONDS)
+    os._exit(exit_code)
+
+
+def _say_last(line: str) -> None:
+    # In one piece, and with nothing after it: JAX's threads write their own account of a lost process at the same time.
+    stderr = os.dup(2)
+    _send_nowhere(2)
+    os.write(stderr, f"{line}\n".encode())
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _tell_of_abort(signal_number: int) -> None:
+    _say_last(
+        "error: JAX ended this process, as it does when another process of this run is gone; start all of them again "
+        "to continue from the newest checkpoint"
+    )
+    os._exit(HostLostError.exit_code)
+
+
+def _keep_stdout_for_python() -> None:
+    # Gloo tells on the process's stdout who is connected to whom; there the results belong.
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    _send_nowhere(1)
+
+
+def _send_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _in_a_cluster() -> bool:
+    # What a job of several tasks has in its environment. JAX finds the rest, and waits for the others.
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return ("SLURM_STEP_NODELIST" in os.environ and tasks != "1") or "," in tpu_hosts
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Call a function in process 0 alone, and return its result, or raise its failure, in every process."""
+    if jax.process_count() == 1:
+        return function()
+    outcome = b""
+    if is_first():
+        try:
+            outcome = pickle.dumps((function(), None))
+        except (CnnJaxError, OSError) as error:
+            outcome = pickle.dumps((None, error))
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
+    padded = np.frombuffer(outcome.ljust(length, b"\0"), np.uint8)
+    result, failure = pickle.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+    if failure is not None:
+        raise failure
+    return result
+
+
+def agree(*numbers: int) -> np.ndarray:
+    """Return every process's numbers, (processes, len(numbers)), in every process."""
+    mine = np.array(numbers, np.int32)
+    return mine[np.newaxis] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+
+
+def fetch(tree: object) -> object:
+    """Return a tree's arrays on the host, whole in every process, wherever their parts are."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+@contextlib.contextmanager
+def lost_hosts_told() -> Iterator[None]:
+    """Say in one line that another process is gone, where a wait for it fails.
+
+    Raises:
+      HostLostError: in place of what JAX raises.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # On a CPU the failure of a collective comes as either.
+        if jax.process_count() == 1 or (isinstance(error, ValueError) and "Gloo" not in str(error)):
+            raise
+        raise HostLostError(
+            f"another process of this run is gone ({str(error).splitlines()[0][:120]}); start all of them again to "
+            "continue from the newest checkpoint"
+        ) from error

@@ -1,0 +1,136 @@
+"""What is shown of a trained network is what the network does, and every mistake shown is one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.analysis.layers import Inspection, draw_pictures, inspect_network, layers_of, run_layers
+from cnn_jax.core.evaluation import evaluate
+from cnn_jax.core.model import CNN
+from cnn_jax.data.dataset import scale_pixels
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.restore import restore_run
+
+pytestmark = pytest.mark.optax_promotes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_mnist):
+    """The folder of a run of one epoch."""
+    from cnn_jax.cli.commands import main
+
+    folder = tmp_path_factory.mktemp("inspected")
+    with jax.numpy_dtype_promotion("standard"):
+        main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
+              "--epochs", "1"])  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def states_and_data(run):
+    _, states, dataset = restore_run(RunFolder(run), None, print)
+    return states, dataset
+
+
+@pytest.fixture(scope="module")
+def inspection(states_and_data):
+    return inspect_network(*states_and_data)
+
+
+def initial_params(model, image):
+    return jax.device_get(jax.jit(model.init)(jax.random.key(1), scale_pixels(image[np.newaxis])))["params"]
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (9, 7, 3)])
+def test_the_feature_maps_end_in_what_the_network_computes(shape):
+    image = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
+    model = CNN(features=(5, 12), num_classes=4)
+    params = initial_params(model, image)
+    apply = functools.partial(model.apply, capture_intermediates=True, mutable="intermediates")
+    logits, kept = jax.jit(apply)({"params": params}, scale_pixels(image[np.newaxis]))
+    layers = {layer.name: layer.output for layer in run_layers(params, image)}
+    for block in (1, 2):
+        (computed,) = kept["intermediates"][f"layer{block}"]["__call__"]
+        np.testing.assert_allclose(layers[f"pool{block}"], computed[0], atol=1e-6)
+        assert layers[f"layer{block}"].min() < 0
+        np.testing.assert_array_equal(layers[f"relu{block}"], np.maximum(layers[f"layer{block}"], 0))
+    np.testing.assert_allclose(layers["fc"], logits[0], atol=1e-6)
+
+
+def test_the_layers_have_the_shapes_and_the_parameters_of_the_tutorials(inspection):
+    assert [(layer.name, layer.output.shape, layer.parameters) for layer in inspection.layers] == [
+        ("layer1", (28, 28, 32), 320),
+        ("relu1", (28, 28, 32), 0),
+        ("pool1", (14, 14, 32), 0),
+        ("layer2", (14, 14, 64), 18_496),
+        ("relu2", (14, 14, 64), 0),
+        ("pool2", (7, 7, 64), 0),
+        ("flatten", (3136,), 0),
+        ("fc", (10,), 31_370),
+    ]
+
+
+def test_the_confusion_matrix_counts_every_test_image(inspection, states_and_data):
+    states, dataset = states_and_data
+    np.testing.assert_array_equal(inspection.confusion.sum(axis=1), np.bincount(dataset.test_labels, minlength=10))
+    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    tested = evaluate(states.apply_fn, params, dataset.test_images, dataset.test_labels)
+    assert inspection.confusion.trace() == tested.correct < tested.count == inspection.confusion.sum() == 510
+
+
+def test_the_most_confident_mistakes_are_mistakes_most_confident_first(inspection, states_and_data):
+    states, dataset = states_and_data
+    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    logits = np.asarray(jax.jit(states.apply_fn)({"params": params}, scale_pixels(dataset.test_images)), np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    right = logits.argmax(axis=1) == dataset.test_labels
+    surest = np.argsort(np.where(right, -1, probabilities.max(axis=1)))[::-1][:12]
+    assert len(inspection.mistakes) == 12
+    for mistake, index in zip(inspection.mistakes, surest, strict=True):
+        np.testing.assert_array_equal(mistake.image, dataset.test_images[index])
+        assert mistake.label == dataset.test_labels[index] != mistake.taken_for == logits[index].argmax()
+        assert mistake.probability == pytest.approx(probabilities[index].max(), abs=1e-5)
+
+
+def test_inspect_lists_the_layers_in_80_columns_and_draws_them(run, command):
+    code, out, err = command("inspect", run)
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 80
+    rows = [line.split() for line in out.splitlines()]
+    assert ["pool1", "MaxPool", "float32[28,28,32]", "float32[14,14,32]"] in rows
+    assert ["flatten", "Flatten", "float32[7,7,64]", "float32[3136]"] in rows
+    assert ["Total", "50,186", "(200.7", "KB)"] in rows
+    assert f"8 pictures after 20 steps are in {run / 'pictures'}" in err
+    names = {"cost", "accuracy", "confusion", "mistakes", "kernels1", "kernels2", "maps1", "maps2"}
+    assert {file.name for file in (run / "pictures").iterdir()} == {f"{name}.png" for name in names}
+    for file in (run / "pictures").iterdir():
+        with Image.open(file) as picture:
+            assert picture.width == 750
+
+
+def test_a_network_of_any_size_without_mistakes_or_epochs_is_drawn(tmp_path):
+    image = np.random.default_rng(3).integers(0, 256, (9, 7, 3), np.uint8)
+    params = initial_params(CNN(features=(5, 33), num_classes=30), image)
+    kernels = {name: params[name]["kernel"] for name in ("layer1", "layer2")}
+    perfect = Inspection(image, 2, run_layers(params, image), kernels, np.eye(30, dtype=int), mistakes=[])
+    pictures = draw_pictures(perfect, [], tmp_path / "pictures")
+    assert set(pictures) == {"confusion", "mistakes", "kernels1", "kernels2", "maps1", "maps2"}
+    assert all(picture.file.stat().st_size > 1000 for picture in pictures.values())
+
+
+@pytest.mark.parametrize("name", ["inspect", "report"])
+def test_what_is_not_a_run_cannot_be_looked_at(name, command, tmp_path):
+    code, out, err = command(name, "no-such-run", "--checkpoint-dir", tmp_path)
+    assert (code, out) == (3, "")
+    assert "no-such-run is not a run" in err
+
+
+def test_a_network_of_another_kind_is_drawn_without_its_layers(tmp_path):
+    params = {"Dense_0": {"kernel": np.zeros((784, 10), np.float32)}}
+    assert layers_of(params) is None
+    assert run_layers(params, np.zeros((28, 28, 1), np.uint8)) == []
+    three_blocks = {f"layer{number}": {"kernel": np.zeros((3, 3, 1, 2 * number))} for number in (1, 2, 3)}
+    assert layers_of(three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}).features == (2, 4, 6)

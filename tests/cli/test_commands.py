@@ -1,0 +1,212 @@
+"""Every setting is checked before JAX is imported, and a wrong one ends in one line and exit code 2."""
+
+import inspect
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from cnn_jax.cli.commands import COMMANDS, main
+from cnn_jax.cli.parser import read_command, read_settings
+from cnn_jax.runs.settings import (
+    RECIPE_DEFAULTS,
+    TrainSettings,
+    from_option_values,
+    option_values,
+)
+from cnn_jax.runtime.errors import UsageError
+from tests.conftest import ROOT
+
+
+def read(*arguments):
+    return read_settings(TrainSettings, arguments, prog="train.py")
+
+
+def test_the_defaults_are_the_tutorials():
+    settings = read()
+    assert settings == TrainSettings()
+    assert (settings.epochs, settings.batch_size, settings.learning_rate, settings.seed) == (15, 100, 0.001, 777)
+    assert str(settings.run_folder) == "checkpoints/mnist-seed777"
+
+
+def test_a_recipe_brings_defaults_of_its_own():
+    for recipe, (epochs, batch_size, learning_rate) in RECIPE_DEFAULTS.items():
+        settings = read("--recipe", recipe)
+        assert (settings.epochs, settings.batch_size, settings.learning_rate) == (epochs, batch_size, learning_rate)
+        assert settings.run_folder.name == "mnist-seed777" + ("" if recipe == "tutorial" else f"-{recipe}")
+    assert read("--recipe", "fast", "--epochs", "3").epochs == 3
+
+
+def test_a_run_is_named_after_what_differs_from_the_defaults():
+    settings = read("--seed", "1", "--batch-size", "200", "--learning-rate", "1e-2", "--precision", "bfloat16")
+    assert settings.run_folder.name == "mnist-seed1-batch200-lr0.01-bfloat16"
+    many = read("--recipe", "fast", "--seeds", "32", "--features", "16", "32", "--validation", "5000")
+    assert many.run_folder.name == "mnist-seed777-seeds32-fast-features16x32-validation5000"
+    assert read("--dataset", "emnist/letters").run_folder.name == "emnist-letters-seed777"
+    assert read("--dataset-dir", "some/kmnist").run_folder.name == "kmnist-seed777"
+    assert str(read("--checkpoint-dir", "a", "--run-name", "b").run_folder) == "a/b"
+
+
+WRONG = {
+    "--epochs 0": "--epochs 0: it must be a positive number",
+    "--epochs nan": "--epochs nan: it must be a positive number",
+    "--epochs -3": "--epochs -3: it must be a positive number",
+    "--epochs many": "--epochs many: it must be a number",
+    "--seed 1.5": "--seed 1.5: it must be a whole number",
+    "--epochs": "Missing value for argument '--epochs'",
+    "--batch-size 0": "--batch-size 0: it must be at least 1",
+    "--learning-rate 0": "--learning-rate 0.0: it must be a positive number",
+    "--learning-rate -0.1": "--learning-rate -0.1: it must be a positive number",
+    "--learning-rate nan": "--learning-rate nan: it must be a positive number",
+    "--learning-rate inf": "--learning-rate inf: it must be a positive number",
+    "--seed -1": "--seed -1: it must be from 0 to 4294967295",
+    "--target-accuracy 98": "--target-accuracy 98.0: it must be between 0 and 1",
+    "--checkpoint-every-steps 0": "--checkpoint-every-steps 0: it must be at least 1",
+    "--run-name ../x": "--run-name ../x: it must be a folder's name",
+    "--seeds 0": "--seeds 0: it must be at least 1",
+    "--seeds 2 --seed 4294967295": "--seed 4294967295: it must be from 0 to 4294967294",
+    "--validation 0": "--validation 0: it must be at least 1",
+    "--features 0 64": "--features 0 64: it must be at least 1 each",
+    "--recipe slow": "--recipe slow: it must be one of accurate, fast, tutorial",
+    "--coordinator host:1": "--coordinator host:1: it must be given with --num-processes and --process-id",
+    "--coordinator host --num-processes 2 --process-id 0": "--coordinator host: it must be HOST:PORT",
+    "--coordinator host:1 --num-processes 2 --process-id 2": "--process-id 2: it must be from 0 to one less than",
+    "--precision float16": "--precision float16: it must be one of bfloat16, float32; perhaps you meant ",
+    "--platform abacus": "--platform abacus: it must be one of cpu, gpu, tpu; train",
+    "--epoch 3": "Unrecognized options: --epoch, 3; perhaps you meant: --epochs N;",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_value_is_refused_and_named(arguments):
+    with pytest.raises(UsageError, match=WRONG[arguments]):
+        read(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--epochs 0", "--epochs 0: it must be a positive number"),
+        ("--batch-size 60001", "--batch-size 60001: it must be at most 60000, the size of the training set"),
+        ("--validation 60000", "--validation 60000: it must be less than 60000, all training images"),
+        ("--dataset no_such_set", "--dataset no_such_set: tfds does not know it"),
+        ("--dataset-dir no/such/folder", "--dataset-dir no/such/folder: there is no such folder"),
+    ],
+)
+def test_it_ends_the_program_in_one_line_with_exit_code_2_before_jax_is_imported(arguments, complaint):
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('jax' in sys.modules)); "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == "False\n"
+    assert ended.stderr.startswith(f"error: {complaint}")
+    assert len(ended.stderr.splitlines()) == 1
+    # It takes 0.2 to 0.8 s: counted on the processor, because the machine may be busy.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+@pytest.fixture
+def told(capsys, monkeypatch):
+    """Return what an option that tells something prints."""
+
+    def run(*arguments):
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit, match=r"^(None|0|)$"):
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run
+
+
+def test_the_version_is_told(told):
+    assert told("--version") == told("train", "--version") == f"cnn-jax {version('cnn-jax')}\n"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns_and_ends_with_examples(command, told):
+    text = told(*command.split(), "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    examples = text.partition("\nexamples:\n  ")[2].splitlines()
+    assert len(examples) >= (1 if command else len(COMMANDS))
+    if command:
+        description = " ".join(text.split("\n\n")[1].split())
+        assert COMMANDS[command].__doc__.startswith(f"{description}\n")
+
+
+def test_each_example_in_the_help_is_a_command_line_of_its_command():
+    for name, kind in COMMANDS.items():
+        for example in inspect.getdoc(kind).partition("Examples:\n")[2].splitlines():
+            words = shlex.split(example.rpartition("|")[2])
+            if words[:2] == ["python", "train.py"]:
+                words[:2] = ["cnn-jax", "train"]
+            assert words[0] == "cnn-jax"
+            assert isinstance(read_command(COMMANDS, words[1:], prog="cnn-jax"), COMMANDS[words[1]])
+            assert words[1] == name or "train --run-name" in example
+
+
+def test_help_groups_the_settings_and_tells_each_ones_default_and_meaning(told):
+    text = told("train", "--help")
+    groups = dict(re.findall(r"^([\w -]+):\n((?:  .*\n)+)", text, flags=re.MULTILINE))
+    assert list(groups) == ["options", "run options", "host options", "common options", "examples"]
+    for option, group in {"--epochs": "options", "--fresh": "run options", "--platform": "common options"}.items():
+        assert option in groups[group]
+    for name in option_values(TrainSettings()):
+        assert len(re.findall(rf"^  (?:--lr RATE, )?--{name.replace('_', '-')}\b(?!-)", text, flags=re.MULTILINE)) == 1
+    assert len(text.splitlines()) < 70
+    words = " ".join(text.split())
+    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 30" in words
+    assert "--batch-size N Images a step. (default: 100)" in words
+    assert "Write a trace of a few steps" in words
+    assert "None" not in text
+
+
+MISTYPED = {
+    "": "a command is missing; the commands are train, .*benchmark; cnn-jax --help explains them",
+    "evalaute run": "there is no command evalaute; perhaps you meant evaluate;",
+    "abacus": "there is no command abacus; the commands are train, ",
+    "--debug train": "there is no command --debug; ",
+    "train --lerning-rate 3": "--lerning-rate, 3; .*--learning-rate RATE; cnn-jax train --help lists",
+    "predict --jason a.png": "--jason, a.png; .*: --json; cnn-jax predict --help",
+    "export mnist": "Missing from cnn-jax export: --to FORMAT, --output FILE; ",
+    "evaluate": "Missing from cnn-jax evaluate: RUN; ",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTYPED)
+def test_what_is_mistyped_or_missing_is_told_with_what_is_near_it(arguments):
+    with pytest.raises(UsageError, match=MISTYPED[arguments]) as told:
+        read_command(COMMANDS, arguments.split(), prog="cnn-jax")
+    assert "\n" not in str(told.value)
+
+
+def test_a_settings_values_make_the_same_settings_again():
+    settings = read("--epochs", "3", "--run-name", "a", "--data-dir", "b", "--features", "1", "2", "--debug")
+    assert from_option_values(option_values(settings)) == settings
+    assert option_values(settings)["run_name"] == "a"
+    with pytest.raises(KeyError, match="run_name"):
+        from_option_values({name: 1 for name in option_values(settings) if name != "run_name"})
+
+
+def test_the_shell_completes_commands_and_their_options(tmp_path, told):
+    script = tmp_path / "cnn-jax.bash"
+    script.write_text(told("--tyro-print-completion", "bash"))
+
+    def complete(*words):
+        line = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _tyro_cnn_jax; "
+        line += "echo ${COMPREPLY[@]}"
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("cnn-jax", "ev") == ["evaluate"]
+    assert "--epochs" in complete("cnn-jax", "train", "--e")

@@ -1,0 +1,80 @@
+"""Each command runs with what the package and the extra that it names bring, and with nothing else."""
+
+import os
+from importlib.metadata import packages_distributions, requires
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+TRAIN = "train --dataset-dir {data} --checkpoint-dir {runs} --epochs 1 --run-name run"
+COMMANDS = {
+    "": (
+        TRAIN,
+        "evaluate run --checkpoint-dir {runs}",
+        "inspect run --checkpoint-dir {runs}",
+        "report run --checkpoint-dir {runs}",
+        "predict {runs}/run/pictures/mistakes.png",
+        "export --to safetensors --output {runs}/model.safetensors",
+    ),
+    "export": (
+        "export --to onnx --output {runs}/model.onnx",
+        "export --to stablehlo --output {runs}/model.stablehlo",
+    ),
+    "torch": (
+        "export --to torch --output {runs}/model.pt",
+        "import-torch {runs}/model.pt --checkpoint-dir {runs}",
+        "evaluate model --checkpoint-dir {runs}",
+    ),
+    "sweep": ("sweep --trials 1 --epochs 0.1 --dataset-dir {data} --checkpoint-dir {runs} --validation 500",),
+    "tensorboard": (TRAIN + " --tensorboard",),
+}
+
+# A program in which some modules are not to be found.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {others} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+from cnn_jax.cli.commands import main
+"""
+
+
+def packages_of(extra):
+    """The packages that pip installs for cnn-jax with an extra, and the modules that only other packages bring."""
+    seen, todo = set(), {("cnn-jax", frozenset({extra}))}
+    while todo:
+        name, extras = todo.pop()
+        seen.add((name, extras))
+        for requirement in map(Requirement, requires(name) or []):
+            wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras | {""})
+            if wanted:
+                todo.add((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+        todo -= seen
+    packages = {name for name, _ in seen}
+    others = [
+        module
+        for module, brought_by in packages_distributions().items()
+        if not packages & {canonicalize_name(name) for name in brought_by}
+    ]
+    return packages, others
+
+
+@pytest.mark.parametrize("extra", COMMANDS)
+def test_commands_need_nothing_but_what_their_extra_brings(extra, program, small_mnist, tfds_folder, tmp_path):
+    if extra == "torch":
+        pytest.importorskip("torch", reason="needs the extra torch")
+    packages, others = packages_of(extra)
+    assert "jax" in packages
+    assert "pytest" in others
+    code = HIDE.format(others=others)
+    for line in COMMANDS[extra]:
+        code += f"main({line.format(data=small_mnist, runs=tmp_path).split()})\n"
+    process = program("-c", code, env=os.environ | {"TFDS_DATA_DIR": str(tfds_folder)})
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, f"{out}\n{err}"

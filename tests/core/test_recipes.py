@@ -1,0 +1,115 @@
+"""A recipe changes what it says: the images by their keys, the labels' weights, the weights that are tested."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnn_jax.core.model import CNN
+from cnn_jax.core.recipes import Recipe, accurate, fast, make_recipe, shift_turn_and_scale, smoothed, tutorial
+from cnn_jax.core.training import create_train_state, make_keys, train_step
+from cnn_jax.runs.settings import RECIPE_DEFAULTS
+from tests.runs.test_train import metrics_of
+
+pytestmark = pytest.mark.optax_promotes
+
+
+@pytest.fixture(scope="module")
+def batch(real_images):
+    images, labels = real_images
+    return images[:100, :, :, np.newaxis], labels[:100].astype(np.int32)
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def test_the_tutorials_recipe_is_adam_on_the_images_as_they_are():
+    recipe = tutorial(0.001)
+    assert recipe == Recipe(recipe.optimizer)
+    assert recipe.loss is optax.softmax_cross_entropy_with_integer_labels
+    assert (recipe.augment, recipe.average_decay) == (None, None)
+
+
+def test_moves_of_nothing_leave_the_images_as_they_are(batch):
+    images = batch[0][:5].astype(np.float32) / 255
+    still = shift_turn_and_scale(keys(5), images, pixels=0, degrees=0, scale=0)
+    np.testing.assert_allclose(still, images, atol=1e-5)
+
+
+def test_a_shift_moves_the_digit_by_at_most_so_many_pixels(batch):
+    images = batch[0][:50].astype(np.float32) / 255
+    moved = np.asarray(shift_turn_and_scale(keys(50), images, pixels=2, degrees=0, scale=0))
+    rows = np.arange(28, dtype=np.float32)
+
+    def centres(images):
+        return (images[..., 0].sum(axis=2) * rows).sum(axis=1) / images.sum(axis=(1, 2, 3))
+
+    distances = np.abs(centres(moved) - centres(images))
+    assert distances.max() <= 2.05
+    assert distances.max() > 1
+    assert moved.shape == images.shape
+    assert moved.min() >= 0
+    assert moved.max() <= 1 + 1e-6
+
+
+def test_each_image_moves_by_its_own_key_and_by_no_other(batch):
+    images = np.repeat(batch[0][:1].astype(np.float32) / 255, 4, axis=0)
+    moved = np.asarray(shift_turn_and_scale(keys(4), images))
+    assert not np.allclose(moved[0], moved[1], atol=0.05)
+    np.testing.assert_array_equal(moved, shift_turn_and_scale(keys(4), images))
+    np.testing.assert_allclose(moved[:2], shift_turn_and_scale(keys(4)[:2], images[:2]), atol=1e-6)
+
+
+def test_smoothed_labels_give_some_weight_to_every_class():
+    logits = jnp.array([[2.0, 0, 0, 0], [0, 0, 0, 5.0]], jnp.float32)
+    labels = jnp.array([0, 1], jnp.int32)
+    logs = np.log(np.exp(np.asarray(logits)) / np.exp(np.asarray(logits)).sum(axis=1, keepdims=True))
+    weights = 0.9 * np.eye(4)[[0, 1]] + 0.1 / 4
+    np.testing.assert_allclose(smoothed(0.1)(logits, labels), -(weights * logs).sum(axis=1), rtol=1e-6)
+    plain = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(smoothed(0.0)(logits, labels), plain, rtol=1e-6)
+
+
+def test_the_weights_that_are_tested_are_an_average_over_the_steps(batch):
+    recipe = Recipe(optax.sgd(0.1), average_decay=0.5)
+    state = create_train_state(make_keys(0)[0], CNN(), (28, 28, 1), recipe)
+    expected = state.params["fc"]["bias"]
+    for step in range(8):
+        state, _ = train_step(state, *batch)
+        decay = min(0.5, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * state.params["fc"]["bias"]
+    np.testing.assert_allclose(state.tested_params["fc"]["bias"], expected, rtol=1e-5)
+    assert not np.allclose(state.tested_params["fc"]["bias"], state.params["fc"]["bias"])
+
+
+@pytest.mark.parametrize("recipe", [fast, accurate])
+def test_a_schedule_rises_to_the_learning_rate_and_ends_with_the_last_step(recipe):
+    optimizer = recipe(0.01, 100).optimizer
+    weight = jnp.zeros(1)
+    state, rates = optimizer.init(weight), []
+    for _ in range(100):
+        # Under a gradient that stays the same, Adam moves a weight by its learning rate.
+        update, state = optimizer.update(jnp.ones(1), state, weight)
+        rates.append(-float(update[0]))
+    assert max(rates) == pytest.approx(0.01, rel=0.01)
+    assert rates[0] < 0.001
+    assert rates[-1] < 0.0001
+
+
+def test_every_recipe_that_can_be_named_can_be_made():
+    assert set(RECIPE_DEFAULTS) == {"tutorial", "fast", "accurate"}
+    for name, (_, _, learning_rate) in RECIPE_DEFAULTS.items():
+        assert isinstance(make_recipe(name, learning_rate, 100), Recipe)
+
+
+def test_a_recipe_learns_and_a_schedules_run_is_not_made_longer(command, small_mnist, tmp_path):
+    arguments = ["train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--recipe", "accurate"]
+    assert command(*arguments, "--epochs", 2, "--batch-size", 50)[0] == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-seed777-accurate-batch50")
+    assert metrics_of(folder)[-1]["test_accuracy"] > 0.85
+    code, _, err = command(*arguments, "--epochs", 3, "--batch-size", 50)
+    assert code == 2
+    assert "epochs was 2 and is 3" in err

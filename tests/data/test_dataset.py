@@ -1,0 +1,199 @@
+"""What is loaded is the published data, or a failure that names the file and the remedy."""
+
+import gzip
+import hashlib
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cnn_jax.data.dataset import count_train_examples, load_dataset
+from cnn_jax.data.idx import idx_header, read_idx
+from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
+from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
+from tests.conftest import EMBEDDED, write_idx
+
+
+@pytest.mark.parametrize("name", SHA256)
+def test_the_embedded_files_are_the_published_ones(name):
+    values = read_idx(EMBEDDED / f"{name}.xz", ndim=3 if "idx3" in name else 1, sha256=SHA256[name])
+    assert hashlib.sha256(idx_header(values.shape) + values.tobytes()).hexdigest() == SHA256[name]
+
+
+def test_a_damaged_embedded_file_is_refused():
+    with pytest.raises(
+        InputFileError, match=r"t10k-labels-idx1-ubyte\.xz is damaged: its SHA-256 is not 00; reinstall"
+    ):
+        read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1, sha256="00")
+
+
+def test_mnist_comes_from_tfds_as_it_was_published(tfds_folder):
+    dataset = load_dataset("mnist", None, tfds_folder)
+    assert (dataset.train_images.shape, dataset.train_images.dtype) == ((60_000, 28, 28, 1), np.uint8)
+    assert (dataset.test_images.shape, dataset.test_labels.shape) == ((10_000, 28, 28, 1), (10_000,))
+    assert (dataset.train_labels.dtype, dataset.num_classes) == (np.int32, 10)
+    np.testing.assert_array_equal(
+        dataset.train_images[..., 0], read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
+    )
+    assert (
+        tfds.builder_from_directory(tfds_folder / "embedded_mnist" / "1.0.0").info.splits["test"].num_examples == 10_000
+    )
+
+
+def test_two_processes_that_prepare_mnist_at_once_both_get_it(tmp_path, program):
+    code = f"""
+from pathlib import Path
+from cnn_jax.data.dataset import load_dataset
+import sys
+print(len(load_dataset("mnist", None, Path({str(tmp_path)!r})).train_labels), "tensorflow" in sys.modules)
+"""
+    processes = [program("-c", code) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "60000 False\n"), err
+        assert err == ""
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_option_to_change_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot prepare mnist in .*file.*--data-dir"):
+        load_dataset("mnist", None, tmp_path / "file" / "below")
+
+
+def test_damaged_prepared_files_are_refused(tmp_path):
+    load_dataset("mnist", None, tmp_path)
+    (file,) = (tmp_path / "embedded_mnist" / "1.0.0").glob("*test.array_record*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputFileError, match=r"embedded_mnist/1\.0\.0 is damaged .*prepare it anew"):
+        load_dataset("mnist", None, tmp_path)
+
+
+def test_prepared_files_that_are_sound_but_hold_other_images_are_refused(tmp_path, monkeypatch):
+    def generate_swapped(self, prefix):
+        examples = list(published(self, prefix))
+        examples[0][1]["label"], examples[1][1]["label"] = examples[1][1]["label"], examples[0][1]["label"]
+        return examples
+
+    published = EmbeddedMnist._generate_examples
+    monkeypatch.setattr(EmbeddedMnist, "_generate_examples", generate_swapped)
+    with pytest.raises(InputFileError, match="train-labels-idx1-ubyte does not have its published SHA-256"):
+        load_dataset("mnist", None, tmp_path)
+
+
+class _SmallColours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Six PNG images of 9x8 in colour, of three classes: a set that this package does not know."""
+
+    name = "small_colours"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(9, 8, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(6), "validation": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            png = io.BytesIO()
+            Image.fromarray(np.full((9, 8, 3), 10 * i, np.uint8)).save(png, "PNG")
+            yield i, {"image": io.BytesIO(png.getvalue()), "label": i % 3}
+
+
+def test_any_prepared_tfds_set_of_labelled_images_can_be_used(tmp_path):
+    _SmallColours(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    assert count_train_examples("small_colours", None, tmp_path) == 6
+    dataset = load_dataset("small_colours", None, tmp_path)
+    assert (dataset.train_images.shape, dataset.num_classes) == ((6, 9, 8, 3), 3)
+    assert len(dataset.test_labels) == 3
+    # tfds shuffles when it prepares: each image must still have its own label.
+    np.testing.assert_array_equal(dataset.train_images[:, 0, 0, 0] // 10 % 3, dataset.train_labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("no_such_set", "tfds does not know it"),
+        ("mnist/../..", "this is not a tfds name"),
+        ("ag_news_subset", "not an image classification set"),
+        ("cats_vs_dogs", r"its images are \?x\?x3"),
+    ],
+)
+def test_a_set_that_cannot_be_used_is_refused_without_loading_anything(name, complaint, tmp_path):
+    with pytest.raises(UsageError, match=rf"--dataset {name}: .*{complaint}"):
+        count_train_examples(name, None, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_idx_files_are_read_plain_or_compressed_under_their_published_names(suffix, tmp_path, small_mnist):
+    expected = load_dataset("mnist", small_mnist, None)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        source = next(small_mnist.glob(f"{name}*"))
+        values = read_idx(source, ndim=3 if "images" in name else 1)
+        # EMNIST's names have its split in front and say test where MNIST's say t10k.
+        target = tmp_path / f"emnist-digits-{name.replace('t10k', 'test')}-ubyte{suffix}"
+        if suffix == ".gz":
+            target.write_bytes(gzip.compress(idx_header(values.shape) + values.tobytes()))
+        else:
+            write_idx(target, values)
+    dataset = load_dataset("mnist", tmp_path, None)
+    assert count_train_examples("mnist", tmp_path, None) == 2030
+    np.testing.assert_array_equal(dataset.train_images, expected.train_images)
+    np.testing.assert_array_equal(dataset.test_labels, expected.test_labels)
+
+
+def _tiny_idx_folder(folder):
+    for prefix, count in (("train", 6), ("t10k", 3)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte", np.zeros((count, 5, 4), np.uint8))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("train-images-idx3-ubyte", None, "has no train-images-idx3-ubyte"),
+        ("t10k-labels-idx1-ubyte", b"", "is not an IDX file"),
+        ("t10k-labels-idx1-ubyte", b"\x89PNG\r\n\x1a\n", "is not an IDX file"),
+        ("t10k-labels-idx1-ubyte", b"\0\0\x08\x03" + b"\0\0\0\3" * 3 + bytes(27), "labels have 0x08 0x01"),
+        ("t10k-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\3\0\1", "holds only 2 bytes"),
+        ("t10k-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\3\0\1\2\0", "holds more bytes"),
+        ("t10k-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\2\0\1", "3 images but .* has 2 labels"),
+        (
+            "t10k-labels-idx1-ubyte",
+            b"\0\0\x08\x01\0\0\0\3\0\1\x09",
+            "has the label 9, but the training labels end at 2",
+        ),
+        ("t10k-images-idx3-ubyte", idx_header((3, 4, 4)) + bytes(48), r"\(5, 4\), the test images \(4, 4\)"),
+        ("t10k-images-idx3-ubyte.gz", b"", "has both"),
+    ],
+)
+def test_idx_files_that_are_wrong_are_refused(file, content, complaint, tmp_path):
+    _tiny_idx_folder(tmp_path)
+    assert load_dataset("mnist", tmp_path, None).num_classes == 3
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputFileError, match=complaint):
+        load_dataset("mnist", tmp_path, None)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_a_truncated_compressed_file_is_refused(suffix, tmp_path, small_mnist):
+    _tiny_idx_folder(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    content = idx_header((3,)) + bytes(3)
+    file = tmp_path / f"t10k-labels-idx1-ubyte{suffix}"
+    if suffix == ".gz":
+        file.write_bytes(gzip.compress(content)[:-9])
+    else:
+        write_idx(file, np.zeros(3, np.uint8))
+        file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(InputFileError, match=rf"t10k-labels-idx1-ubyte\{suffix} is damaged"):
+        load_dataset("mnist", tmp_path, None)

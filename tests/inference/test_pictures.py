@@ -1,0 +1,318 @@
+"""Whatever a picture of a digit is stored as, it is prepared alike; what is no such picture is refused by name."""
+
+import io
+import os
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from cnn_jax.inference import pictures
+from cnn_jax.inference.pictures import read_digit
+from tests.digits import DARK_PENS, SHAPES, draw_digit
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A grey picture of a digit, dark on light."""
+    return draw_digit(np.random.default_rng(3), SHAPES[2][0], DARK_PENS[2], "white").convert("L")
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Save a picture, with options, and return the digit that is read in the file: (28, 28), int."""
+
+    def save_and_read(picture, name="digit.png", **options):
+        picture.save(tmp_path / name, **options)
+        return read_digit(str(tmp_path / name))[..., 0].astype(int)
+
+    return save_and_read
+
+
+def apart(digit, other):
+    """The mean difference of two digits' pixels, where a centre of mass may be rounded to the next pixel."""
+    moved = [np.roll(digit, (down, right), axis=(0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return min(np.abs(digit - other).mean() for digit in moved)
+
+
+def in_16_bits(plain):
+    return Image.fromarray(np.asarray(plain).astype(np.uint16) * 257)
+
+
+def with_alpha(plain):
+    """Black ink of which only the alpha tells where it is, under nothing."""
+    return Image.merge("LA", (Image.new("L", plain.size), plain.point(lambda value: 255 - value)))
+
+
+def light_with_alpha(plain):
+    return Image.merge("LA", (Image.new("L", plain.size, 255), plain.point(lambda value: 255 - value)))
+
+
+def on_a_sheet_with_clear_corners(plain):
+    alpha = Image.new("L", plain.size, 255)
+    alpha.paste(0, (0, 0, 12, 12))
+    return Image.merge("RGBA", (plain, plain, plain, alpha))
+
+
+def palette_with_alpha(plain):
+    two = plain.point(lambda value: 255 * (value > 128)).convert("P")
+    two.info["transparency"] = 255
+    return two
+
+
+MODES = {
+    "L": lambda plain: plain,
+    "RGB": lambda plain: plain.convert("RGB"),
+    "RGBA": lambda plain: plain.convert("RGBA"),
+    "palette": lambda plain: plain.convert("P"),
+    "one bit": lambda plain: plain.convert("1", dither=Image.Dither.NONE),
+    "16 bits": in_16_bits,
+    "alpha alone": with_alpha,
+    "light ink of alpha": light_with_alpha,
+    "clear corners": on_a_sheet_with_clear_corners,
+    "clear paper of a palette": palette_with_alpha,
+    "light on dark": lambda plain: plain.point(lambda value: 255 - value),
+    "low contrast": lambda plain: plain.point(lambda value: 100 + value // 4),
+    "wide paper": lambda plain: wide(plain),
+}  # fmt: skip
+
+
+def wide(plain):
+    sheet = Image.new("L", (plain.width + 300, plain.height + 20), 250)
+    sheet.paste(plain, (290, 4))
+    return sheet
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_is_read_as_its_plain_form_whatever_its_mode(mode, plain, read):
+    assert apart(read(MODES[mode](plain)), read(plain)) < 3
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_is_read_as_the_plain_picture_in_every_mode(mode, plain, read):
+    assert apart(read(plain.convert(mode), "digit.jpg", quality=90), read(plain)) < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright_as_its_exif_says(orientation, plain, read):
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)
+    turned = plain if back is None else plain.transpose(Image.Transpose(back))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert apart(read(turned, "digit.jpg", quality=95, exif=exif), read(plain)) < 3
+
+
+def test_a_png_that_is_called_jpg_is_read_by_what_it_is(plain, read):
+    assert (read(plain, "digit.jpg", format="PNG") == read(plain)).all()
+
+
+def test_coloured_ink_as_bright_as_its_paper_is_seen(plain, read):
+    ink = np.asarray(plain)[..., np.newaxis] < 128
+    red_on_green = np.where(ink, (255, 0, 0), (0, 130, 0)).astype(np.uint8)
+    assert np.ptp(np.asarray(Image.fromarray(red_on_green).convert("L"))) <= 1
+    assert apart(read(Image.fromarray(red_on_green)), read(plain)) < 3
+
+
+def drawn_with(width):
+    """A large picture of a digit that a pen of so many pixels wrote."""
+    picture = Image.new("L", (2000, 2000), 255)
+    for stroke in SHAPES[2][0]:
+        points = [tuple(point) for point in (stroke * 1400 + 300).tolist()]
+        ImageDraw.Draw(picture).line(points, fill=0, width=width, joint="curve")
+    return picture
+
+
+@pytest.mark.parametrize("width", [2, 20, 60, 200])
+def test_a_digit_written_with_another_pen_is_much_the_same(width, read):
+    assert apart(read(drawn_with(width)), read(drawn_with(140))) < 12
+
+
+def test_light_from_one_side_changes_little(plain, read):
+    slope = np.linspace(0.4, 1, plain.width)[np.newaxis, :]
+    lit = Image.fromarray((np.asarray(plain) * slope).astype(np.uint8))
+    assert apart(read(lit), read(plain)) < 3
+
+
+def framed(page):
+    return np.pad(page, 12, constant_values=20)
+
+
+def on_a_table(page):
+    sheet = Image.fromarray(np.pad(page, ((0, 0), (40, 0)), constant_values=90))
+    return np.asarray(sheet.rotate(4, fillcolor=90).rotate(-4, fillcolor=90))
+
+
+def half_of_the_digit_in_shadow(page):
+    rows, columns = np.indices(page.shape)
+    middle = [places.mean() for places in np.nonzero(page < 128)]
+    return np.maximum(page, 110) * np.where((rows > middle[0]) & (columns > middle[1]), 0.6, 1)
+
+
+def ruled(page):
+    rules = np.where(np.arange(len(page)) % 23 == 0, 190, 255)
+    return np.minimum(page, rules[:, np.newaxis])
+
+
+def dusty(page):
+    return np.where(np.random.default_rng(4).random(page.shape) < 0.002, 60, page)
+
+
+def grainy(page):
+    return page * 0.8 + np.random.default_rng(5).normal(0, 8, page.shape)
+
+
+def torn(page):
+    """The digit in two parts, by a bar of paper across it."""
+    return np.where(np.abs(np.arange(len(page)) - 0.45 * len(page))[:, np.newaxis] < 3, 250, page)
+
+
+def in_pencil(page):
+    """Ink that the paper's grain leaves holes in."""
+    return np.where(np.random.default_rng(6).random(page.shape) < 0.35, 250, page)
+
+
+CHANGES = [framed, on_a_table, half_of_the_digit_in_shadow, ruled, dusty, grainy, torn, in_pencil]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_paper_light_and_surroundings_change_little(change, plain, read):
+    page = np.pad(np.asarray(plain), 25, constant_values=250)
+    changed = Image.fromarray(change(page).clip(0, 255).astype(np.uint8))
+    assert apart(read(changed), read(Image.fromarray(page))) < 6
+
+
+def test_a_digit_lies_in_the_middle_by_its_mass_and_is_20_pixels_long(plain, read):
+    digit = read(plain)
+    rows, columns = np.nonzero(digit.any(axis=1))[0], np.nonzero(digit.any(axis=0))[0]
+    assert max(np.ptp(rows), np.ptp(columns)) + 1 == 20
+    weights = digit / digit.sum()
+    # MNIST's centres are at 14, counted from 0 in the first pixel's middle.
+    assert (weights.sum(axis=1) @ np.arange(28), weights.sum(axis=0) @ np.arange(28)) == pytest.approx(
+        (14, 14), abs=0.51
+    )
+
+
+def test_a_picture_of_12_megapixels_is_read_as_a_small_one(plain, read):
+    large = plain.resize((4000, 3000))
+    small = large.resize((400, 300))
+    assert apart(read(large, "large.jpg"), read(small)) < 3
+
+
+def png_of(width, height):
+    """A PNG of a few hundred bytes that announces so many pixels, all 0."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+def saved(picture, kind="PNG"):
+    content = io.BytesIO()
+    picture.save(content, kind)
+    return content.getvalue()
+
+
+class Trap:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def noisy_paper():
+    return Image.fromarray(np.random.default_rng(0).normal(200, 12, (300, 300)).clip(0, 255).astype(np.uint8))
+
+
+def gradient():
+    return Image.fromarray(np.linspace(20, 250, 300 * 300).reshape(300, 300).astype(np.uint8))
+
+
+BAD = {
+    "empty": (lambda plain: b"", "is empty; give a PNG or JPEG file"),
+    "text": (lambda plain: b"seven\n" * 9, "is not a PNG or JPEG image; save it as one"),
+    "a pickle": (lambda plain: pickle.dumps(Trap()), "is not a PNG or JPEG image; save it as one"),
+    "a GIF": (lambda plain: saved(plain, "GIF"), "is not a PNG or JPEG image; save it as one"),
+    "a cut PNG": (lambda plain: saved(plain)[:-300], "is damaged (Truncated File Read"),
+    "a cut JPEG": (lambda plain: saved(plain, "JPEG")[:-300], "is damaged (image file is truncated"),
+    "half a header": (lambda plain: saved(plain)[:20], "is damaged (Truncated File Read"),
+    "a PNG with a bit flipped": (lambda plain: flipped(saved(plain)), "is damaged (broken PNG file"),
+    "many pixels": (lambda plain: png_of(9_000, 9_000), "has more than 50,000,000 pixels; give a smaller picture"),
+    "a bomb": (lambda plain: png_of(2**31 - 1, 2**31 - 1), "has more than 50,000,000 pixels; give a smaller picture"),
+    "many bytes": (lambda plain: saved(plain) + bytes(2**26), "has more than 64 MiB; give a smaller picture"),
+    "tiny": (lambda plain: saved(plain.resize((7, 30))), "is 7x30 pixels, too small or too narrow; give"),
+    "narrow": (lambda plain: saved(plain.resize((9, 900))), "is 9x900 pixels, too small or too narrow; give"),
+    "white": (lambda plain: saved(Image.new("L", (90, 90), 255)), "shows no digit: "),
+    "black": (lambda plain: saved(Image.new("RGB", (90, 90))), "shows no digit: "),
+    "clear": (lambda plain: saved(Image.new("RGBA", (90, 90))), "shows no digit: "),
+    "paper alone": (lambda plain: saved(noisy_paper()), "shows no digit: "),
+    "light alone": (lambda plain: saved(gradient()), "shows no digit: "),
+}  # fmt: skip
+
+
+def flipped(content):
+    content = bytearray(content)
+    content[len(content) // 2] ^= 4
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_picture_of_a_digit_is_refused_in_a_line_that_names_it(kind, plain, command, tmp_path):
+    make, complaint = BAD[kind]
+    (tmp_path / "bad.png").write_bytes(make(plain))
+    code, out, err = command("predict", tmp_path / "bad.png")
+    assert (code, out) == (65, "")
+    assert err.startswith(f"error: {tmp_path}/bad.png {complaint}"), err
+    assert len(err.splitlines()) == 1
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+def make_unreadable(path):
+    path.write_bytes(b"x")
+    path.chmod(0)
+
+
+def make_loop(path):
+    path.symlink_to(path)
+
+
+PLACES = {
+    "a FIFO": (make_fifo, "is not a regular file; give a PNG or JPEG file, or - for standard input"),
+    "nothing": (lambda path: None, "cannot be opened (No such file or directory); give a PNG or JPEG file"),
+    "a loop of links": (make_loop, "cannot be opened (Too many levels of symbolic links); give a PNG or JPEG file"),
+    "an empty folder": (lambda path: path.mkdir(), "is a folder without an image; put .png, .jpg, .jpeg files there"),
+    "an unreadable file": (make_unreadable, "cannot be opened (Permission denied); give a PNG or JPEG file"),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_is_no_file_is_refused_and_not_waited_for(kind, command, tmp_path):
+    if kind == "an unreadable file" and os.geteuid() == 0:
+        pytest.skip("root may read it")
+    make, complaint = PLACES[kind]
+    make(tmp_path / "place.png")
+    assert command("predict", tmp_path / "place.png") == (65, "", f"error: {tmp_path}/place.png {complaint}\n")
+
+
+def test_a_device_is_refused(command):
+    code, _, err = command("predict", "/dev/zero")
+    assert (code, err) == (
+        65, "error: /dev/zero is not a regular file; give a PNG or JPEG file, or - for standard input\n"
+    )  # fmt: skip
+
+
+def test_no_more_of_a_file_is_read_than_is_allowed(plain, tmp_path, monkeypatch):
+    file = tmp_path / "digit.png"
+    file.write_bytes(saved(plain))
+    monkeypatch.setattr(pictures, "MAXIMUM_BYTES", file.stat().st_size)
+    read_digit(str(file))
+    monkeypatch.setattr(pictures, "MAXIMUM_BYTES", file.stat().st_size - 1)
+    with pytest.raises(pictures.InputFileError, match="more than"):
+        read_digit(str(file))

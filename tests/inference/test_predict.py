@@ -1,0 +1,180 @@
+"""Pictures of digits become a line each, in the order in which they were named."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.data.idx import read_idx
+from cnn_jax.inference.pictures import read_digit
+from cnn_jax.inference.pretrained import load_network
+from tests.conftest import EMBEDDED
+from tests.digits import draw_digits
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder of drawn digits, and a list of its files and what each shows."""
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, draw_digits(folder)
+
+
+def test_at_least_95_percent_of_drawn_digits_are_read_right(drawn, command):
+    folder, files = drawn
+    code, out, err = command("predict", folder, "--json")
+    assert (code, err) == (0, "")
+    read = {result["file"]: result["digit"] for result in json.loads(out)}
+    wrong = [f"{file.name} as {read[str(file)]}" for file, digit in files if read[str(file)] != digit]
+    assert len(files) >= 30
+    assert len(wrong) <= 0.05 * len(files), wrong
+
+
+def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path):
+    images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)[:500]
+    labels = read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1)[:500]
+    digits = []
+    for number, image in enumerate(images):
+        # As scanned: dark on light, larger, and not in the middle.
+        paper = np.pad(255 - image, ((9, 2), (1, 14)), constant_values=255)
+        Image.fromarray(paper).resize((215, 195), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
+        digits.append(read_digit(str(tmp_path / f"{number}.png")))
+    read = packaged.logits(np.stack(digits)).argmax(axis=1)
+    assert (read == labels).mean() >= 0.98
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """The network in the package."""
+    return load_network(None, None, pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def three(drawn):
+    """Three of the drawn files, not in the order of their names, and the digits that are read in them."""
+    _, files = drawn
+    return [str(files[place][0]) for place in (70, 13, 40)], [files[place][1] for place in (70, 13, 40)]
+
+
+def test_stdout_gets_a_line_a_file_in_the_order_given(three, command):
+    files, digits = three
+    code, out, err = command("predict", *files)
+    assert (code, out) == (0, "".join(f"{file}: {digit}\n" for file, digit in zip(files, digits, strict=True))), err
+
+
+def test_a_person_sees_what_the_network_saw_and_the_three_most_probable_digits(three, command):
+    files, digits = three
+    code, out, err = command("predict", files[0])
+    assert (code, out) == (0, f"{files[0]}: {digits[0]}\n")
+    *picture, told = err.splitlines()
+    assert len(picture) == 14
+    assert set("".join(picture)) == set(" ▀▄█")
+    seen = read_digit(files[0])[..., 0] >= 128
+    assert sum("▀▄".count(block) + 2 * "█".count(block) for block in "".join(picture)) == seen.sum()
+    assert re.fullmatch(rf"{re.escape(files[0])}: {digits[0]} with [\d.]+%, \d with [\d.]+%, \d with [\d.]+%", told)
+
+
+def test_json_holds_all_probabilities_in_the_order_given_and_is_all_there_is(three, command):
+    files, digits = three
+    code, out, err = command("predict", *files, "--json")
+    results = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [(result["file"], result["digit"]) for result in results] == list(zip(files, digits, strict=True))
+    for result in results:
+        assert sum(result["probabilities"]) == pytest.approx(1)
+        assert int(np.argmax(result["probabilities"])) == result["digit"]
+        assert len(result["probabilities"]) == 10
+
+
+def test_an_image_can_come_by_standard_input(three, program):
+    files, digits = three
+    with open(files[0], "rb") as image:
+        process = program("-m", "cnn_jax", "predict", files[1], "-", stdin=image)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{files[1]}: {digits[1]}\n-: {digits[0]}\n"), err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", err)
+
+
+def test_standard_input_from_a_terminal_is_refused_and_not_waited_for(program):
+    leader, terminal = os.openpty()
+    process = program("-m", "cnn_jax", "predict", "-", stdin=terminal)
+    _, err = process.communicate(timeout=60)
+    os.close(leader)
+    os.close(terminal)
+    assert process.returncode == 65
+    assert err.startswith("error: - is standard input, which is a terminal; ")
+
+
+def test_a_folder_stands_for_its_images_by_name(three, command, tmp_path):
+    files, digits = three
+    for name, file in zip(("b.PNG", "a.jpeg", "c.jpg"), files, strict=True):
+        shutil.copy(file, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    code, out, err = command("predict", tmp_path, files[0])
+    assert code == 0, err
+    assert out.splitlines() == [
+        f"{tmp_path}/a.jpeg: {digits[1]}",
+        f"{tmp_path}/b.PNG: {digits[0]}",
+        f"{tmp_path}/c.jpg: {digits[2]}",
+        f"{files[0]}: {digits[0]}",
+    ]
+
+
+def test_files_that_cannot_be_read_are_told_last_and_the_others_are_read(three, command, tmp_path):
+    files, digits = three
+    (tmp_path / "empty.png").touch()
+    given = (files[0], tmp_path / "missing.png", files[1], tmp_path / "empty.png", files[0])
+    code, out, err = command("predict", *given)
+    assert (code, out.splitlines()) == (65, [f"{files[i]}: {digits[i]}" for i in (0, 1, 0)])
+    assert err.splitlines()[-2:] == [
+        f"error: {tmp_path}/missing.png cannot be opened (No such file or directory); give a PNG or JPEG file",
+        f"error: {tmp_path}/empty.png is empty; give a PNG or JPEG file",
+    ]
+    code, out, _ = command("predict", *given, "--json")
+    assert (code, [result["file"] for result in json.loads(out)]) == (65, [str(files[i]) for i in (0, 1, 0)])
+    assert command("predict", tmp_path / "missing.png")[:2] == (65, "")
+
+
+def test_at_least_one_image_must_be_named(command):
+    code, out, err = command("predict")
+    assert (code, out) == (2, "")
+    assert "at least one PNG or JPEG file" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_no_text_is_told_with_its_bytes(three, program, tmp_path):
+    files, digits = three
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    shutil.copy(files[0], file)
+    process = program("-m", "cnn_jax", "predict", file, env=os.environ | {"PYTHONUTF8": "1"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{tmp_path}/\\xff.png: {digits[0]}\n"), err
+
+
+@pytest.mark.optax_promotes
+def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path):
+    where = ("--checkpoint-dir", tmp_path)
+    assert command("train", "--dataset-dir", small_mnist, "--run-name", "run", "--epochs", 1, *where)[0] == 0
+    files, _ = three
+    code, out, err = command("predict", *files, "--run", "run", *where, "--json")
+    assert code == 0, err
+    network = load_network(tmp_path / "run", None, pytest.fail)
+    logits = network.logits(np.stack([read_digit(file) for file in files]))
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose([result["probabilities"] for result in json.loads(out)], expected, rtol=1e-4)
+    code, out, err = command("predict", *files, "--run", "none", *where)
+    assert (code, out) == (3, "")
+    assert "none is not a run" in err
+
+
+def test_a_run_of_other_images_than_digits_is_refused(three, command, packaged, monkeypatch):
+    other = dataclasses.replace(packaged, image_shape=(32, 32, 3))
+    monkeypatch.setattr("cnn_jax.inference.predict.load_network", lambda *arguments: other)
+    code, out, err = command("predict", three[0][0], "--run", "cifar10")
+    assert (code, out) == (2, "")
+    assert err == "error: --run cifar10: its network takes images of 32x32x3, not of 28x28x1; name another run\n"

@@ -1,0 +1,235 @@
+"""Both frameworks compute the same function, and weights move between them unharmed or not at all."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra torch")
+
+from cnn_jax.core.model import CNN  # noqa: E402
+from cnn_jax.core.recipes import tutorial  # noqa: E402
+from cnn_jax.core.training import create_train_state, make_keys  # noqa: E402
+from cnn_jax.data.dataset import Dataset  # noqa: E402
+from cnn_jax.data.idx import read_idx  # noqa: E402
+from cnn_jax.inference.torch_layout import NAMES, params_from_torch, params_to_torch  # noqa: E402
+from cnn_jax.pytorch.compare import (  # noqa: E402
+    SeedResult,
+    accuracy_table,
+    summarize,
+    to_markdown,
+    welch_interval,
+)
+from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
+from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
+from tests.conftest import EMBEDDED  # noqa: E402
+
+pytestmark = pytest.mark.optax_promotes
+IMAGE_SHAPE = (28, 28, 1)
+
+
+@pytest.fixture(scope="module")
+def mnist(real_images):
+    test_images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)
+    test_labels = read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1)
+    images, labels = real_images
+    return Dataset("mnist", images[..., np.newaxis], labels.astype(np.int32),
+                   test_images[..., np.newaxis], test_labels.astype(np.int32), 10)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return create_train_state(make_keys(3)[0], CNN(), IMAGE_SHAPE, tutorial(0.001)).params
+
+
+@pytest.fixture(scope="module")
+def agreement(mnist):
+    with jax.numpy_dtype_promotion("standard"):
+        return measure_agreement(mnist, seed=777, steps=100, float64_steps=100)
+
+
+def test_from_equal_weights_the_logits_agree_within_1e_5(agreement):
+    assert agreement.logits < 1e-5
+
+
+def test_every_gradient_agrees_within_1e_5_of_its_largest_entry(agreement):
+    assert set(agreement.gradients) == set(NAMES)
+    assert max(agreement.gradients.values()) < 1e-5, agreement.gradients
+
+
+def test_the_costs_of_100_adam_steps_agree_in_float64_at_every_step(agreement):
+    assert len(agreement.float64_costs) == 100
+    assert max(agreement.float64_costs) < 1e-9
+
+
+def test_in_float32_rounding_parts_the_costs_no_further_than_pytorch_from_itself(agreement):
+    assert len(agreement.costs) == 100
+    assert max(agreement.costs[:20]) < 1e-4
+    assert max(agreement.costs) < 5e-3 > max(agreement.pytorch_costs)
+    assert 0 < agreement.distances[-1] < 0.1
+
+
+def test_weights_come_back_from_pytorchs_layout_with_the_same_bits(params, tmp_path):
+    there = params_to_torch(params, IMAGE_SHAPE)
+    assert {name: array.shape for name, array in there.items()} == {
+        name: tuple(weight.shape) for name, weight in TutorialCNN().state_dict().items()
+    }
+    back = params_from_torch(there, params, IMAGE_SHAPE, source=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.fixture
+def state_dict(tmp_path):
+    torch.manual_seed(5)
+    model = TutorialCNN()
+    torch.save(model.state_dict(), tmp_path / "trained.pt")
+    return model, tmp_path / "trained.pt"
+
+
+def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(state_dict, command, tfds_folder, mnist,
+                                                                              tmp_path):  # fmt: skip
+    model, file = state_dict
+    where = ("--checkpoint-dir", tmp_path, "--data-dir", tfds_folder)
+    code, out, err = command("import-torch", file, *where)
+    assert (code, out) == (0, ""), err
+    code, out, err = command("evaluate", "trained", *where)
+    with torch.no_grad():
+        predicted = model(to_torch_images(mnist.test_images)).argmax(dim=1).numpy()
+    assert (code, out) == (0, f"Accuracy: {(predicted == mnist.test_labels).mean():.4f}\n"), err
+    code, _, err = command("export", "trained", "--to", "torch", "--output", tmp_path / "out.pt", *where)
+    assert code == 0, err
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(exported[name], weight, rtol=0, atol=0)
+    code, _, err = command("import-torch", file, *where)
+    assert code == 2
+    assert "is there already; give another --run-name" in err
+
+
+def test_an_imported_run_can_be_trained_on_with_any_settings(state_dict, command, small_mnist, tmp_path):
+    where = ("--checkpoint-dir", tmp_path, "--dataset-dir", small_mnist)
+    assert command("import-torch", state_dict[1], *where, "--run-name", "on")[0] == 0
+    code, out, err = command("train", *where, "--run-name", "on", "--epochs", 1, "--learning-rate", 0.002)
+    assert code == 0, err
+    assert "continuing after step 0 of 20" in err
+    assert out.startswith("[Epoch:    1] cost = ")
+
+
+def test_safetensors_are_read_too(state_dict, command, tfds_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(state_dict[0].state_dict(), tmp_path / "weights.safetensors")
+    code, _, err = command("import-torch", tmp_path / "weights.safetensors", "--checkpoint-dir", tmp_path,
+                           "--data-dir", tfds_folder)  # fmt: skip
+    assert code == 0, err
+
+
+def without(tensors):
+    del tensors["fc.bias"]
+
+
+def with_another(tensors):
+    tensors["fc2.weight"] = torch.zeros(3)
+
+
+def transposed(tensors):
+    tensors["fc.weight"] = tensors["fc.weight"].T.contiguous()
+
+
+def in_half(tensors):
+    tensors["layer1.0.weight"] = tensors["layer1.0.weight"].half()
+
+
+def not_finite(tensors):
+    tensors["layer2.0.bias"][3] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (without, "fc.bias is missing"),
+        (with_another, "fc2.weight is not part of the network"),
+        (transposed, "fc.weight has shape (3136, 10), not (10, 3136)"),
+        (in_half, "layer1.0.weight is float16, not float32"),
+        (not_finite, "layer2.0.bias holds values that are not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_and_named(change, complaint, state_dict, command, tfds_folder, tmp_path):
+    tensors = dict(state_dict[0].state_dict())
+    change(tensors)
+    torch.save(tensors, tmp_path / "other.pt")
+    code, _, err = command("import-torch", tmp_path / "other.pt", "--checkpoint-dir", tmp_path,
+                           "--data-dir", tfds_folder)  # fmt: skip
+    assert code == 65
+    assert complaint in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "other").exists()
+
+
+class Exploit:
+    """What a pickle of unknown origin may hold."""
+
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "truncated", "executable", "not a state_dict", "missing"])
+def test_files_that_are_not_weights_are_refused_and_never_executed(content, state_dict, command, tmp_path):
+    file = tmp_path / "bad.pt"
+    match content:
+        case "empty":
+            file.touch()
+        case "text":
+            file.write_text("not weights")
+        case "truncated":
+            file.write_bytes(state_dict[1].read_bytes()[:50_000])
+        case "executable":
+            torch.save({"fc.bias": Exploit()}, file)
+        case "not a state_dict":
+            torch.save([1, 2], file)
+    code, out, err = command("import-torch", file, "--checkpoint-dir", tmp_path)
+    assert (code, out) == (65, "")
+    assert str(file) in err
+    assert len(err.splitlines()) == 1
+
+
+def test_the_tutorials_images_are_what_its_transform_makes(mnist):
+    image, label = TutorialImages(mnist.train_images, mnist.train_labels)[7]
+    torch.testing.assert_close(image, to_torch_images(mnist.train_images[7:8])[0], rtol=0, atol=0)
+    assert label == mnist.train_labels[7]
+
+
+def test_training_in_pytorch_learns_and_repeats(mnist):
+    small = Dataset("mnist", mnist.train_images[:2000], mnist.train_labels[:2000],
+                    mnist.test_images[:500], mnist.test_labels[:500], 10)  # fmt: skip
+    arguments = {"seed": 1, "epochs": 2, "batch_size": 100, "learning_rate": 0.001, "say": lambda line: None}
+    run = train_torch(small, **arguments)
+    assert run.accuracy > 0.8
+    assert run.costs[1] < run.costs[0] < 2
+    assert train_torch(small, **arguments).costs == pytest.approx(run.costs, rel=1e-3)
+
+
+def test_welchs_interval_is_scipys():
+    from scipy import stats
+
+    left, right = [0.989, 0.9902, 0.9911], [0.9895, 0.9907, 0.99, 0.9889]
+    expected = stats.ttest_ind(left, right, equal_var=False).confidence_interval(0.95)
+    interval = welch_interval(left, right)
+    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high))
+    assert welch_interval([1.0, 1.0], [0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_the_report_says_what_was_found(mnist):
+    def results(*accuracies):
+        seconds = {"starting": 1.0, "compiling": 2.0, "training": 65.0, "testing": 3.0}
+        return [SeedResult(seed, [0.2, 0.1], value, value - 0.01, seconds) for seed, value in enumerate(accuracies)]
+
+    agreement = {"logits": 1e-6, "gradients": 2e-6, "costs": [1e-4], "distances": [1e-6], "pytorch_costs": [1e-4],
+                 "float64_costs": [1e-12]}  # fmt: skip
+    same = summarize({"cnn-jax": results(0.99, 0.991), "PyTorch": results(0.991, 0.99)}, agreement, epochs=2)
+    assert "do not differ measurably: cnn-jax minus PyTorch is +0.0000" in to_markdown(same)
+    other = summarize({"cnn-jax": results(0.98, 0.981), "PyTorch": results(0.991, 0.99)}, agreement, epochs=2)
+    assert "accuracies differ: cnn-jax minus PyTorch is -0.0100" in to_markdown(other)
+    assert "| of seeds 0 / 1 | 0.9800 / 0.9810 | 0.9910 / 0.9900 |" in accuracy_table(other)
+    assert json.loads(json.dumps(other)) == other

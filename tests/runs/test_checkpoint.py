@@ -1,0 +1,149 @@
+"""A checkpoint gives back what was saved, bit for bit, or is moved aside; only the newest three are kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.core.model import CNN
+from cnn_jax.core.recipes import tutorial
+from cnn_jax.core.training import create_train_state, make_keys, train_step
+from cnn_jax.runs.checkpoint import open_checkpoints
+from cnn_jax.runtime.errors import NoCheckpointError
+
+pytestmark = [
+    pytest.mark.optax_promotes,
+    # Orbax, where it fails, leaves coroutines behind that it never waited for.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+LOSSES = jnp.array([0.1, jnp.pi, 0], jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    state = create_train_state(make_keys(5)[0], CNN(), (28, 28, 1), tutorial(0.001))
+    images = np.random.default_rng(0).integers(0, 256, (10, 28, 28, 1), np.uint8)
+    with jax.numpy_dtype_promotion("standard"):
+        return train_step(state, images, np.arange(10, dtype=np.int32))[0]
+
+
+@pytest.fixture
+def steps(tmp_path):
+    return tmp_path / "steps"
+
+
+def save(folder, state, *numbers):
+    with open_checkpoints(folder, writing=True, warn=pytest.fail) as checkpoints:
+        for number in numbers:
+            checkpoints.save(number, state, LOSSES * number, {"note": number})
+
+
+def restore(folder, state, *, writing=True):
+    """The number of the step that is restored, or None, and what the user is told."""
+    told = []
+    with open_checkpoints(folder, writing=writing, warn=told.append) as checkpoints:
+        restored = checkpoints.restore_latest(state, LOSSES)
+    return restored and restored.meta["step"], told
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_was_saved_comes_back_with_the_same_bits(trained, steps):
+    save(steps, trained, 1)
+    blank = create_train_state(make_keys(6)[0], CNN(), (28, 28, 1), tutorial(0.001))
+    with open_checkpoints(steps, writing=False, warn=pytest.fail) as checkpoints:
+        restored = checkpoints.restore_latest(blank, jnp.zeros(3, jnp.float32))
+    # Six weights, the step, Adam's count and two moments of each weight.
+    assert len(jax.tree.leaves(restored.state)) == 6 + 1 + 1 + 12
+    assert_same((restored.state, restored.losses), (trained, LOSSES))
+    assert restored.meta == {"schema": 2, "step": 1, "note": 1}
+
+
+def test_the_newest_three_are_kept(trained, steps):
+    save(steps, trained, 3, 6, 9, 12)
+    with open_checkpoints(steps, writing=False, warn=pytest.fail) as checkpoints:
+        assert checkpoints.latest_step() == 12
+    assert sorted(int(folder.name) for folder in steps.iterdir()) == [6, 9, 12]
+
+
+def test_an_empty_folder_has_nothing_to_restore_and_a_missing_one_is_refused(trained, tmp_path):
+    assert restore(tmp_path, trained) == (None, [])
+    with pytest.raises(NoCheckpointError, match="nowhere holds no checkpoint; train the run first"):
+        restore(tmp_path / "nowhere", trained, writing=False)
+
+
+def flip_a_bit_of_the_weights(step):
+    # The largest file of the arrays; nothing that Orbax checks is in its middle.
+    file = max((path for path in (step / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(trained, steps, tmp_path):
+    save(steps, trained, 1, 2)
+    flip_a_bit_of_the_weights(steps / "2")
+    step, told = restore(steps, trained)
+    assert step == 1
+    (line,) = told
+    assert line.startswith("the checkpoint of step 2 is damaged (")
+    assert line.endswith(f"; it is now {tmp_path / 'quarantine' / '2'}")
+    assert (tmp_path / "quarantine" / "2" / "state").is_dir()
+    # It is trained and saved again, and damaged again: both are kept.
+    save(steps, trained, 2)
+    flip_a_bit_of_the_weights(steps / "2")
+    assert restore(steps, trained)[0] == 1
+    assert sorted(path.name for path in (tmp_path / "quarantine").iterdir()) == ["2", "2-1"]
+
+
+def test_who_only_reads_moves_nothing(trained, steps, tmp_path):
+    save(steps, trained, 1, 2)
+    flip_a_bit_of_the_weights(steps / "2")
+    step, (line,) = restore(steps, trained, writing=False)
+    assert step == 1
+    assert line.endswith("; it is left out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["steps"]
+    assert sorted(path.name for path in steps.iterdir()) == ["1", "2"]
+
+
+def test_without_a_sound_checkpoint_the_run_ends_with_3(trained, steps):
+    save(steps, trained, 1)
+    flip_a_bit_of_the_weights(steps / "1")
+    for _ in range(2):  # now, and when the same command runs again
+        with pytest.raises(NoCheckpointError, match=r"no checkpoint of .* is sound; .*quarantine; start anew"):
+            restore(steps, trained)
+
+
+def test_a_stray_folder_named_like_a_step_does_no_harm(trained, steps, tmp_path):
+    save(steps, trained, 1)
+    (steps / "99").mkdir()
+    (steps / "notes").mkdir()
+    step, (line,) = restore(steps, trained)
+    assert step == 1
+    assert "the checkpoint of step 99 is damaged" in line
+    save(steps, trained, 2)
+    assert restore(steps, trained) == (2, [])
+
+
+def test_a_checkpoint_copied_to_another_step_is_not_believed(trained, steps):
+    save(steps, trained, 1)
+    (steps / "1").rename(steps / "5")
+    with pytest.raises(NoCheckpointError):
+        restore(steps, trained)
+
+
+def test_a_checkpoint_of_another_network_is_not_used(trained, steps):
+    save(steps, trained, 1)
+    other = create_train_state(make_keys(5)[0], CNN(num_classes=7), (28, 28, 1), tutorial(0.001))
+    told = []
+    with (
+        open_checkpoints(steps, writing=True, warn=told.append) as checkpoints,
+        pytest.raises(NoCheckpointError),
+    ):
+        checkpoints.restore_latest(other, LOSSES)
+    assert "it holds other arrays: state.opt_state.0.mu.fc.bias" in told[0]

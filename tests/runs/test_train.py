@@ -1,0 +1,391 @@
+"""A run can be stopped, killed and continued and ends in the same bits; what it writes is what it did."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax.runs import train as train_module
+from tests.torture.runs import read_newest
+
+pytestmark = pytest.mark.optax_promotes
+
+EPOCHS, STEPS_PER_EPOCH = 3, 20
+TIMES = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
+
+
+@pytest.fixture
+def train(command, small_mnist, tmp_path):
+    """Train on the small set, by the command, in a folder of the test's own."""
+
+    def run(*options, epochs=EPOCHS):
+        return command(
+            "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+            "--epochs", epochs, *options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, small_mnist):
+    """The folder of a run that nothing interrupted."""
+    from cnn_jax.cli.commands import main
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with jax.numpy_dtype_promotion("standard"):
+        main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
+              "--epochs", str(EPOCHS)])  # fmt: skip
+    return folder / "run"
+
+
+def metrics_of(folder):
+    """The run's metrics without its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same_run(folder, reference):
+    assert metrics_of(folder) == metrics_of(reference)
+    arrays, expected = read_newest(folder / "steps"), read_newest(reference / "steps")
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+
+
+def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(train, tmp_path):
+    code, out, err = train(epochs=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (code, out) == (
+        0,
+        f"[Epoch:    1] cost = {lines[0]['cost']:>.9}\n"
+        f"[Epoch:    2] cost = {lines[1]['cost']:>.9}\n"
+        f"Accuracy: {lines[1]['test_accuracy']:.4f}\n",
+    )
+    assert [list(line) for line in lines] == [["epoch", "step", "cost", "test_accuracy", "test_loss", *TIMES]] * 2
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 20), (2, 40)]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
+    for part in ("2,030 training and 510 test images", "50,186 parameters", "loading", "compiling", "written to"):
+        assert part in err
+    # The cost is the mean of the epoch's batch losses, which the checkpoint at its end still holds.
+    losses = read_newest(tmp_path / "run" / "steps")["['losses']"].astype(np.float64)
+    assert lines[1]["cost"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_a_run_resumed_from_an_epochs_end_equals_an_uninterrupted_run(train, tmp_path, uninterrupted):
+    assert train(epochs=1)[0] == 0
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS)
+    assert "continuing after step 20 of 60" in err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_resumed_from_an_epochs_middle_equals_an_uninterrupted_run(train, tmp_path, uninterrupted):
+    assert train("--checkpoint-every-steps", 7)[0] == 0
+    # Going back to an older checkpoint is what a kill does.
+    for step in ("56", "60"):
+        shutil.rmtree(tmp_path / "run" / "steps" / step)
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS)
+    assert "continuing after step 49 of 60" in err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, program, uninterrupted):
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 23)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS), err
+    assert "continuing after step" in err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mnist, program):
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", 1000, "--checkpoint-every-steps", 5,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 10)
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == exit_code, err
+    assert time.monotonic() - start < 4
+    last = err.splitlines()[-1]
+    assert last.startswith(f"stopped by {number.name} after step ")
+    assert last.endswith("run the same command again to continue")
+    step = int(last.split("after step ")[1].split()[0].replace(",", ""))
+    assert (tmp_path / "run" / "steps" / str(step)).is_dir()
+    assert len(out.splitlines()) == step // STEPS_PER_EPOCH
+
+
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path, small_mnist, program, command):
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", 1000, "--checkpoint-every-steps", 5,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)  # two at once would be one
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("stopped by ")
+    assert command("evaluate", tmp_path / "run")[0] == 0
+
+
+def test_a_second_interrupt_counts_where_python_runs_no_handler(program):
+    # Like compiling, this releases the interpreter's lock and returns, in an hour, to its next instruction.
+    code = """
+import hashlib
+from cnn_jax.runtime.signals import listen_for_stop
+with listen_for_stop():
+    print("listening", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    process = program("-c", code)
+    assert process.stdout.readline() == "listening\n"
+    for _ in range(2):
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.startswith("stopped by a second SIGINT; the newest checkpoint is as it was")
+
+
+def damage_newest(run):
+    newest = max((run / "steps").iterdir(), key=lambda step: int(step.name))
+    file = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(train, tmp_path, uninterrupted):
+    assert train(epochs=2)[0] == 0
+    damage_newest(tmp_path / "run")
+    code, out, err = train()
+    assert (code, out.count("[Epoch:")) == (0, EPOCHS)
+    assert "the checkpoint of step 40 is damaged" in err
+    assert "continuing after step 20 of 60" in err
+    assert (tmp_path / "run" / "quarantine" / "40").is_dir()
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_without_a_sound_checkpoint_ends_with_3_and_says_what_to_do(train, tmp_path):
+    assert train(epochs=1)[0] == 0
+    damage_newest(tmp_path / "run")
+    for _ in range(2):
+        code, out, err = train(epochs=1)
+        assert (code, out) == (3, "")
+        assert err.splitlines()[-1].endswith("start anew with --fresh")
+    assert train("--fresh", epochs=1)[0] == 0
+
+
+def test_a_run_is_not_continued_on_data_that_have_changed(train, tmp_path, small_mnist):
+    data = tmp_path / "data"
+    shutil.copytree(small_mnist, data)
+    assert train("--dataset-dir", data, epochs=1)[0] == 0
+    images = data / "train-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[5000] ^= 1
+    images.write_bytes(content)
+    code, _, err = train("--dataset-dir", data)
+    assert code == 65
+    assert f"the data in {data} are not those that the run" in err.splitlines()[-1]
+
+
+def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_differ(train, tmp_path, small_mnist,
+                                                                                    program):  # fmt: skip
+    assert train(epochs=1)[0] == 0
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.count("[Epoch:")) == (0, 2), err
+    assert "saved with device 1 x cpu and continues with 2 x cpu: bits may differ" in err
+
+
+def wait_for_step(run, step):
+    deadline = time.monotonic() + 60
+    while not any(int(f.name) >= step for f in (run / "steps").glob("*") if f.name.isdigit()):
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+
+
+def test_a_finished_run_is_reported_and_not_trained_again(train, tmp_path):
+    _, first_out, _ = train(epochs=1)
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    code, out, err = train(epochs=1)
+    assert (code, out) == (0, first_out)
+    assert "this run is finished" in err
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_that_was_killed_before_its_report_gets_it_at_the_next_start(train, tmp_path):
+    _, first_out, _ = train(epochs=1)
+    for name in ("result.json", "report.html"):
+        (tmp_path / "run" / name).unlink()
+    code, out, err = train(epochs=1)
+    assert (code, out) == (0, first_out), err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == STEPS_PER_EPOCH
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+
+
+def test_fresh_moves_a_run_aside_and_starts_anew(train, tmp_path):
+    train(epochs=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    code, _, err = train("--fresh", epochs=1)
+    assert code == 0
+    assert "run.old-1" in err
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == before
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+def test_other_settings_are_refused_and_named(train):
+    train(epochs=2)
+    code, _, err = train("--learning-rate", 0.01, epochs=1)
+    assert code == 2
+    assert "learning_rate was 0.001 and is 0.01; epochs was 2 and is 1" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        code, out, err = train()
+    assert (code, out) == (6, "")
+    assert f"process {os.getpid()} is writing the run" in err
+
+
+def test_different_runs_train_side_by_side(tmp_path, small_mnist, program, uninterrupted):
+    processes = [
+        program("train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
+                "--epochs", EPOCHS)
+        for name in ("one", "other")
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    for name in ("one", "other"):
+        assert_same_run(tmp_path / name, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_bad(train, tmp_path):
+    code, _, err = train("--learning-rate", 1e30)
+    assert code == 5
+    assert "the loss of step 3 is" in err or "the loss of step 2 is" in err
+    assert list((tmp_path / "run" / "steps").glob("*")) == []
+
+
+def test_a_run_below_its_target_accuracy_ends_with_70(train):
+    code, out, err = train("--target-accuracy", 0.999, epochs=1)
+    assert code == 70
+    assert "is below --target-accuracy 0.999" in err
+    assert "Accuracy:" in out
+    assert train("--target-accuracy", 0.5, epochs=1)[0] == 0
+
+
+def test_the_result_tells_the_accuracies_the_times_and_what_they_were_measured_on(train, tmp_path):
+    assert train("--validation", 300, "--seeds", 2, epochs=1)[0] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
+    assert [seed["seed"] for seed in result["seeds"]] == [777, 778]
+    assert result["test_accuracy"] == pytest.approx(sum(accuracies) / 2)
+    error = abs(accuracies[0] - accuracies[1]) / 2
+    assert result["spread"]["standard_error"] == pytest.approx(error)
+    # Student's t for one degree of freedom.
+    assert result["spread"]["high"] - result["test_accuracy"] == pytest.approx(12.7062 * error, rel=1e-4)
+    assert 0 < result["validation_accuracy"] < 1
+    assert set(result["seconds"]) == {"loading", "compiling", "training", "testing", "saving"}
+    assert result["versions"]["jax"] == jax.__version__
+
+
+def test_held_out_images_are_not_trained_on_and_the_test_set_is_looked_at_once(train, tmp_path, monkeypatch):
+    tested = []
+    evaluate = train_module.evaluate_seeds
+    monkeypatch.setattr(
+        train_module, "evaluate_seeds", lambda *args, **how: tested.append(len(args[3])) or evaluate(*args, **how)
+    )
+    code, _, err = train("--validation", 300)
+    assert code == 0
+    assert "3 epochs of 17 steps" in err  # 1,730 of 2,030 images
+    assert tested == [300] * 3 + [510]
+    assert [list(epoch)[3] for epoch in metrics_of(tmp_path / "run")] == ["validation_accuracy"] * 3
+
+
+def test_tensorboard_gets_each_epochs_numbers(train, tmp_path):
+    assert train("--tensorboard", "--seeds", 2, epochs=2)[0] == 0
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    content = file.read_bytes()
+    for name in (b"cost", b"test_accuracy", b"step_milliseconds", b"seeds/1/test_accuracy"):
+        assert content.count(name) >= 2
+
+
+def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_path):
+    code, _, err = train("--profile", tmp_path / "profile", epochs=2)
+    assert code == 0
+    assert f"steps is in {tmp_path / 'profile'}" in err
+    assert any(path.suffix == ".pb" for path in (tmp_path / "profile").rglob("*"))
+
+
+def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
+    arguments = ["train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1]
+    _, err = program(*arguments, "--log-level", "info").communicate(timeout=60)
+    assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, ResidentFeed" in err
+
+
+def test_a_dry_run_writes_nothing(train, tmp_path):
+    code, out, err = train("--dry-run")
+    assert (code, out) == (0, "")
+    assert "3 epochs of 20 steps, batch 100, Adam at 0.001, float32, seed 777" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_learns_too(train, tmp_path):
+    assert train("--precision", "bfloat16", epochs=1)[0] == 0
+    assert metrics_of(tmp_path / "run")[0]["test_accuracy"] > 0.7
+
+
+def test_evaluate_gives_the_accuracy_that_training_gave_and_the_tutorials(train, command, tmp_path):
+    _, trained, _ = train(epochs=1)
+    code, out, err = command("evaluate", tmp_path / "run")
+    assert (code, out) == (0, trained.splitlines()[-1] + "\n")
+    assert "of 510 test images" in err
+    code, unscaled, err = command("evaluate", "run", "--checkpoint-dir", tmp_path, "--unscaled")
+    assert code == 0
+    assert unscaled != out
+    assert "0..255" in err
+    code, _, err = command("evaluate", "no-such-run", "--checkpoint-dir", tmp_path)
+    assert code == 3
+    assert "no-such-run is not a run (it has no config.json); there are run\n" in err
+    code, _, err = command("evaluate", "rum", "--checkpoint-dir", tmp_path)
+    assert (code, err.partition("; ")[2]) == (3, "perhaps you meant run\n")
+
+
+def test_a_disk_error_ends_with_4_and_names_the_place(train, tmp_path):
+    train(epochs=1)
+    shutil.rmtree(tmp_path / "run" / "steps")
+    (tmp_path / "run" / "steps").write_text("in the way")
+    code, _, err = train(epochs=2)
+    assert code == 4
+    assert "steps" in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1

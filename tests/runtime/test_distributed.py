@@ -1,0 +1,138 @@
+"""Several processes train one run: in the numbers of one, with one checkpoint, and none waits for ever for another."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from tests.runs.test_train import EPOCHS, assert_same_run, metrics_of, wait_for_step
+
+pytestmark = pytest.mark.optax_promotes
+
+
+@pytest.fixture
+def start(program, small_mnist, tmp_path):
+    """Start the processes of a run."""
+
+    def run(name, *options, processes, epochs=EPOCHS, platform="cpu"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [
+            program(
+                "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
+                "--epochs", epochs, "--platform", platform, "--coordinator", f"127.0.0.1:{port}",
+                "--num-processes", processes, "--process-id", number, *options,
+                env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            )
+            for number in range(processes)
+        ]  # fmt: skip
+
+    return run
+
+
+def finish(processes):
+    """Each process's exit code, stdout and stderr."""
+    ended = [(process.communicate(timeout=240), process.returncode) for process in processes]
+    return [(code, out, err) for (out, err), code in ended]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, small_mnist):
+    """The folder of the same run by one process."""
+    from cnn_jax.cli.commands import main
+
+    folder = tmp_path_factory.mktemp("alone")
+    main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
+          "--epochs", str(EPOCHS)])  # fmt: skip
+    return folder / "run"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(start, alone, tmp_path, processes):
+    ended = finish(start("run", processes=processes))
+    assert [code for code, _, _ in ended] == [0] * processes, ended
+    assert ended[0][1].count("[Epoch:") == EPOCHS
+    assert f"{processes} x cpu" in ended[0][2]
+    assert f"{processes} processes" in ended[0][2]
+    assert all((out, err) == ("", "") for _, out, err in ended[1:]), ended
+    costs, expected = ([epoch["cost"] for epoch in metrics_of(run)] for run in (tmp_path / "run", alone))
+    np.testing.assert_allclose(costs, expected, atol=1e-5)
+
+
+def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_same_bits(start, tmp_path):
+    assert [code for code, _, _ in finish(start("whole", processes=2))] == [0, 0]
+    for victim in (1, 0):
+        name = f"killed-{victim}"
+        processes = start(name, "--checkpoint-every-steps", 2, processes=2)
+        wait_for_step(tmp_path / name, 10)
+        processes[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = processes[1 - victim].communicate(timeout=90)
+        assert time.monotonic() - killed < 60
+        assert processes[1 - victim].returncode == 7, err
+        assert "another process of this run is gone" in err.splitlines()[-1]
+        assert "start all of them again to continue" in err.splitlines()[-1]
+        ended = finish(start(name, processes=2))
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        assert "continuing after step" in ended[0][2]
+        assert_same_run(tmp_path / name, tmp_path / "whole")
+
+
+def test_a_signal_to_one_process_stops_all_after_one_save(start, tmp_path):
+    processes = start("run", "--checkpoint-every-steps", 5, processes=2, epochs=1000)
+    wait_for_step(tmp_path / "run", 10)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [code for code, _, _ in ended] == [143, 143], ended
+    assert "stopped by SIGTERM after step" in ended[0][2].splitlines()[-1]
+
+
+def test_what_the_first_process_refuses_all_refuse(start, tmp_path):
+    assert [code for code, _, _ in finish(start("run", processes=2, epochs=1))] == [0, 0]
+    ended = finish(start("run", "--learning-rate", 0.01, processes=2, epochs=1))
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "learning_rate was 0.001 and is 0.01" in ended[0][2]
+
+
+def test_a_run_moves_between_numbers_of_processes(start, command, small_mnist, tmp_path):
+    assert [code for code, _, _ in finish(start("run", "--seeds", 2, processes=2, epochs=1))] == [0, 0]
+    code, out, err = command(
+        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
+        "--seeds", 2,
+    )  # fmt: skip
+    assert (code, out.count("[Epoch:")) == (0, 2), err
+    assert "bits may differ" in err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [len(line["seeds"]["cost"]) for line in lines] == [2, 2]
+
+
+def test_a_cluster_that_is_not_there_is_told_in_one_line(program, small_mnist, tmp_path):
+    process = program(
+        "-c",
+        "import sys; from cnn_jax.cli import commands; from cnn_jax.runtime import distributed; "
+        "distributed.START_SECONDS = 2; commands.main(sys.argv[1:])",
+        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--coordinator", "127.0.0.1:9",
+        "--num-processes", 2, "--process-id", 1,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert "the processes of this run do not find each other at 127.0.0.1:9" in err.splitlines()[-1]
+
+
+def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = "import time, jax; from cnn_jax.runtime import distributed; "
+    joined += "distributed.join({!r}, 2, {}); print('joined'); time.sleep(60)"
+    first, second = (program("-c", joined.format(place, number)) for number in range(2))
+    assert second.stdout.readline() == "joined\n"
+    first.kill()
+    _, err = second.communicate(timeout=30)
+    assert second.returncode == 7, err
+    assert "another process of this run is gone; start all of them again" in err.splitlines()[-1]
