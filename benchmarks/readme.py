@@ -8,7 +8,7 @@ from pathlib import Path
 from cnn_jax.pytorch.benchmark import speed_table
 from cnn_jax.pytorch.compare import accuracy_table
 from cnn_jax.runtime.display import describe_seconds, describe_values
-from tests.torture.__main__ import trials_table
+from tests.fault_injection.__main__ import trials_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks"
@@ -34,9 +34,9 @@ def recipe_table() -> str:
     return "\n".join(table)
 
 
-def torture_table() -> str:
+def fault_injection_table() -> str:
     """Return a table of how often each thing was done to the program, and how often it went wrong."""
-    return "\n".join(trials_table(json.loads((RESULTS / "torture" / "result.json").read_text())))
+    return "\n".join(trials_table(json.loads((RESULTS / "fault_injection" / "result.json").read_text())))
 
 
 TABLES = {
@@ -45,7 +45,7 @@ TABLES = {
         json.loads((RESULTS / "results" / "amd-epyc-2-cores-2026-11-25.json").read_text())
     ),
     "recipes": recipe_table,
-    "torture": torture_table,
+    "fault injection": fault_injection_table,
 }
 
 

@@ -35,7 +35,7 @@ from jax import lax
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import create_train_state, epoch_order, make_keys, run_steps, train_step
+from cnn_jax.core.training import batch_indices, create_train_state, make_keys, run_steps, train_step
 from cnn_jax.data.dataset import load_dataset, scale_pixels
 
 # GPUs and TPUs round the factors of a product unless told otherwise. Here both sides of an equality should agree.
@@ -567,7 +567,7 @@ assert looked_at_by_python == [(3,), (4,)]
 #
 # | PyTorch | here |
 # | --- | --- |
-# | `DataLoader(train, batch_size=100, shuffle=True, drop_last=True)` | `order = epoch_order(order_key, epoch, ...)` |
+# | `DataLoader(train, batch_size=100, shuffle=True, drop_last=True)` | `order = batch_indices(order_key, epoch, ...)` |
 # | `for X, Y in data_loader:` | `run_steps(state, images, labels, order, None, 0, len(order))` |
 # | `avg_cost += cost / total_batch` | `losses.mean()` |
 #
@@ -576,11 +576,11 @@ assert looked_at_by_python == [(3,), (4,)]
 
 # %%
 sizes = {"num_examples": 60_000, "batch_size": 100}
-order = epoch_order(order_key, 0, **sizes)
+order = batch_indices(order_key, 0, **sizes)
 assert order.shape == (600, 100)
 np.testing.assert_array_equal(jnp.sort(order.reshape(-1)), np.arange(60_000))  # each image once
-assert (epoch_order(order_key, 0, **sizes) == order).all()
-assert (epoch_order(order_key, 1, **sizes) != order).any()
+assert (batch_indices(order_key, 0, **sizes) == order).all()
+assert (batch_indices(order_key, 1, **sizes) != order).any()
 
 # %% [markdown]
 # `run_steps` is `train_step` in a loop, and the loop is inside the compiled program (`lax.fori_loop`). The images are
@@ -603,7 +603,7 @@ np.testing.assert_allclose(losses[:5], costs, rtol=1e-4)
 # %%
 history = []
 for epoch in range(2):
-    order = epoch_order(order_key, epoch, **sizes)
+    order = batch_indices(order_key, epoch, **sizes)
     state, losses = run_steps(state, train_images, train_labels, order, None, 0, len(order))
     history.append(losses)
     print(f"[Epoch: {epoch + 1:>4}] cost = {float(losses.mean()):>.9}")

@@ -117,7 +117,7 @@ def inspect_run(settings: InspectSettings) -> None:
     display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
     start_devices(settings.common.platform)
     run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
-    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
     display.result(tabulate(layers_of(params) or states.apply_fn.__self__, dataset))
     pictures = draw_pictures(inspect_network(states, dataset), folder.read_metrics(), folder.path / "pictures")
     of_seed = f", of seed {run.seed}" if run.seeds > 1 else ""
@@ -151,7 +151,7 @@ def inspect_network(states: TrainState, dataset: Dataset) -> Inspection:
       states: On the host, of each array one for each seed, as `restore_run` returns them.
       dataset: That it was trained on.
     """
-    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
     predictions, probabilities = predict(states.apply_fn, params, dataset.test_images)
     labels = dataset.test_labels
     confusion = np.zeros((dataset.num_classes,) * 2, int)

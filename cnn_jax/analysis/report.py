@@ -31,7 +31,7 @@ def report_run(settings: ReportSettings) -> None:
     run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
     accuracies = []
     for seed in range(run.seeds):
-        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states.tested_params)
+        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states.eval_params)
         accuracies.append(evaluate(states.apply_fn, params, dataset.test_images, dataset.test_labels).accuracy)
     file = settings.output or folder.path / "report.html"
     write_report(file, folder, run, states, dataset, accuracies)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.sharding import DATA, SEEDS, place
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.runtime.distributed import fetch
+from cnn_jax.runtime.distributed import to_host
 
 # Of images, in what is read at once for all seeds: 100 steps of the tutorial.
 PIECE_BYTES = 8 * 2**20
@@ -63,7 +63,7 @@ class StreamFeed:
 
     def pieces(self, orders: jax.Array, first: int) -> Iterator[Piece]:
         """Return an epoch from its step `first` on, in pieces of equal size, the last one filled up."""
-        orders = fetch(orders)
+        orders = to_host(orders)
         image_bytes = math.prod(self._dataset.train_images.shape[1:])
         steps = max(1, PIECE_BYTES // (orders.shape[0] * orders.shape[2] * image_bytes))
         steps = min(steps, orders.shape[1])

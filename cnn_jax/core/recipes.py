@@ -23,14 +23,14 @@ class Recipe:
       optimizer: What turns gradients into updates.
       loss: Of each example.
       augment: Changes the images of a batch, each by its own key; None leaves them as they are.
-      average_decay: The network that is tested has weights averaged over the steps: each step keeps this much of the
+      ema_decay: The network that is tested has weights averaged over the steps: each step keeps this much of the
         average so far. None tests the weights as they are.
     """
 
     optimizer: optax.GradientTransformation
     loss: Loss = optax.softmax_cross_entropy_with_integer_labels
     augment: Augment | None = None
-    average_decay: float | None = None
+    ema_decay: float | None = None
 
 
 def make_recipe(name: Literal["tutorial", "fast", "accurate"], learning_rate: float, steps: int) -> Recipe:
@@ -52,7 +52,7 @@ def tutorial(learning_rate: float) -> Recipe:
 def fast(learning_rate: float, steps: int) -> Recipe:
     """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120), smoothed labels, averaged weights."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
-    return Recipe(optimizer=optax.adam(schedule, b1=0.85), loss=smoothed(0.05), average_decay=0.99)
+    return Recipe(optimizer=optax.adam(schedule, b1=0.85), loss=smoothed(0.05), ema_decay=0.99)
 
 
 def accurate(learning_rate: float, steps: int) -> Recipe:
@@ -64,7 +64,7 @@ def accurate(learning_rate: float, steps: int) -> Recipe:
         optimizer=optax.adamw(schedule, weight_decay=0.05),
         loss=smoothed(0.05),
         augment=shift_turn_and_scale,
-        average_decay=0.999,
+        ema_decay=0.999,
     )
 
 

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import Evaluation, pixel_maximum, sum_over_images
 from cnn_jax.core.recipes import Recipe
-from cnn_jax.core.training import TrainState, create_train_state, epoch_order, make_keys, run_steps
-from cnn_jax.runtime.distributed import fetch
+from cnn_jax.core.training import TrainState, batch_indices, create_train_state, make_keys, run_steps
+from cnn_jax.runtime.distributed import to_host
 
 SEEDS, DATA = "seeds", "data"
 # Of a device's memory, for what the seeds of a group leave behind in a step; the rest is for the data and for XLA.
@@ -65,7 +65,7 @@ def epoch_orders(
     N is `batch_size`, filled up with -1 to a multiple of the devices that a batch is divided over: a mean over the
     batch does not depend on how many they are.
     """
-    order_of = functools.partial(epoch_order, num_examples=num_examples, batch_size=batch_size)
+    order_of = functools.partial(batch_indices, num_examples=num_examples, batch_size=batch_size)
     orders = jax.vmap(order_of, in_axes=(0, None))(order_keys, epoch)
     orders = jnp.pad(orders, ((0, 0), (0, 0), (0, -batch_size % mesh.shape[DATA])), constant_values=-1)
     return lax.with_sharding_constraint(orders, NamedSharding(mesh, P(SEEDS, None, DATA)))
@@ -154,7 +154,7 @@ def evaluate_seeds(
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
     sums = sums_of_seeds(params, images, labels, pixel_maximum(unscaled=unscaled), apply_fn=apply_fn, mesh=mesh)
-    correct, loss_sums, counts = fetch(sums)
+    correct, loss_sums, counts = to_host(sums)
     return [
         Evaluation(correct=int(right), count=int(count), loss=float(loss) / int(count))
         for right, loss, count in zip(correct, loss_sums, counts, strict=True)

@@ -30,7 +30,7 @@ class TrainState(train_state.TrainState):
     average: dict | None = None
 
     @property
-    def tested_params(self) -> dict:
+    def eval_params(self) -> dict:
         """The weights that the network is tested with."""
         return self.params if self.average is None else self.average
 
@@ -57,7 +57,7 @@ def create_train_state(
       The state before step 0.
     """
     params = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
-    average = params if recipe.average_decay is not None else None
+    average = params if recipe.ema_decay is not None else None
     state = TrainState.create(apply_fn=model.apply, params=params, tx=recipe.optimizer, recipe=recipe, average=average)
     # An array in place of Flax's Python 0, so that the first state and all later ones have one type.
     return state.replace(step=jnp.zeros((), jnp.int32))
@@ -114,7 +114,7 @@ def _average(state):
     # Young averages forget faster, or the initial weights would stay in them for long: (1 + t) / (10 + t) is the decay
     # of TensorFlow's ExponentialMovingAverage with `num_updates`.
     t = state.step.astype(jnp.float32)
-    decay = jnp.minimum(state.recipe.average_decay, (1 + t) / (10 + t))
+    decay = jnp.minimum(state.recipe.ema_decay, (1 + t) / (10 + t))
     return optax.incremental_update(state.params, state.average, 1 - decay)
 
 
@@ -141,7 +141,7 @@ def _divides_well(parts, images):
 
 
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
-def epoch_order(order_key: jax.Array, epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
+def batch_indices(order_key: jax.Array, epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
     """Return which images make up each batch of an epoch: a function of the seed and the epoch alone.
 
     Args:

@@ -109,7 +109,7 @@ def load_run_network(
     ]
     network = Network(
         name=folder.path.name,
-        params=jax.tree.map(lambda leaf: np.asarray(leaf[place]), states.tested_params),
+        params=jax.tree.map(lambda leaf: np.asarray(leaf[place]), states.eval_params),
         features=settings.features,
         num_classes=dataset.num_classes,
         image_shape=tuple(dataset.train_images.shape[1:]),

@@ -11,7 +11,7 @@ from torch import nn
 
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import create_train_state, epoch_order, make_keys, train_step
+from cnn_jax.core.training import batch_indices, create_train_state, make_keys, train_step
 from cnn_jax.data.dataset import Dataset, scale_pixels
 from cnn_jax.inference.torch_layout import params_to_torch
 from cnn_jax.pytorch.tutorial import TutorialCNN, make_step
@@ -57,7 +57,7 @@ def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps:
     state = create_train_state(init_key, CNN(), image_shape, tutorial(LEARNING_RATE))
     params = jax.tree.map(np.asarray, state.params)
     start = params_to_torch(params, image_shape)
-    order = epoch_order(order_key, 0, num_examples=len(dataset.train_labels), batch_size=BATCH_SIZE)
+    order = batch_indices(order_key, 0, num_examples=len(dataset.train_labels), batch_size=BATCH_SIZE)
     batches = [(dataset.train_images[batch], dataset.train_labels[batch]) for batch in np.asarray(order)[:steps]]
     logits, gradients = _logits_and_gradients(params, make_torch_network(start), *batches[0])
 

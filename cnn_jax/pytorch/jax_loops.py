@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from cnn_jax.core.model import CNN, torch_uniform
 from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.sharding import create_states, epoch_orders, make_mesh, place, run_steps_of_seeds, seed_keys
-from cnn_jax.core.training import create_train_state, epoch_order, make_keys, train_step
+from cnn_jax.core.training import batch_indices, create_train_state, make_keys, train_step
 from cnn_jax.data.dataset import Dataset
 
 
@@ -34,7 +34,7 @@ def make_plain_loop(dataset: Dataset, batch_size: int) -> Callable[[int], None]:
     init_key, order_key, _ = make_keys(0)
     state = create_train_state(init_key, PlainCNN(), (28, 28, 1), tutorial(0.001))
     images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
-    order = epoch_order(order_key, 0, num_examples=len(labels), batch_size=batch_size)
+    order = batch_indices(order_key, 0, num_examples=len(labels), batch_size=batch_size)
     taken = 0
 
     def run(steps):

@@ -46,7 +46,7 @@ from cnn_jax.runs.restore import (
 from cnn_jax.runs.settings import EvaluateSettings, TrainSettings
 from cnn_jax.runtime.devices import describe_devices, describe_machine, device_bytes, start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
-from cnn_jax.runtime.distributed import agree, fetch, is_first, lost_hosts_told, on_first
+from cnn_jax.runtime.distributed import all_gather, is_process_0, on_process_0, report_lost_hosts, to_host
 from cnn_jax.runtime.errors import (
     InputFileError,
     NonFiniteLossError,
@@ -118,12 +118,12 @@ def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Trainin
     with contextlib.ExitStack() as held:
         with stopwatch.part("loading"):
             start_devices(settings.common.platform, **vars(settings.host))
-        held.enter_context(lost_hosts_told())
-        display = Display(shown=shown and is_first())
+        held.enter_context(report_lost_hosts())
+        display = Display(shown=shown and is_process_0())
         if not settings.run.dry_run:
-            on_first(lambda: _take_over(folder, settings, held, display))
+            on_process_0(lambda: _take_over(folder, settings, held, display))
         if not settings.run.fresh:
-            on_first(lambda: folder.check_settings(settings))
+            on_process_0(lambda: folder.check_settings(settings))
         display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
         with stopwatch.part("loading"):
             dataset = load_run_data(settings)
@@ -132,9 +132,9 @@ def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Trainin
             display.say("dry run: nothing was trained or written")
             yield None
             return
-        on_first(lambda: folder.write_settings(settings))
+        on_process_0(lambda: folder.write_settings(settings))
         checkpoints = None
-        if is_first():
+        if is_process_0():
             checkpoints = held.enter_context(open_checkpoints(folder.checkpoints, writing=True, warn=display.say))
         training = Training(settings, dataset, folder, checkpoints, display, stopwatch)
         training.restore()
@@ -162,7 +162,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
     run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
     mesh = make_mesh(run.seeds)
     test_set = place_test_set(dataset.test_images, dataset.test_labels, mesh)
-    params = place(states.tested_params, mesh, P(SEEDS))
+    params = place(states.eval_params, mesh, P(SEEDS))
     results = evaluate_seeds(states.apply_fn, params, *test_set, mesh=mesh, unscaled=settings.unscaled)
     pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
     for seed, result in enumerate(results, start=run.seed):
@@ -216,7 +216,7 @@ class Training:
         self.display = display
         self.stopwatch = stopwatch
         self.mesh = make_mesh(settings.seeds)
-        self.meta = describe_run(settings, dataset) if is_first() else {}
+        self.meta = describe_run(settings, dataset) if is_process_0() else {}
         with stopwatch.part("loading"):
             train_set, epoch_test_set = dataset, (dataset.test_images, dataset.test_labels)
             if settings.validation is not None:
@@ -247,8 +247,8 @@ class Training:
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one, and print what was printed up to there."""
         with self.stopwatch.part("loading"):
-            restored = on_first(self._read_newest)
-        metrics = on_first(self.folder.read_metrics)
+            restored = on_process_0(self._read_newest)
+        metrics = on_process_0(self.folder.read_metrics)
         if restored is not None:
             states, self.losses, self.step = restored
             self.states = jax.tree.unflatten(jax.tree.structure(self.states), place(states, self.mesh, P(SEEDS)))
@@ -265,7 +265,7 @@ class Training:
             if epoch.step <= self.step and (epoch.step % self.steps_per_epoch == 0 or self.finished)
         ]
         if self.metrics != metrics:
-            on_first(lambda: self.folder.write_metrics(self.metrics))
+            on_process_0(lambda: self.folder.write_metrics(self.metrics))
         for epoch in self.metrics:
             self.display.epoch_cost(epoch.epoch, statistics.fmean(epoch.cost))
 
@@ -294,7 +294,7 @@ class Training:
         """Train to the last epoch, unless a signal stops it."""
         with contextlib.ExitStack() as held:
             self.scalars = None
-            if self.settings.run.tensorboard and is_first():
+            if self.settings.run.tensorboard and is_process_0():
                 from cnn_jax.runs.tensorboard import open_scalars
 
                 self.scalars = held.enter_context(open_scalars(self.folder.path / "tensorboard", after_step=self.step))
@@ -314,7 +314,7 @@ class Training:
                 one = self._lower(piece).compile().memory_analysis()
                 self.group = choose_group(seeds_here, one.temp_size_in_bytes, device_bytes())
             self._lower(piece).compile()
-            tested = (self.states.tested_params, *self.epoch_test_set, jnp.float32(255))
+            tested = (self.states.eval_params, *self.epoch_test_set, jnp.float32(255))
             sums_of_seeds.lower(*tested, apply_fn=self.states.apply_fn, mesh=self.mesh).compile()
         log.info(
             "compiled in %.1f s; seeds trained at once: %s", self.stopwatch.seconds["compiling"], self.group or "one"
@@ -374,7 +374,7 @@ class Training:
         self.epochs_here += 1
         self.metrics.append(metrics)
         with self.stopwatch.part("saving"):
-            on_first(lambda: self.folder.write_metrics(self.metrics))
+            on_process_0(lambda: self.folder.write_metrics(self.metrics))
         self._save()
         if self.scalars is not None:
             self.scalars.write(metrics)
@@ -393,7 +393,7 @@ class Training:
 
     def _agree_on_a_segment(self, request: StopRequest, piece_stop: int) -> int:
         """Return how many steps to take next, the same in every process; save and stop if one was asked to."""
-        told = agree(request.signal_number or 0, self.segment_steps)
+        told = all_gather(request.signal_number or 0, self.segment_steps)
         if told[:, 0].any():
             self._stop(int(told[:, 0].max()))
         length = min(int(told[0, 1]), piece_stop - self.step)
@@ -413,7 +413,7 @@ class Training:
             self.states, losses = run_steps_of_seeds(
                 *self._arguments(piece, first, first + length), **self._laid_out(piece)
             )
-            losses = fetch(losses)[:, first : first + length]
+            losses = to_host(losses)[:, first : first + length]
         seconds = time.perf_counter() - start
         if profiled:
             self.display.say(f"a trace of {length} steps is in {self.profile}")
@@ -436,7 +436,7 @@ class Training:
         """Test each seed's network as it is now on all images of a set."""
         with self.stopwatch.part("testing"):
             return evaluate_seeds(
-                self.states.apply_fn, self.states.tested_params, *images_and_labels, mesh=self.mesh, unscaled=unscaled
+                self.states.apply_fn, self.states.eval_params, *images_and_labels, mesh=self.mesh, unscaled=unscaled
             )
 
     def _saves_at(self, step: int) -> bool:
@@ -445,11 +445,11 @@ class Training:
 
     def _save(self) -> None:
         with self.stopwatch.part("saving"):
-            states = fetch(self.states)
-            on_first(lambda: self.checkpoints.save(self.step, states, self.losses, self.meta))
+            states = to_host(self.states)
+            on_process_0(lambda: self.checkpoints.save(self.step, states, self.losses, self.meta))
 
     def _stop(self, signal_number: int) -> NoReturn:
-        if self.step > 0 and on_first(lambda: self.checkpoints.latest_step()) != self.step:
+        if self.step > 0 and on_process_0(lambda: self.checkpoints.latest_step()) != self.step:
             self._save()
         saved = "which is saved; run the same command again to continue"
         raise StopSignalError(
@@ -489,8 +489,8 @@ class Training:
             by_seed = zip(seeds_of(self.settings).tolist(), accuracies, strict=True)
             result["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
             result["spread"] = dataclasses.asdict(spread_of_seeds)
-        states = fetch(self.states)
-        if is_first():
+        states = to_host(self.states)
+        if is_process_0():
             self._write_report(rows, result, states, accuracies)
         return result["test_accuracy"]
 

@@ -1,6 +1,6 @@
 """Several processes, on one host or many, that train one run together: what one does for all, and what all must know.
 
-Process 0 prints and writes. What it does alone, it does inside `on_first`, and the others learn how it went.
+Process 0 prints and writes. What it does alone, it does inside `on_process_0`, and the others learn how it went.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def _leave_at_once(line: str, exit_code: int) -> NoReturn:
     sys.stdout.flush()
     _say_last(line)
     with contextlib.suppress(RuntimeError):  # there is no device to ask which process this is
-        if is_first():
+        if is_process_0():
             time.sleep(GRACE_SECONDS)
     os._exit(exit_code)
 
@@ -114,17 +114,17 @@ def _in_a_cluster() -> bool:
     return ("SLURM_STEP_NODELIST" in os.environ and tasks != "1") or "," in tpu_hosts
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
 
 
-def on_first(function: Callable[[], T]) -> T:
+def on_process_0(function: Callable[[], T]) -> T:
     """Call a function in process 0 alone, and return its result, or raise its failure, in every process."""
     if jax.process_count() == 1:
         return function()
     outcome = b""
-    if is_first():
+    if is_process_0():
         try:
             outcome = pickle.dumps((function(), None))
         except (CnnJaxError, OSError) as error:
@@ -137,13 +137,13 @@ def on_first(function: Callable[[], T]) -> T:
     return result
 
 
-def agree(*numbers: int) -> np.ndarray:
+def all_gather(*numbers: int) -> np.ndarray:
     """Return every process's numbers, (processes, len(numbers)), in every process."""
     mine = np.array(numbers, np.int32)
     return mine[np.newaxis] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
 
 
-def fetch(tree: object) -> object:
+def to_host(tree: object) -> object:
     """Return a tree's arrays on the host, whole in every process, wherever their parts are."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -151,7 +151,7 @@ def fetch(tree: object) -> object:
 
 
 @contextlib.contextmanager
-def lost_hosts_told() -> Iterator[None]:
+def report_lost_hosts() -> Iterator[None]:
     """Say in one line that another process is gone, where a wait for it fails.
 
     Raises:

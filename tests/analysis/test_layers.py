@@ -76,14 +76,14 @@ def test_the_layers_have_the_shapes_and_the_parameters_of_the_tutorials(inspecti
 def test_the_confusion_matrix_counts_every_test_image(inspection, states_and_data):
     states, dataset = states_and_data
     np.testing.assert_array_equal(inspection.confusion.sum(axis=1), np.bincount(dataset.test_labels, minlength=10))
-    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
     tested = evaluate(states.apply_fn, params, dataset.test_images, dataset.test_labels)
     assert inspection.confusion.trace() == tested.correct < tested.count == inspection.confusion.sum() == 510
 
 
 def test_the_most_confident_mistakes_are_mistakes_most_confident_first(inspection, states_and_data):
     states, dataset = states_and_data
-    params = jax.tree.map(lambda leaf: leaf[0], states.tested_params)
+    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
     logits = np.asarray(jax.jit(states.apply_fn)({"params": params}, scale_pixels(dataset.test_images)), np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     right = logits.argmax(axis=1) == dataset.test_labels

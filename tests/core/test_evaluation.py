@@ -8,7 +8,7 @@ import pytest
 from cnn_jax.core.evaluation import evaluate, sum_over_images
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import create_train_state, epoch_order, make_keys, run_steps
+from cnn_jax.core.training import batch_indices, create_train_state, make_keys, run_steps
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from tests.conftest import EMBEDDED
@@ -58,7 +58,7 @@ def test_unscaled_means_pixels_up_to_255(test_set):
 
 def test_evaluating_between_steps_never_changes_training(test_set):
     images, labels = test_set[0][:600], test_set[1][:600]
-    order = epoch_order(make_keys(777)[1], 0, num_examples=600, batch_size=100)
+    order = batch_indices(make_keys(777)[1], 0, num_examples=600, batch_size=100)
 
     def train(*, evaluating):
         state, losses = initial_state(), []

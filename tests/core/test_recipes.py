@@ -29,7 +29,7 @@ def test_the_tutorials_recipe_is_adam_on_the_images_as_they_are():
     recipe = tutorial(0.001)
     assert recipe == Recipe(recipe.optimizer)
     assert recipe.loss is optax.softmax_cross_entropy_with_integer_labels
-    assert (recipe.augment, recipe.average_decay) == (None, None)
+    assert (recipe.augment, recipe.ema_decay) == (None, None)
 
 
 def test_moves_of_nothing_leave_the_images_as_they_are(batch):
@@ -73,15 +73,15 @@ def test_smoothed_labels_give_some_weight_to_every_class():
 
 
 def test_the_weights_that_are_tested_are_an_average_over_the_steps(batch):
-    recipe = Recipe(optax.sgd(0.1), average_decay=0.5)
+    recipe = Recipe(optax.sgd(0.1), ema_decay=0.5)
     state = create_train_state(make_keys(0)[0], CNN(), (28, 28, 1), recipe)
     expected = state.params["fc"]["bias"]
     for step in range(8):
         state, _ = train_step(state, *batch)
         decay = min(0.5, (2 + step) / (11 + step))
         expected = decay * expected + (1 - decay) * state.params["fc"]["bias"]
-    np.testing.assert_allclose(state.tested_params["fc"]["bias"], expected, rtol=1e-5)
-    assert not np.allclose(state.tested_params["fc"]["bias"], state.params["fc"]["bias"])
+    np.testing.assert_allclose(state.eval_params["fc"]["bias"], expected, rtol=1e-5)
+    assert not np.allclose(state.eval_params["fc"]["bias"], state.params["fc"]["bias"])
 
 
 @pytest.mark.parametrize("recipe", [fast, accurate])

@@ -22,7 +22,7 @@ from cnn_jax.core.sharding import (
     run_steps_of_seeds,
     seed_keys,
 )
-from cnn_jax.runtime.distributed import fetch
+from cnn_jax.runtime.distributed import to_host
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -41,7 +41,7 @@ def train(train_set, seeds, *, group=None, recipe=None, steps=10):
     orders = epoch_orders(order_keys, 0, num_examples=1000, batch_size=100, mesh=mesh)
     examples = place(train_set, mesh, P())
     states, losses = run_steps_of_seeds(states, *examples, orders, augment_keys, 0, steps, mesh=mesh, group=group)
-    return states, fetch(losses)
+    return states, to_host(losses)
 
 
 @pytest.mark.parametrize("recipe", [tutorial(0.001), accurate(0.003, 10)], ids=["tutorial", "accurate"])
@@ -99,7 +99,7 @@ import jax, numpy as np
 from cnn_jax.core.sharding import *
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import {recipe}
-from cnn_jax.runtime.distributed import fetch
+from cnn_jax.runtime.distributed import to_host
 from jax.sharding import PartitionSpec as P
 seeds, batch_size = {seeds}, 100
 mesh = make_mesh(seeds)
@@ -113,7 +113,7 @@ examples = place((images, labels), mesh, P())
 states, losses = run_steps_of_seeds(states, *examples, orders, augment_keys, 0, 10, mesh=mesh, group=None)
 tested = evaluate_seeds(states.apply_fn, states.params, *place_test_set(images[:333], labels[:333], mesh), mesh=mesh)
 assert all(result.count == 333 for result in tested)
-print(repr(fetch(losses).tolist()))
+print(repr(to_host(losses).tolist()))
 """
 
 

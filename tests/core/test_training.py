@@ -8,7 +8,7 @@ import pytest
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import create_train_state, epoch_order, make_keys, run_steps, train_step
+from cnn_jax.core.training import batch_indices, create_train_state, make_keys, run_steps, train_step
 from cnn_jax.data.dataset import scale_pixels
 
 pytestmark = pytest.mark.optax_promotes
@@ -26,7 +26,7 @@ def initial_state(seed=777):
 
 
 def order_of(epoch, *, seed=777, num_examples=2000, batch_size=100):
-    return epoch_order(make_keys(seed)[1], epoch, num_examples=num_examples, batch_size=batch_size)
+    return batch_indices(make_keys(seed)[1], epoch, num_examples=num_examples, batch_size=batch_size)
 
 
 def train_one_epoch(train_set, *, cuts=(), seed=777):

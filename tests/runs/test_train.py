@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.runs import train as train_module
-from tests.torture.runs import read_newest
+from tests.fault_injection.runs import read_newest
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -8,16 +8,16 @@ from unittest import mock
 
 from cnn_jax.runs import checkpoint
 from cnn_jax.runtime.display import Display
-from tests.torture import trials
-from tests.torture.runs import Trainer
-from tests.torture.sabotage import digest_off
+from tests.fault_injection import trials
+from tests.fault_injection.mutants import digest_off
+from tests.fault_injection.runs import Trainer
 
 # So many that some of them meet a run with a checkpoint: one killed before its first one starts anew, broken or not.
 CONTROL_KILLS = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Torture:
+class FaultInjection:
     """What every kind of trial needs.
 
     Attributes:
@@ -37,7 +37,7 @@ class Torture:
         return KINDS[kind](self.arguments, Trainer(self.data), self.reference, choose, Display().say)
 
     def run_broken(self, name: str) -> trials.Tally:
-        """Torture the program with one thing broken: this must fail."""
+        """Inject faults into the program with one thing broken: this must fail."""
         choose, say = random.Random(f"{self.arguments.seed} {name}"), Display().say
         if name == "digest off":
             with mock.patch.object(checkpoint, "digest"):  # puts it back

@@ -1,4 +1,4 @@
-"""Save one checkpoint in a folder that is full, so that the oldest goes: `python -m tests.torture.save_once FOLDER`.
+"""Save one checkpoint in a full folder, so that the oldest goes: `python -m tests.fault_injection.save_once FOLDER`.
 
 The process that is killed, or finds the disk full, at each of its file operations in turn.
 """

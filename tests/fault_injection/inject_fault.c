@@ -3,10 +3,10 @@
  * It is preloaded (LD_PRELOAD), so that it sees every change in the order in which the threads make them. Of a write at
  * which the process is killed, the first half is written.
  *
- *   STRIKE_FOLDER  the folder, an absolute path
- *   STRIKE_AT      the number of the change, from 1
- *   STRIKE_HOW     kill, or full
- *   STRIKE_MARK    a file that is made when the change is reached
+ *   FAULT_FOLDER  the folder, an absolute path
+ *   FAULT_AT      the number of the change, from 1
+ *   FAULT_HOW     kill, or full
+ *   FAULT_MARK    a file that is made when the change is reached
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,7 +28,7 @@
 static atomic_int changes;
 
 static int is_inside(int folder, const char *path) {
-  const char *struck = getenv("STRIKE_FOLDER");
+  const char *struck = getenv("FAULT_FOLDER");
   if (struck == NULL) return 0;
   char link[64], place[PATH_MAX];
   if (path == NULL || path[0] != '/') { /* a descriptor, or a path that begins at one */
@@ -44,12 +44,12 @@ static int is_inside(int folder, const char *path) {
 
 static int is_reached(int folder, const char *path) {
   if (!is_inside(folder, path)) return 0;
-  int number = atomic_fetch_add(&changes, 1) + 1, at = atoi(getenv("STRIKE_AT"));
-  if (number == at) close(REAL(open)(getenv("STRIKE_MARK"), O_CREAT | O_WRONLY, 0644));
+  int number = atomic_fetch_add(&changes, 1) + 1, at = atoi(getenv("FAULT_AT"));
+  if (number == at) close(REAL(open)(getenv("FAULT_MARK"), O_CREAT | O_WRONLY, 0644));
   return number >= at;
 }
 
-static int kills(void) { return strcmp(getenv("STRIKE_HOW"), "kill") == 0; }
+static int kills(void) { return strcmp(getenv("FAULT_HOW"), "kill") == 0; }
 
 static void die(void) {
   kill(getpid(), SIGKILL);

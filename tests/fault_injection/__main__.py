@@ -1,4 +1,4 @@
-"""The full torture: `python -m tests.torture --seed 1 --kills 200`. It prints what it did and, at the end, a table."""
+"""All the fault injection: `python -m tests.fault_injection --seed 1 --kills 200`; it ends with a table."""
 
 import argparse
 import importlib.metadata
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from cnn_jax.runtime.display import Display
 from tests.conftest import write_small_mnist
-from tests.torture.kinds import KINDS, Torture
-from tests.torture.runs import Trainer, run_fingerprint
-from tests.torture.sabotage import SABOTAGES
+from tests.fault_injection.mutants import MUTANTS
+from tests.fault_injection.runs import Trainer, run_fingerprint
+from tests.fault_injection.trial_kinds import KINDS, FaultInjection
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def main() -> None:
-    """Torture the program, then the program with one thing broken; end with 1 unless only the latter fails."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
+    """Inject faults into the program, then into it with one thing broken; end with 1 unless only the latter fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fault_injection", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="of all that is chosen at random")
     parser.add_argument("--kills", type=int, default=200, help="with SIGKILL, of trainings")
     parser.add_argument("--signals", type=int, default=50, help="SIGTERM and SIGINT, to trainings")
@@ -46,11 +46,11 @@ def main() -> None:
         if code != 0:
             sys.exit(f"the run that nothing interrupts ended with {code}: {complaint}")
         reference = run_fingerprint(Path(folder) / "reference")
-        torture = Torture(arguments, data, reference)
+        injection = FaultInjection(arguments, data, reference)
         # In processes of their own, as many at once as there are cores: most of what a trial does is to wait.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-            tallies = [pool.submit(torture.run, kind) for kind in KINDS]
-            controls = [pool.submit(torture.run_broken, name) for name in SABOTAGES]
+            tallies = [pool.submit(injection.run, kind) for kind in KINDS]
+            controls = [pool.submit(injection.run_broken, name) for name in MUTANTS]
             tallies, controls = [[future.result() for future in futures] for futures in (tallies, controls)]
     result = {
         "seed": arguments.seed,
@@ -75,7 +75,7 @@ def to_markdown(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     failures = [f"- {tally['name']}: {failure}" for tally in result["trials"] for failure in tally["failures"]]
     lines = [
-        "# Torture",
+        "# Fault injection",
         "",
         *[f"{line} {what} |" for line, what in zip(trials_table(result), _details(result), strict=True)],
         "",

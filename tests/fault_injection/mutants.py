@@ -1,6 +1,6 @@
-"""The program with one thing broken on purpose: `python -m tests.torture.sabotage NAME COMMAND ...`.
+"""The program with one thing broken on purpose: `python -m tests.fault_injection.mutants NAME COMMAND ...`.
 
-A torture that this passes proves nothing.
+Fault injection that this passes proves nothing.
 """
 
 import sys
@@ -35,9 +35,9 @@ def epoch_left_out() -> None:
     train.epoch_orders = lambda key, epoch, **sizes: order(key, 0, **sizes)
 
 
-SABOTAGES = {"digest off": digest_off, "optimizer left out": optimizer_left_out, "epoch left out": epoch_left_out}
+MUTANTS = {"digest off": digest_off, "optimizer left out": optimizer_left_out, "epoch left out": epoch_left_out}
 
 if __name__ == "__main__":
-    SABOTAGES[sys.argv[1]]()
+    MUTANTS[sys.argv[1]]()
     end_on_signals()
     main(sys.argv[2:])

@@ -1,4 +1,4 @@
-"""A sample of `python -m tests.torture`: what is killed, damaged or stopped ends in the same bits."""
+"""A sample of `python -m tests.fault_injection`: what is killed, damaged or stopped ends in the same bits."""
 
 import gc
 import random
@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from tests.torture import trials
-from tests.torture.runs import Trainer, run_fingerprint
+from tests.fault_injection import trials
+from tests.fault_injection.runs import Trainer, run_fingerprint
 
 # Orbax, where it fails, leaves coroutines behind that it never waited for.
 orbax_leaves_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -24,7 +24,7 @@ def other_tests_garbage():
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, small_mnist):
-    data = tmp_path_factory.mktemp("torture") / "data"
+    data = tmp_path_factory.mktemp("fault-injection") / "data"
     data.symlink_to(small_mnist)
     return Trainer(data)
 

@@ -21,15 +21,15 @@ class Trainer:
 
     Attributes:
       data: A folder of four IDX files.
-      sabotage: What is broken in the program on purpose: a name that `tests.torture.sabotage` knows, or None.
+      mutant: What is broken in the program on purpose: a name that `tests.fault_injection.mutants` knows, or None.
     """
 
     data: Path
-    sabotage: str | None = None
+    mutant: str | None = None
 
     def start(self, folder: Path, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
         """Start to train the run `run` in a folder, or to continue it."""
-        program = ["-m", "cnn_jax"] if self.sabotage is None else ["-m", "tests.torture.sabotage", self.sabotage]
+        program = ["-m", "cnn_jax"] if self.mutant is None else ["-m", "tests.fault_injection.mutants", self.mutant]
         arguments = [
             "train", "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
             "--checkpoint-every-steps", STEPS_A_CHECKPOINT, "--platform", "cpu", *options,

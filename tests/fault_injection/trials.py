@@ -25,8 +25,8 @@ from cnn_jax.data.mnist.builder import SHA256
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runtime.errors import InputFileError, NoCheckpointError
 from tests.conftest import EMBEDDED
-from tests.torture.runs import ROOT, Trainer, run_fingerprint
-from tests.torture.save_once import SAVED, STEPS, content
+from tests.fault_injection.runs import ROOT, Trainer, run_fingerprint
+from tests.fault_injection.save_once import SAVED, STEPS, content
 
 Say = Callable[[str], None]
 PYTHON_HAS_STARTED = 0.8  # seconds: before that, Python answers signals in its own way
@@ -141,11 +141,11 @@ def full_disk_runs(trainer: Trainer, reference: str, *, count: int, choose: rand
     """Let whole trainings find the disk full from a random one of their changes on, and continue them with room."""
     tally = Tally("disk full at a random time of a training")
     with tempfile.TemporaryDirectory() as folder:
-        library = _build_strike(Path(folder))
+        library = _build_injector(Path(folder))
         for number in range(count):
             run, mark = Path(folder) / str(number), Path(folder) / "mark"
             at = int(10 ** choose.uniform(0, 3.7))
-            process = trainer.start(run, environment=_strike(library, run, at, "full", mark))
+            process = trainer.start(run, environment=_injection(library, run, at, "full", mark))
             complaint = process.communicate()[1]
             if mark.exists():
                 tally.trials += 1
@@ -303,13 +303,13 @@ def fuzz(*, examples: int, say: Say) -> Tally:
 
 def _at_each_change(tally, how, expected, every, say):
     with tempfile.TemporaryDirectory() as folder:
-        library = _build_strike(Path(folder))
+        library = _build_injector(Path(folder))
         sound = Path(folder) / "sound" / "steps"
         _save_three(sound)
         for number in itertools.count(1, every):
             steps, mark = Path(folder) / "struck" / "steps", Path(folder) / "mark"
             shutil.copytree(sound, steps)
-            code, complaint = _save_in_another_process(steps, _strike(library, steps, number, how, mark))
+            code, complaint = _save_in_another_process(steps, _injection(library, steps, number, how, mark))
             struck = mark.exists()
             mark.unlink(missing_ok=True)
             if struck:
@@ -331,7 +331,7 @@ def _at_each_change(tally, how, expected, every, say):
 
 def _save_in_another_process(steps, environment):
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.torture.save_once", str(steps)],
+        [sys.executable, "-m", "tests.fault_injection.save_once", str(steps)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -340,15 +340,15 @@ def _save_in_another_process(steps, environment):
     return ended.returncode, ended.stderr
 
 
-def _build_strike(folder):
-    library = folder / "strike.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("strike.c")], check=True)
+def _build_injector(folder):
+    library = folder / "inject_fault.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("inject_fault.c")], check=True)
     return library
 
 
-def _strike(library, folder, at, how, mark):
-    strike = {"STRIKE_FOLDER": folder, "STRIKE_AT": at, "STRIKE_HOW": how, "STRIKE_MARK": mark}
-    return {name: str(value) for name, value in ({"LD_PRELOAD": library} | strike).items()}
+def _injection(library, folder, at, how, mark):
+    fault = {"FAULT_FOLDER": folder, "FAULT_AT": at, "FAULT_HOW": how, "FAULT_MARK": mark}
+    return {name: str(value) for name, value in ({"LD_PRELOAD": library} | fault).items()}
 
 
 def _save_three(steps):
