@@ -17,7 +17,7 @@ from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, scale_pixels
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import restore_run
-from cnn_jax.runs.settings import InspectSettings
+from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import LAYER_TABLE, Display
 
@@ -108,19 +108,19 @@ class Picture(NamedTuple):
     caption: str
 
 
-def inspect_run(settings: InspectSettings) -> None:
+def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform | None = None) -> None:
     """Print the shape and the parameters after every layer of a run's network, and draw what it has learned.
 
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
-    display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
-    start_devices(settings.common.platform)
-    run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
+    display, folder = Display(), RunFolder(run)
+    start_devices(platform)
+    settings, states, dataset = restore_run(folder, data_dir, display.say)
     params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
     display.result(tabulate(layers_of(params) or states.apply_fn.__self__, dataset))
     pictures = draw_pictures(inspect_network(states, dataset), folder.read_metrics(), folder.path / "pictures")
-    of_seed = f", of seed {run.seed}" if run.seeds > 1 else ""
+    of_seed = f", of seed {settings.seed}" if settings.seeds > 1 else ""
     display.say(
         f"{len(pictures)} pictures{of_seed} after {int(states.step[0]):,} steps are in {folder.path / 'pictures'}"
     )

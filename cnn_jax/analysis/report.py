@@ -7,12 +7,13 @@ import jax
 import jinja2
 
 from cnn_jax.analysis.layers import Inspection, Picture, draw_pictures, inspect_network
-from cnn_jax.core.evaluation import evaluate, spread
+from cnn_jax.core.evaluation import evaluate
+from cnn_jax.core.statistics import mean_interval
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.folder import EpochMetrics, RunFolder, write_atomically
 from cnn_jax.runs.restore import count_steps, restore_run
-from cnn_jax.runs.settings import ReportSettings, TrainSettings, option_values
+from cnn_jax.runs.settings import Platform, TrainSettings, option_values
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 
@@ -20,21 +21,23 @@ from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 Rows = list[tuple[str, str]]
 
 
-def report_run(settings: ReportSettings) -> None:
+def report_run(
+    run: Path, output: Path | None = None, *, data_dir: Path | None = None, platform: Platform | None = None
+) -> None:
     """Test every seed of a run as its newest checkpoint has it, and write the page about it.
 
     Raises:
       CnnJaxError: each failure as the class that names it.
     """
-    display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
-    start_devices(settings.common.platform)
-    run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
+    display, folder = Display(), RunFolder(run)
+    start_devices(platform)
+    settings, states, dataset = restore_run(folder, data_dir, display.say)
     accuracies = []
-    for seed in range(run.seeds):
+    for seed in range(settings.seeds):
         params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states.eval_params)
         accuracies.append(evaluate(states.apply_fn, params, dataset.test_images, dataset.test_labels).accuracy)
-    file = settings.output or folder.path / "report.html"
-    write_report(file, folder, run, states, dataset, accuracies)
+    file = output or folder.path / "report.html"
+    write_report(file, folder, settings, states, dataset, accuracies)
     display.say(f"the report is {file}")
 
 
@@ -115,7 +118,7 @@ def _results(
     if "unscaled_test_accuracy" in result:
         rows.append(("as the tutorial tests", f"{result['unscaled_test_accuracy']:.4f} on pixels in 0..255"))
     if settings.seeds > 1:
-        spread_of_seeds = spread(accuracies)
+        spread_of_seeds = mean_interval(accuracies)
         rows += [
             ("standard error", f"{spread_of_seeds.standard_error:.5f}"),
             ("95 % interval", f"{spread_of_seeds.low:.4f} to {spread_of_seeds.high:.4f}"),

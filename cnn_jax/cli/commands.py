@@ -82,32 +82,65 @@ def run_command(settings: object) -> None:
     if isinstance(settings, TrainSettings):
         train(settings)
     elif isinstance(settings, EvaluateSettings):
-        from cnn_jax.runs.train import evaluate_run
+        from cnn_jax.runs.restore import evaluate_run
 
-        evaluate_run(settings)
+        evaluate_run(
+            settings.common.run_folder(settings.run),
+            unscaled=settings.unscaled,
+            data_dir=settings.common.data_dir,
+            platform=settings.common.platform,
+        )
     elif isinstance(settings, InspectSettings):
         from cnn_jax.analysis.layers import inspect_run
 
-        inspect_run(settings)
+        inspect_run(
+            settings.common.run_folder(settings.run),
+            data_dir=settings.common.data_dir,
+            platform=settings.common.platform,
+        )
     elif isinstance(settings, ReportSettings):
         from cnn_jax.analysis.report import report_run
 
-        report_run(settings)
+        report_run(
+            settings.common.run_folder(settings.run),
+            settings.output,
+            data_dir=settings.common.data_dir,
+            platform=settings.common.platform,
+        )
     elif isinstance(settings, PredictSettings):
         from cnn_jax.inference.predict import predict
 
-        predict(settings)
+        predict(
+            settings.images,
+            settings.common.run_folder(settings.run),
+            as_json=settings.json,
+            data_dir=settings.common.data_dir,
+            platform=settings.common.platform,
+        )
     elif isinstance(settings, ExportSettings):
         for package, extra in EXPORT_NEEDS[settings.to].items():
             require(package, extra=extra)
         from cnn_jax.inference.export import export
 
-        export(settings)
+        export(
+            settings.to,
+            settings.output,
+            settings.common.run_folder(settings.run),
+            seed=settings.seed,
+            data_dir=settings.common.data_dir,
+            platform=settings.common.platform,
+        )
     elif isinstance(settings, DemoSettings):
         require("gradio", extra="demo")
         from cnn_jax.inference.demo import demo
 
-        demo(settings)
+        demo(
+            settings.common.run_folder(settings.run),
+            host=settings.host,
+            port=settings.port,
+            data_dir=settings.common.data_dir,
+            platform=settings.common.platform,
+        )
     elif isinstance(settings, SweepSettings):
         require("optuna", extra="sweep")
         from cnn_jax.runs.sweep import sweep
@@ -116,17 +149,23 @@ def run_command(settings: object) -> None:
     else:
         require("torch", extra="torch")
         if isinstance(settings, ImportTorchSettings):
-            from cnn_jax.pytorch.import_weights import import_torch
+            from cnn_jax.pytorch.import_weights import import_weights
 
-            import_torch(settings)
+            import_weights(settings.file, settings.train_settings)
         elif isinstance(settings, CompareSettings):
             from cnn_jax.pytorch.compare import compare
 
-            compare(settings)
+            compare(
+                seeds=settings.seeds,
+                seed=settings.seed,
+                epochs=settings.epochs,
+                output=settings.output,
+                data_dir=settings.common.data_dir,
+            )
         else:
             from cnn_jax.pytorch.benchmark import benchmark
 
-            benchmark(settings)
+            benchmark(rounds=settings.rounds, output=settings.output, data_dir=settings.common.data_dir)
 
 
 def program() -> None:

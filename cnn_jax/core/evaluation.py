@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 from jax import lax
 
 from cnn_jax.data.dataset import scale_pixels
@@ -54,34 +51,6 @@ class Mistake(NamedTuple):
     label: int
     taken_for: int
     probability: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """How the results of several seeds are spread.
-
-    Attributes:
-      mean: Their mean.
-      standard_deviation: The sample's, with n - 1 in its denominator.
-      standard_error: Of the mean: the standard deviation divided by the square root of n.
-      low: Where the mean's 95 % interval begins: mean - t * standard error, t of Student's distribution with n - 1
-        degrees of freedom (Student, Biometrika 6, 1908).
-      high: Where it ends.
-    """
-
-    mean: float
-    standard_deviation: float
-    standard_error: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Return the spread of at least two values."""
-    mean, deviation = statistics.fmean(values), statistics.stdev(values)
-    error = deviation / math.sqrt(len(values))
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error
-    return Spread(mean, deviation, error, mean - half, mean + half)
 
 
 def evaluate(

@@ -13,7 +13,7 @@ import numpy as np
 from cnn_jax.data.dataset import Dataset, load_dataset, scale_pixels
 from cnn_jax.inference.pretrained import PACKAGED, Network, load_run_network, read_network, write_network
 from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
-from cnn_jax.runs.settings import ExportSettings
+from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import StorageError
@@ -41,7 +41,15 @@ class Format(NamedTuple):
     load: Callable[[Path, Network], Callable[[np.ndarray], np.ndarray]]
 
 
-def export(settings: ExportSettings) -> None:
+def export(
+    to: str,
+    output: Path,
+    run: Path | None = None,
+    *,
+    seed: int | None = None,
+    data_dir: Path | None = None,
+    platform: Platform | None = None,
+) -> None:
     """Write a network to a file, which is there only if it computes the same, in its own program, on all test images.
 
     Raises:
@@ -49,27 +57,27 @@ def export(settings: ExportSettings) -> None:
       NoCheckpointError: there is no such run.
       StorageError: the file could not be written, or does not compute what the network does.
     """
-    new = Path(f"{settings.output}.unchecked")
-    with _writing(settings.output):
+    new = Path(f"{output}.unchecked")
+    with _writing(output):
         new.touch()  # fails before anything is loaded
     try:
-        start_devices(settings.common.platform)
-        display, run = Display(), settings.common.run_folder(settings.run)
+        start_devices(platform)
+        display = Display()
         if run is None:
             network = read_network(PACKAGED)
-            dataset = load_dataset("mnist", None, settings.common.data_dir)
+            dataset = load_dataset("mnist", None, data_dir)
         else:
-            network, dataset = load_run_network(run, settings.common.data_dir, display.say, settings.seed)
-        with _writing(settings.output):
-            FORMATS[settings.to].write(network, new)
-        display.say(check(settings.to, new, network, dataset, name=settings.output))
-        with _writing(settings.output):
-            new.replace(settings.output)
+            network, dataset = load_run_network(run, data_dir, display.say, seed)
+        with _writing(output):
+            FORMATS[to].write(network, new)
+        display.say(check(to, new, network, dataset, name=output))
+        with _writing(output):
+            new.replace(output)
     finally:
         new.unlink(missing_ok=True)
     seed, steps = network.training["seed"], network.training["steps"]
     source = run or "the packaged network"
-    display.say(f"{source}, seed {seed}, after {steps:,} steps is now {settings.output}")
+    display.say(f"{source}, seed {seed}, after {steps:,} steps is now {output}")
 
 
 @contextlib.contextmanager

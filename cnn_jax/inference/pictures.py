@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ HOLE = 5
 STROKE_WIDTHS = (1.9, 4.0)
 
 
-def find_images(places: tuple[str, ...]) -> list[str]:
+def find_images(places: Sequence[str]) -> list[str]:
     """Return the files that are named, and in the place of a folder its images, sorted by name.
 
     Raises:

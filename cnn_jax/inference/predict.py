@@ -2,13 +2,15 @@
 
 import json
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import scipy.special
 
 from cnn_jax.inference.pictures import check_takes_digits, find_images, read_digit
 from cnn_jax.inference.pretrained import load_network
-from cnn_jax.runs.settings import PredictSettings
+from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError
@@ -16,7 +18,14 @@ from cnn_jax.runtime.errors import InputFileError
 TOLD = 3  # classes of each picture, the most probable first
 
 
-def predict(settings: PredictSettings) -> None:
+def predict(
+    images: Sequence[str],
+    run: Path | None = None,
+    *,
+    as_json: bool = False,
+    data_dir: Path | None = None,
+    platform: Platform | None = None,
+) -> None:
     """Say which digit each picture shows; those that cannot be read are told last, an error a line.
 
     Raises:
@@ -25,27 +34,27 @@ def predict(settings: PredictSettings) -> None:
       NoCheckpointError: there is no such run.
     """
     files, digits, failures = [], [], []
-    for file in find_images(settings.images):
+    for file in find_images(images):
         try:
             digits.append(read_digit(file))
             files.append(file)
         except InputFileError as error:
             failures.append(error)
     if files:
-        _tell(files, np.stack(digits), settings)
+        _tell(files, np.stack(digits), run, as_json, data_dir, platform)
     if failures:
         for error in failures[:-1]:
             Display().say(f"error: {error}")
         raise failures[-1]
 
 
-def _tell(files, digits, settings):
-    start_devices(settings.common.platform)
-    display = Display(shown=not settings.json)
-    network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, Display().say)
-    check_takes_digits(network.image_shape, f"--run {settings.run}")
+def _tell(files, digits, run, as_json, data_dir, platform):
+    start_devices(platform)
+    display = Display(shown=not as_json)
+    network = load_network(run, data_dir, Display().say)
+    check_takes_digits(network.image_shape, f"--run {run and run.name}")
     probabilities = scipy.special.softmax(network.logits(digits).astype(np.float64), axis=1)
-    if settings.json:
+    if as_json:
         results = [
             {"file": file, "digit": int(of_file.argmax()), "probabilities": of_file.tolist()}
             for file, of_file in zip(files, probabilities, strict=True)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,6 @@ from cnn_jax.analysis.plots import plot_benchmark
 from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.variants import BATCH_SIZE, ENVIRONMENT, FORMS, is_torch
-from cnn_jax.runs.settings import BenchmarkSettings
 from cnn_jax.runtime.devices import describe_machine
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import StorageError
@@ -29,11 +29,11 @@ STEPS_OF_15_EPOCHS = 9000
 BYTES_A_WEIGHT = 4 * 8
 
 
-def benchmark(settings: BenchmarkSettings) -> None:
+def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> None:
     """Measure every form and write the table, the JSON and the plot."""
     display = Display()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared by all the processes
-    load_dataset("mnist", None, settings.common.data_dir)  # prepares it: loading is timed as it is ever after
+    load_dataset("mnist", None, data_dir)  # prepares it: loading is timed as it is ever after
     floor = measure_floor()
     display.say(f"floor: {floor['milliseconds']:.2f} ms a step")
     forms = [form for form in FORMS if "CUDA" not in form or jax.default_backend() == "gpu"]
@@ -43,18 +43,18 @@ def benchmark(settings: BenchmarkSettings) -> None:
         "device": _device_name(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "rounds": settings.rounds,
+        "rounds": rounds,
         "steps_a_round": STEPS_A_ROUND,
         "floor": floor,
-        "forms": _measure_in_turn(forms, settings, display),
+        "forms": _measure_in_turn(forms, rounds, data_dir, display),
     }
     name = re.sub(r"[^\w]+", "-", f"{result['device']}-{result['date']}").strip("-").lower()
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (settings.output / f"{name}.md").write_text(to_markdown(result, plot=f"{name}.png"))
-    plot_benchmark(result, settings.output / f"{name}.png")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (output / f"{name}.md").write_text(to_markdown(result, plot=f"{name}.png"))
+    plot_benchmark(result, output / f"{name}.png")
     display.say(to_markdown(result, plot=f"{name}.png"))
-    display.say(f"written to {settings.output / name}.md")
+    display.say(f"written to {output / name}.md")
 
 
 def measure_floor() -> dict[str, float]:
@@ -94,19 +94,19 @@ def _fastest(function, repeats=10):
     return min(times)
 
 
-def _measure_in_turn(forms, settings, display):
+def _measure_in_turn(forms, rounds, data_dir, display):
     processes, measured = {}, {}
     try:
         for form in forms:
             display.say(f"starting: {form}")
-            processes[form] = _start(form, settings.common.data_dir)
+            processes[form] = _start(form, data_dir)
             measured[form] = _answer_of(processes[form], form)
             if "error" in measured[form]:
                 display.say(f"left out: {form} ({measured[form]['error']})")
                 processes.pop(form).wait()
         times = {form: [] for form in processes}
-        for number in range(settings.rounds):
-            display.say(f"round {number + 1} of {settings.rounds}")
+        for number in range(rounds):
+            display.say(f"round {number + 1} of {rounds}")
             # In another order each time: no form always follows the same one.
             for form in random.sample(list(processes), len(processes)):
                 processes[form].stdin.write(f"{STEPS_A_ROUND}\n")

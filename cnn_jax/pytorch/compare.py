@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -12,13 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from cnn_jax.analysis.plots import plot_comparison
+from cnn_jax.core.statistics import difference_interval, mean_interval
 from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.variants import ENVIRONMENT
 from cnn_jax.runs.folder import write_atomically
-from cnn_jax.runs.settings import CompareSettings
 from cnn_jax.runtime.devices import describe_machine
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import StorageError
@@ -47,21 +45,21 @@ class SeedResult:
     seconds: dict[str, float]
 
 
-def compare(settings: CompareSettings) -> None:
+def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path | None = None) -> None:
     """Train every seed in both frameworks, skipping what is done, and write report.json, report.md and report.png."""
     display = Display()
-    settings.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     results = {framework: [] for framework in FRAMEWORKS}
-    for seed in range(settings.seed, settings.seed + settings.seeds):
+    for each in range(seed, seed + seeds):
         # Side by side in time, so that what slows the machine down for a while slows both.
         for framework in FRAMEWORKS:
-            results[framework].append(_result_of(framework, seed, settings, display))
-    report = summarize(results, _agreement(settings, display), epochs=settings.epochs)
-    (settings.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (settings.output / "report.md").write_text(to_markdown(report))
-    plot_comparison(report, settings.output / "report.png")
+            results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
+    report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / "report.md").write_text(to_markdown(report))
+    plot_comparison(report, output / "report.png")
     display.say(to_markdown(report))
-    display.say(f"written to {settings.output / 'report.md'}")
+    display.say(f"written to {output / 'report.md'}")
 
 
 def train_in_pytorch(*, seed: int, epochs: int, data_dir: Path | None, output: Path) -> None:
@@ -84,15 +82,15 @@ def train_in_pytorch(*, seed: int, epochs: int, data_dir: Path | None, output: P
     _write(output, dataclasses.asdict(result))
 
 
-def _agreement(settings, display):
+def _agreement(seed, output, data_dir, display):
     """Measure part A over an epoch, in this process, unless that has been done."""
-    file = settings.output / "runs" / "agreement.json"
+    file = output / "runs" / "agreement.json"
     if not file.exists():
         from cnn_jax.pytorch.equivalence import measure_agreement
 
         display.say("from equal weights: an epoch in both frameworks, step by step")
-        dataset = load_dataset("mnist", None, settings.common.data_dir)
-        agreement = measure_agreement(dataset, seed=settings.seed, steps=600, float64_steps=100)
+        dataset = load_dataset("mnist", None, data_dir)
+        agreement = measure_agreement(dataset, seed=seed, steps=600, float64_steps=100)
         _write(
             file,
             {
@@ -107,28 +105,28 @@ def _agreement(settings, display):
     return json.loads(file.read_text())
 
 
-def _result_of(framework, seed, settings, display):
-    name = f"{framework.lower()}-seed{seed}-epochs{settings.epochs}"
-    file = settings.output / "runs" / f"{name}.json"
+def _result_of(framework, seed, epochs, output, data_dir, display):
+    name = f"{framework.lower()}-seed{seed}-epochs{epochs}"
+    file = output / "runs" / f"{name}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         display.say(f"{framework}, seed {seed}: training")
         if framework == "PyTorch":
             call = (
                 "from pathlib import Path; from cnn_jax.pytorch.compare import train_in_pytorch as train; "
-                f"train(seed={seed}, epochs={settings.epochs}, output=Path({str(file)!r}), "
-                f"data_dir={settings.common.data_dir and str(settings.common.data_dir)!r})"
+                f"train(seed={seed}, epochs={epochs}, output=Path({str(file)!r}), "
+                f"data_dir={data_dir and str(data_dir)!r})"
             )
             _run([sys.executable, "-c", call], name, ENVIRONMENT[FASTEST])
         else:
-            _train_in_jax(seed, settings, name, file)
+            _train_in_jax(seed, epochs, data_dir, name, file)
     return SeedResult(**json.loads(file.read_text()))
 
 
-def _train_in_jax(seed, settings, name, file):
-    arguments = ["--seed", seed, "--epochs", settings.epochs, "--checkpoint-dir", file.parent, "--run-name", name]
-    if settings.common.data_dir is not None:
-        arguments += ["--data-dir", settings.common.data_dir]
+def _train_in_jax(seed, epochs, data_dir, name, file):
+    arguments = ["--seed", seed, "--epochs", epochs, "--checkpoint-dir", file.parent, "--run-name", name]
+    if data_dir is not None:
+        arguments += ["--data-dir", data_dir]
     _run([sys.executable, "-m", "cnn_jax", "train", *map(str, arguments)], name)
     run = file.parent / name
     result = json.loads((run / "result.json").read_text())
@@ -159,9 +157,9 @@ def summarize(results: dict[str, list[SeedResult]], agreement: dict, *, epochs: 
     frameworks = {}
     for framework, runs in results.items():
         frameworks[framework] = {
-            "accuracy": _spread([run.accuracy for run in runs]),
-            "unscaled_accuracy": _spread([run.unscaled_accuracy for run in runs]),
-            "last_cost": _spread([run.costs[-1] for run in runs]),
+            "accuracy": _mean_and_deviation([run.accuracy for run in runs]),
+            "unscaled_accuracy": _mean_and_deviation([run.unscaled_accuracy for run in runs]),
+            "last_cost": _mean_and_deviation([run.costs[-1] for run in runs]),
             "seconds": {part: float(np.median([run.seconds[part] for run in runs])) for part in runs[0].seconds},
             "runs": [dataclasses.asdict(run) for run in runs],
         }
@@ -172,35 +170,10 @@ def summarize(results: dict[str, list[SeedResult]], agreement: dict, *, epochs: 
         "machine": describe_machine(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "accuracy_difference": welch_interval(ours, theirs),
+        "accuracy_difference": difference_interval(ours, theirs),
         "agreement": agreement,
         "frameworks": frameworks,
     }
-
-
-def welch_interval(left: list[float], right: list[float]) -> dict[str, float]:
-    """Return the difference of two means and its 95 % interval.
-
-    The two frameworks draw different numbers from the same seed, so runs do not pair. Welch's interval
-    (Biometrika 34, 1947): d +- t * s, with s^2 = s1^2 / n1 + s2^2 / n2 and t the 97.5 % quantile of Student's
-    distribution with s^4 / ((s1^2 / n1)^2 / (n1 - 1) + (s2^2 / n2)^2 / (n2 - 1)) degrees of freedom.
-
-    Args:
-      left: At least two values.
-      right: At least two values.
-
-    Returns:
-      `mean`, left minus right, and the interval's ends `low` and `high`.
-    """
-    difference = float(np.mean(left) - np.mean(right))
-    parts = [np.var(values, ddof=1) / len(values) for values in (left, right)]
-    variance = sum(parts)
-    if variance == 0:
-        return {"mean": difference, "low": difference, "high": difference}
-    counts = (len(left), len(right))
-    freedom = variance**2 / sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
-    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return {"mean": difference, "low": difference - half, "high": difference + half}
 
 
 def to_markdown(report: dict) -> str:
@@ -262,5 +235,6 @@ def _mean(spread):
     return f"{spread['mean']:.4f} ± {spread['standard_deviation']:.4f}"
 
 
-def _spread(values):
-    return {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values, ddof=1))}
+def _mean_and_deviation(values):
+    interval = mean_interval(values)
+    return {"mean": interval.mean, "standard_deviation": interval.standard_deviation}

@@ -1,5 +1,7 @@
 """Runs made of PyTorch's weights."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 
@@ -8,27 +10,26 @@ from cnn_jax.inference.torch_layout import params_from_torch, read_torch_file
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.restore import describe_run, initial_states, load_run_data
-from cnn_jax.runs.settings import ImportTorchSettings
+from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import UsageError
 
 
-def import_torch(settings: ImportTorchSettings) -> None:
+def import_weights(file: Path, run: TrainSettings) -> None:
     """Make a run of a file of PyTorch's weights: its checkpoint is at step 0, with a new optimiser.
 
     Raises:
       InputFileError: the file is not what it should be, naming each tensor that is wrong.
       UsageError: the run is there already.
     """
-    run = settings.train_settings
-    tensors = read_torch_file(settings.file)
-    start_devices(settings.common.platform)
+    tensors = read_torch_file(file)
+    start_devices(run.common.platform)
     dataset = load_run_data(run)
     train_examples = len(dataset.train_labels)
     states = jax.device_get(initial_states(run, dataset, train_examples, make_mesh(1)))
     template = jax.tree.map(lambda leaf: leaf[0], states.params)
-    params = params_from_torch(tensors, template, dataset.train_images.shape[1:], source=settings.file)
+    params = params_from_torch(tensors, template, dataset.train_images.shape[1:], source=file)
     states = states.replace(params=jax.tree.map(lambda leaf: np.asarray(leaf)[np.newaxis], params))
     losses = np.zeros((1, train_examples // run.batch_size), np.float32)
     display, folder = Display(), RunFolder(run.run_folder)
@@ -37,4 +38,4 @@ def import_torch(settings: ImportTorchSettings) -> None:
             raise UsageError(f"the run {folder.path} is there already; give another --run-name")
         folder.write_settings(run)
         checkpoints.save(0, states, losses, describe_run(run, dataset))
-    display.say(f"{settings.file} is now the run {folder.path}")
+    display.say(f"{file} is now the run {folder.path}")

@@ -1,5 +1,6 @@
 """What a run is made of, from its settings alone: its data, its seeds, its states, and those it was left in."""
 
+import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -8,21 +9,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from cnn_jax import __version__
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import make_recipe
-from cnn_jax.core.sharding import create_states, make_mesh, seed_keys
+from cnn_jax.core.sharding import SEEDS, create_states, evaluate_seeds, make_mesh, place, place_test_set, seed_keys
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint, load_dataset
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder, deciding_settings
-from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runtime.devices import device_bytes
+from cnn_jax.runs.settings import Platform, TrainSettings
+from cnn_jax.runtime.devices import device_bytes, start_devices
+from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import NoCheckpointError, UsageError
 
 # Of a device's memory, for training images that stay there; more of them are streamed.
 RESIDENT_SHARE = 0.4
+
+
+def evaluate_run(
+    run: Path, *, unscaled: bool = False, data_dir: Path | None = None, platform: Platform | None = None
+) -> None:
+    """Test a run's newest checkpoint on all test images and print the accuracy: with several seeds, their mean.
+
+    Raises:
+      CnnJaxError: each failure as the class that names it.
+    """
+    display, folder = Display(), RunFolder(run)
+    start_devices(platform)
+    settings, states, dataset = restore_run(folder, data_dir, display.say)
+    mesh = make_mesh(settings.seeds)
+    test_set = place_test_set(dataset.test_images, dataset.test_labels, mesh)
+    params = place(states.eval_params, mesh, P(SEEDS))
+    results = evaluate_seeds(states.apply_fn, params, *test_set, mesh=mesh, unscaled=unscaled)
+    pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if unscaled else "pixels in [0, 1]"
+    for seed, result in enumerate(results, start=settings.seed):
+        of_seed = f", seed {seed}" if settings.seeds > 1 else ""
+        display.say(
+            f"{folder.path}{of_seed} after {int(states.step[0]):,} steps: {result.correct:,} of {result.count:,} "
+            f"test images of {dataset.name} right, loss {result.loss:.4f}; on {pixels}"
+        )
+    display.accuracy(statistics.fmean(result.accuracy for result in results))
 
 
 def restore_run(

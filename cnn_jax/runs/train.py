@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import logging
 import signal
 import statistics
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax import __version__
-from cnn_jax.core.evaluation import Evaluation, spread
+from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.input_pipeline import Piece, ResidentFeed, StreamFeed
 from cnn_jax.core.sharding import (
     SEEDS,
@@ -30,6 +29,7 @@ from cnn_jax.core.sharding import (
     seed_keys,
     sums_of_seeds,
 )
+from cnn_jax.core.statistics import mean_interval
 from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.runs.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
@@ -39,11 +39,10 @@ from cnn_jax.runs.restore import (
     initial_states,
     load_run_data,
     resident_bytes,
-    restore_run,
     seeds_of,
     templates,
 )
-from cnn_jax.runs.settings import EvaluateSettings, TrainSettings
+from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import describe_devices, describe_machine, device_bytes, start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 from cnn_jax.runtime.distributed import all_gather, is_process_0, on_process_0, report_lost_hosts, to_host
@@ -149,29 +148,6 @@ def _take_over(folder, settings, held, display):
     if settings.run.fresh and (aside := folder.move_aside()):
         display.say(f"the earlier run is now {aside}")
         held.enter_context(folder.locked())
-
-
-def evaluate_run(settings: EvaluateSettings) -> None:
-    """Test a run's newest checkpoint on all test images and print the accuracy: with several seeds, their mean.
-
-    Raises:
-      CnnJaxError: each failure as the class that names it.
-    """
-    display, folder = Display(), RunFolder(settings.common.run_folder(settings.run))
-    start_devices(settings.common.platform)
-    run, states, dataset = restore_run(folder, settings.common.data_dir, display.say)
-    mesh = make_mesh(run.seeds)
-    test_set = place_test_set(dataset.test_images, dataset.test_labels, mesh)
-    params = place(states.eval_params, mesh, P(SEEDS))
-    results = evaluate_seeds(states.apply_fn, params, *test_set, mesh=mesh, unscaled=settings.unscaled)
-    pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if settings.unscaled else "pixels in [0, 1]"
-    for seed, result in enumerate(results, start=run.seed):
-        of_seed = f", seed {seed}" if run.seeds > 1 else ""
-        display.say(
-            f"{folder.path}{of_seed} after {int(states.step[0]):,} steps: {result.correct:,} of {result.count:,} "
-            f"test images of {dataset.name} right, loss {result.loss:.4f}; on {pixels}"
-        )
-    display.accuracy(statistics.fmean(result.accuracy for result in results))
 
 
 def _introduce(display: Display, settings: TrainSettings, dataset: Dataset) -> None:
@@ -480,7 +456,7 @@ class Training:
             result["unscaled_test_accuracy"] = statistics.fmean(unscaled)
             rows.append(("as the tutorial tests", f"{describe_values(unscaled)} on pixels in 0..255"))
         if self.settings.seeds > 1:
-            spread_of_seeds = spread(accuracies)
+            spread_of_seeds = mean_interval(accuracies)
             rows += [
                 ("standard error", f"{spread_of_seeds.standard_error:.5f}"),
                 ("95 % interval", f"{spread_of_seeds.low:.4f} to {spread_of_seeds.high:.4f}"),
@@ -488,7 +464,7 @@ class Training:
             ]
             by_seed = zip(seeds_of(self.settings).tolist(), accuracies, strict=True)
             result["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
-            result["spread"] = dataclasses.asdict(spread_of_seeds)
+            result["spread"] = spread_of_seeds._asdict()
         states = to_host(self.states)
         if is_process_0():
             self._write_report(rows, result, states, accuracies)

@@ -11,7 +11,7 @@ import jax
 import pytest
 from PIL import Image
 
-from cnn_jax.core.evaluation import spread
+from cnn_jax.core.statistics import mean_interval
 from cnn_jax.runtime.display import describe_seconds
 
 pytestmark = pytest.mark.optax_promotes
@@ -104,7 +104,7 @@ def _images(page):
 def test_a_run_of_several_seeds_shows_its_spread(of_three_seeds):
     last = json.loads((of_three_seeds / "metrics.jsonl").read_text().splitlines()[-1])
     accuracies = last["seeds"]["test_accuracy"]
-    expected, text = spread(accuracies), read(of_three_seeds).text
+    expected, text = mean_interval(accuracies), read(of_three_seeds).text
     assert f"{expected.mean:.4f} ± {expected.standard_deviation:.4f}" in text
     assert f"95 % interval {expected.low:.4f} to {expected.high:.4f}" in text
     for seed, accuracy in enumerate(accuracies, start=777):

@@ -19,7 +19,6 @@ from cnn_jax.pytorch.compare import (  # noqa: E402
     accuracy_table,
     summarize,
     to_markdown,
-    welch_interval,
 )
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
@@ -208,16 +207,6 @@ def test_training_in_pytorch_learns_and_repeats(mnist):
     assert run.accuracy > 0.8
     assert run.costs[1] < run.costs[0] < 2
     assert train_torch(small, **arguments).costs == pytest.approx(run.costs, rel=1e-3)
-
-
-def test_welchs_interval_is_scipys():
-    from scipy import stats
-
-    left, right = [0.989, 0.9902, 0.9911], [0.9895, 0.9907, 0.99, 0.9889]
-    expected = stats.ttest_ind(left, right, equal_var=False).confidence_interval(0.95)
-    interval = welch_interval(left, right)
-    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high))
-    assert welch_interval([1.0, 1.0], [0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_the_report_says_what_was_found(mnist):

@@ -10,6 +10,7 @@ import html
 import os
 import socket
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.pictures import SIZE, check_takes_digits, encode_png, prepare_digit
 from cnn_jax.inference.pretrained import Network, load_network
-from cnn_jax.runs.settings import DemoSettings
+from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import UsageError
@@ -95,7 +96,14 @@ ANSWER_CSS = """
 """
 
 
-def demo(settings: DemoSettings) -> None:
+def demo(
+    run: Path | None = None,
+    *,
+    host: str,
+    port: int,
+    data_dir: Path | None = None,
+    platform: Platform | None = None,
+) -> None:
     """Serve the page until the process is ended.
 
     Raises:
@@ -103,22 +111,21 @@ def demo(settings: DemoSettings) -> None:
       NoCheckpointError: there is no such run.
     """
     try:
-        socket.create_server((settings.host, settings.port)).close()
+        socket.create_server((host, port)).close()
     except OSError as error:
         raise UsageError(
-            f"--host {settings.host} --port {settings.port}: nothing can listen there ({error.strerror}); "
-            "choose another --port or --host"
+            f"--host {host} --port {port}: nothing can listen there ({error.strerror}); choose another --port or --host"
         ) from error
-    start_devices(settings.common.platform)
+    start_devices(platform)
     display = Display()
-    network = load_network(settings.common.run_folder(settings.run), settings.common.data_dir, display.say)
-    check_takes_digits(network.image_shape, settings.run)
+    network = load_network(run, data_dir, display.say)
+    check_takes_digits(network.image_shape, str(run and run.name))
     # Gradio asks its own server whether it is there, and would ask a proxy for it. It asks nobody else.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
     page = build_page(network)
     page.launch(
-        server_name=settings.host,
-        server_port=settings.port,
+        server_name=host,
+        server_port=port,
         share=False,
         quiet=True,
         prevent_thread_lock=True,
@@ -136,7 +143,7 @@ def demo(settings: DemoSettings) -> None:
             "openapi_url": None,
         },
     )
-    display.say(f"draw a digit on http://{settings.host}:{settings.port}; Ctrl-C ends the page")
+    display.say(f"draw a digit on http://{host}:{port}; Ctrl-C ends the page")
     with listen_for_stop() as request:
         while request.signal_number is None:
             time.sleep(0.1)
