@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.core.model import CNN
+from cnn_jax.core.model import CNN, PlainCNN
 
 
 def initial_params(model=None, image_shape=(28, 28, 1), seed=0):
@@ -63,3 +63,21 @@ def test_initial_weights_are_uniform_within_the_bounds_that_pytorch_states(layer
     assert distance < np.sqrt(np.log(2e6) / 2 / len(draws))
     # A distribution on a smaller interval would come that close with few draws, but not this close to the bound.
     assert np.abs(draws).max() > bound * (1 - 12 / len(draws))
+
+
+@pytest.mark.parametrize(("shape", "features"), [((28, 28, 1), (32, 64)), ((9, 13, 3), (5, 12))])
+def test_the_fast_network_computes_the_plain_one_and_so_do_its_gradients(shape, features):
+    images = jax.random.uniform(jax.random.key(1), (4, *shape))
+    plain, fast = PlainCNN(features=features), CNN(features=features)
+    params = plain.init(jax.random.key(2), images)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, fast.init(jax.random.key(2), images)["params"])
+
+    def logits_and_gradients(model):
+        def total(params):
+            logits = model.apply({"params": params}, images)
+            return (logits**2).sum(), logits
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    for ours, expected in zip(*map(jax.tree.leaves, map(logits_and_gradients, (fast, plain))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
