@@ -24,7 +24,7 @@ def import_weights(file: Path, run: TrainSettings) -> None:
       UsageError: the run is there already.
     """
     tensors = read_torch_file(file)
-    start_devices(run.common.platform)
+    start_devices(run.platform)
     dataset = load_run_data(run)
     train_examples = len(dataset.train_labels)
     states = jax.device_get(initial_states(run, dataset, train_examples, make_mesh(1)))

@@ -82,7 +82,7 @@ def restore_run(
 def load_run_data(settings: TrainSettings) -> Dataset:
     """Load the data set that a run's settings name, and refuse one that does not fit them or the network."""
     dataset = load_dataset(
-        settings.dataset, settings.dataset_dir, settings.common.data_dir, resident_bytes=resident_bytes(settings)
+        settings.dataset, settings.dataset_dir, settings.data_dir, resident_bytes=resident_bytes(settings)
     )
     check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
     height, width, _ = dataset.train_images.shape[1:]
@@ -93,9 +93,9 @@ def load_run_data(settings: TrainSettings) -> Dataset:
 
 def resident_bytes(settings: TrainSettings) -> int | None:
     """Return how many bytes of training images may stay on the device; None for any number."""
-    if settings.run.feed is None:
+    if settings.feed is None:
         return int(RESIDENT_SHARE * device_bytes())
-    return 0 if settings.run.feed == "stream" else None
+    return 0 if settings.feed == "stream" else None
 
 
 def initial_states(settings: TrainSettings, dataset: Dataset, train_examples: int, mesh: Mesh) -> TrainState:

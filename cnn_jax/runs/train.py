@@ -92,9 +92,9 @@ def train_run(settings: TrainSettings) -> None:
         if training is None:
             return
         accuracy = training.report()
-    if settings.run.target_accuracy is not None and accuracy < settings.run.target_accuracy:
+    if settings.target_accuracy is not None and accuracy < settings.target_accuracy:
         raise TargetAccuracyError(
-            f"test accuracy {accuracy:.4f} is below --target-accuracy {settings.run.target_accuracy}; "
+            f"test accuracy {accuracy:.4f} is below --target-accuracy {settings.target_accuracy}; "
             "train longer or with other settings"
         )
 
@@ -116,18 +116,18 @@ def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Trainin
     stopwatch, folder = Stopwatch(), RunFolder(settings.run_folder)
     with contextlib.ExitStack() as held:
         with stopwatch.part("loading"):
-            start_devices(settings.common.platform, **vars(settings.host))
+            start_devices(settings.platform, settings.coordinator, settings.num_processes, settings.process_id)
         held.enter_context(report_lost_hosts())
         display = Display(shown=shown and is_process_0())
-        if not settings.run.dry_run:
+        if not settings.dry_run:
             on_process_0(lambda: _take_over(folder, settings, held, display))
-        if not settings.run.fresh:
+        if not settings.fresh:
             on_process_0(lambda: folder.check_settings(settings))
         display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
         with stopwatch.part("loading"):
             dataset = load_run_data(settings)
         _introduce(display, settings, dataset)
-        if settings.run.dry_run:
+        if settings.dry_run:
             display.say("dry run: nothing was trained or written")
             yield None
             return
@@ -145,7 +145,7 @@ def trained(settings: TrainSettings, *, shown: bool = True) -> Iterator["Trainin
 def _take_over(folder, settings, held, display):
     """Lock the run's folder until `held` ends, and move what is in it aside if the run is to be fresh."""
     held.enter_context(folder.locked())
-    if settings.run.fresh and (aside := folder.move_aside()):
+    if settings.fresh and (aside := folder.move_aside()):
         display.say(f"the earlier run is now {aside}")
         held.enter_context(folder.locked())
 
@@ -213,7 +213,7 @@ class Training:
         self.metrics: list[EpochMetrics] = []
         self.epochs_here = 0  # whose end this process has trained
         self.segment_steps = FIRST_SEGMENT_STEPS
-        self.profile = settings.run.profile
+        self.profile = settings.profile
         log.info("mesh %s, %s", dict(self.mesh.shape), type(self.feed).__name__)
 
     @property
@@ -270,7 +270,7 @@ class Training:
         """Train to the last epoch, unless a signal stops it."""
         with contextlib.ExitStack() as held:
             self.scalars = None
-            if self.settings.run.tensorboard and is_process_0():
+            if self.settings.tensorboard and is_process_0():
                 from cnn_jax.runs.tensorboard import open_scalars
 
                 self.scalars = held.enter_context(open_scalars(self.folder.path / "tensorboard", after_step=self.step))
@@ -373,7 +373,7 @@ class Training:
         if told[:, 0].any():
             self._stop(int(told[:, 0].max()))
         length = min(int(told[0, 1]), piece_stop - self.step)
-        every = self.settings.run.checkpoint_every_steps
+        every = self.settings.checkpoint_every_steps
         return length if every is None else min(length, every - self.step % every)
 
     def _train_segment(self, piece: Piece, length: int) -> float:
@@ -416,7 +416,7 @@ class Training:
             )
 
     def _saves_at(self, step: int) -> bool:
-        every = self.settings.run.checkpoint_every_steps
+        every = self.settings.checkpoint_every_steps
         return every is not None and step % every == 0
 
     def _save(self) -> None:
