@@ -1,14 +1,15 @@
-"""Train the tutorial's network on MNIST: `python train.py --epochs 15`, or `--help` for the settings."""
+"""Train the tutorial's network on MNIST: `python train.py --epochs 15`, or `--help` for the settings.
 
-import sys
+What happens, in the order in which it is best read:
 
-from cnn_jax.cli.commands import train
-from cnn_jax.cli.parser import read_settings
-from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runtime.errors import one_line_failures
-from cnn_jax.runtime.signals import end_on_signals
+train.py                    this file
+cnn_jax/cli/commands.py     train: the settings are read and checked, before JAX is imported
+cnn_jax/runs/train.py       train_run: the run, from its data to its result; train_epoch: an epoch, segment by segment
+cnn_jax/core/sharding.py    which device trains which seed, or which part of a batch
+cnn_jax/core/training.py    run_steps: many steps in one compiled program; train_step: one of them, down to the loss
+"""
+
+from cnn_jax.cli.commands import program, train
 
 if __name__ == "__main__":
-    end_on_signals()
-    with one_line_failures(debug="--debug" in sys.argv):
-        train(read_settings(TrainSettings, sys.argv[1:], prog="train.py"))
+    program(train)

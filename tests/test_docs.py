@@ -1,6 +1,5 @@
 """The tutorial runs and its notebook is made from it; what the researchers' page and the cluster jobs say is so."""
 
-import dataclasses
 import os
 import re
 import shlex
@@ -12,9 +11,8 @@ import nbformat
 import pytest
 import yaml
 
-from cnn_jax.cli.commands import COMMANDS
-from cnn_jax.cli.parser import read_command, read_settings
-from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.cli.commands import COMMANDS, train
+from cnn_jax.cli.parser import option_names, parse, parse_command
 from cnn_jax.runtime.errors import CnnJaxError, UsageError
 from tests.conftest import ROOT
 
@@ -28,14 +26,20 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", RESEARCH, re.MULTILINE | re.DOTALL)
 
 
-def settings_of(line):
-    """The settings that a shell's line starts the program with."""
+def call_of(line):
+    """The call that a shell's line starts the program with."""
     words = shlex.split(line)
     words = [word for word in words[words.index("python") + 1 :] if word not in ("$@", "&")]
     if words[0] == "train.py":
-        return read_settings(TrainSettings, words[1:], prog="train.py")
+        return parse(train, words[1:], prog="train.py")
     assert words[:2] == ["-m", "cnn_jax"]
-    return read_command(COMMANDS, words[2:], prog="cnn-jax")
+    return parse_command(COMMANDS, words[2:])
+
+
+def settings_of(line):
+    """The settings of the training that a shell's line starts."""
+    (settings,) = call_of(line).args
+    return settings
 
 
 def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
@@ -58,21 +62,12 @@ def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom():
     assert (DOCS / "tutorial.ipynb").stat().st_size < 500_000
 
 
-def options(kind):
-    """The names of a command's options."""
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default):
-            yield from options(type(field.default))
-        else:
-            yield field.name
-
-
 @pytest.mark.parametrize("page", ["research.md", "tutorial.py"])
 def test_every_option_on_a_page_exists(page):
-    known = {name.replace("_", "-") for kind in COMMANDS.values() for name in options(kind)}
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)(?!\w)", (DOCS / page).read_text()))
-    assert "epochs" in named
-    assert named - known <= {"logdir"}  # TensorBoard's
+    known = {name for command in COMMANDS for name in option_names(command)}
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)(?!\w)", (DOCS / page).read_text()))
+    assert "--epochs" in named
+    assert named - known <= {"--logdir"}  # TensorBoard's
 
 
 def test_every_command_on_the_researchers_page_is_understood():
@@ -80,7 +75,7 @@ def test_every_command_on_the_researchers_page_is_understood():
     commands = [line for line in lines if " train.py" in line or "-m cnn_jax" in line]
     assert len(commands) >= 15
     for line in commands:
-        settings_of(line)
+        call_of(line)
     assert all(line.startswith("pip install -e '.[") for line in set(lines) - set(commands))
 
 
@@ -95,9 +90,9 @@ def test_every_command_of_the_readme_is_understood_and_its_mistakes_are_told_as_
         if told.startswith("error: "):
             mistakes += 1
             with pytest.raises(UsageError, match=f"^{re.escape(told.removeprefix('error: '))}$"):
-                settings_of(words)
+                call_of(words)
         else:
-            settings_of(words)
+            call_of(words)
     assert mistakes == 2
 
 
@@ -162,8 +157,8 @@ def test_the_slurm_job_is_a_shell_script_that_starts_one_run():
     assert max(directives) < min(commands)  # SLURM reads none that come later
     started = [lines[number] for number in commands if "train.py" in lines[number]]
     assert [line.split()[0] for line in started] == ["python", "srun"]
-    assert [settings_of(line).run.dry_run for line in started] == [True, False]
-    assert len({settings_of(line).common.checkpoint_dir for line in started}) == 1
+    assert [settings_of(line).dry_run for line in started] == [True, False]
+    assert len({settings_of(line).checkpoint_dir for line in started}) == 1
 
 
 def test_the_kubernetes_job_is_one_run_of_all_its_pods():
@@ -178,20 +173,20 @@ def test_the_kubernetes_job_is_one_run_of_all_its_pods():
     assert job["spec"]["parallelism"] == pods
     command = " ".join(container["command"])
     runs = [settings_of(command.replace("$(JOB_COMPLETION_INDEX)", str(index))) for index in range(pods)]
-    assert [run.host.process_id for run in runs] == list(range(pods))
-    assert {run.host.num_processes for run in runs} == {pods}
+    assert [run.process_id for run in runs] == list(range(pods))
+    assert {run.num_processes for run in runs} == {pods}
 
     # The first pod's name holds only with a headless service that finds the job's pods, and with its name as subdomain.
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert pod["subdomain"] == service["metadata"]["name"]
     (port,) = (port["port"] for port in service["spec"]["ports"])
-    assert runs[0].host.coordinator == f"{job['metadata']['name']}-0.{service['metadata']['name']}:{port}"
+    assert runs[0].coordinator == f"{job['metadata']['name']}-0.{service['metadata']['name']}:{port}"
 
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
-    assert runs[0].common.checkpoint_dir.is_relative_to(mount["mountPath"])
-    assert runs[0].common.data_dir.is_relative_to(mount["mountPath"])
+    assert runs[0].checkpoint_dir.is_relative_to(mount["mountPath"])
+    assert runs[0].data_dir.is_relative_to(mount["mountPath"])
 
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     assert pod["restartPolicy"] == "Never"  # Kubernetes allows the policy with no other

@@ -13,7 +13,7 @@ from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.folder import EpochMetrics, RunFolder, write_atomically
 from cnn_jax.runs.restore import count_steps, restore_run
-from cnn_jax.runs.settings import Platform, TrainSettings, option_values
+from cnn_jax.runs.settings import Platform, TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 
@@ -155,7 +155,7 @@ def _size(array):
 def _given(settings: TrainSettings) -> Rows:
     """Return the settings that have a value, by their names on the command line."""
     rows = []
-    for name, value in option_values(settings).items():
+    for name, value in vars(settings).items():
         if value is not None and value is not False:
             values = value if isinstance(value, tuple) else (value,)
             told = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

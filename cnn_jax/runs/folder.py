@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import statistics
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn_jax.runs.settings import TrainSettings, from_option_values, option_values
+from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
 
 # What a run's results depend on. Its other settings may change from one start to the next.
@@ -25,10 +26,19 @@ def deciding_settings(settings: TrainSettings) -> dict:
     return {name: _as_json(value) for name, value in values.items()}
 
 
-def _as_json(value):
+def _as_json(value: object) -> object:
     if isinstance(value, Path):
         return str(value.resolve())
     return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(value: object, kind: object) -> object:
+    """Return what `_as_json` was given, of a field of this type."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if Path in (kind, *typing.get_args(kind)) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +118,11 @@ class RunFolder:
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
         try:
             values = json.loads(file.read_text())
-            values |= {"features": tuple(values["features"]), "data_dir": data_dir or values["data_dir"]}
-            for name in ("dataset_dir", "data_dir", "checkpoint_dir", "profile"):
-                values[name] = Path(values[name]) if values[name] is not None else None
-            return from_option_values(values)
+            kinds = typing.get_type_hints(TrainSettings)
+            # A program before or after this one may have had settings that this one has not, or not have had some.
+            given = {name: _from_json(values[name], kinds[name]) for name in kinds.keys() & values.keys()}
+            given |= {name: _from_json(values[name], kinds[name]) for name in (*DECIDING_FIELDS, "epochs")}
+            return TrainSettings(**given | ({"data_dir": data_dir} if data_dir else {}))
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 
@@ -124,7 +135,7 @@ class RunFolder:
 
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start."""
-        values = {name: _as_json(value) for name, value in option_values(settings).items()}
+        values = {name: _as_json(value) for name, value in vars(settings).items()}
         write_atomically(self.path / "config.json", json.dumps(values, indent=2) + "\n")
 
     def check_settings(self, settings: TrainSettings) -> None:

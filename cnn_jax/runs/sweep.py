@@ -1,17 +1,19 @@
 """A search over settings, scored on held-out training images; the only file that knows Optuna."""
 
+import dataclasses
 import fcntl
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import optuna
 import sqlalchemy
+from matplotlib.axes import Axes
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cnn_jax.analysis.plots import save_axes
-from cnn_jax.runs.settings import SweepSettings
+from cnn_jax.runs.settings import RecipeName, TrainSettings
 from cnn_jax.runs.train import trained
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError
@@ -21,22 +23,56 @@ HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
 SHOWN_TRIALS = 10
 
 
-def sweep(settings: SweepSettings) -> None:
-    """Run trials until the study has as many as it is to have, and show what came of it.
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+    """What a study chooses from: a range of learning rates, on a logarithmic scale, and lists."""
+
+    learning_rate: tuple[float, float]
+    batch_sizes: tuple[int, ...]
+    features: tuple[tuple[int, int], ...]
+    recipes: tuple[RecipeName, ...]
+
+
+def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.Study:
+    """Run trials until the study has as many as it is to have, and list the best.
+
+    Args:
+      space: Where to search.
+      shared: The settings that all trials share; their checkpoint_dir is the study's folder.
+      trials: How many are to be there in the end, by however many processes.
 
     Raises:
       CnnJaxError: a trial failed, but for a loss that is not finite: that one scores nothing.
     """
-    display = Display()
+    display, folder = Display(), shared.checkpoint_dir
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
-        # What is marked as experimental: heartbeats and what retries their trials, `constant_liar`, the plots.
+        # What is marked as experimental: heartbeats and what retries their trials, and `constant_liar`.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = open_study(settings.folder)
-        while len(_ended(study)) < settings.trials:
+        study = open_study(folder)
+        while len(_ended(study)) < trials:
             # One a call: between two, other processes may have ended the study.
-            study.optimize(lambda trial: _score(trial, settings, display), n_trials=1)
-        _report(study, settings.folder, display)
+            study.optimize(lambda trial: _score(trial, space, shared, display), n_trials=1)
+    best = sorted(_completed(study), key=lambda trial: -trial.value)[:SHOWN_TRIALS]
+    rows = [(f"trial {trial.number}: {trial.value:.4f}", _told(trial)) for trial in best]
+    display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
+    if len(best) > 1:
+        display.say(f"the study is in {folder / 'study.db'}, its plots beside it")
+    return study
+
+
+def draw_study(study: optuna.Study) -> Iterator[tuple[str, Axes]]:
+    """Draw how a study went, where it has two trials to compare: names of files, and the axes to save in each."""
+    if len(_completed(study)) < 2:
+        return
+    draw = optuna.visualization.matplotlib
+    with warnings.catch_warnings():
+        # They are marked as experimental, and lay themselves out in a way that Matplotlib warns of, also when saved.
+        warnings.simplefilter("ignore")
+        yield "history.png", draw.plot_optimization_history(study)
+        yield "parallel.png", draw.plot_parallel_coordinate(study)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # the default one needs scikit-learn
+        yield "importances.png", draw.plot_param_importances(study, evaluator=evaluator)
 
 
 def open_study(folder: Path) -> optuna.Study:
@@ -65,21 +101,22 @@ def _lock_before_reading(connection: sqlalchemy.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _score(trial: Trial, settings: SweepSettings, display: Display) -> float:
+def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Display) -> float:
     """Train what a trial suggests, and return its accuracy on the held-out images: the mean over its seeds."""
-    features = trial.suggest_categorical("features", ["x".join(map(str, pair)) for pair in settings.features])
+    features = trial.suggest_categorical("features", ["x".join(map(str, pair)) for pair in space.features])
     origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
-    run = settings.trial(
-        f"trial-{trial.number if origin is None else origin}",
-        recipe=trial.suggest_categorical("recipe", settings.recipe),
-        learning_rate=trial.suggest_float("learning_rate", *settings.learning_rate, log=True),
-        batch_size=trial.suggest_categorical("batch_size", settings.batch_size),
+    settings = dataclasses.replace(
+        shared,
+        run_name=f"trial-{trial.number if origin is None else origin}",
+        recipe=trial.suggest_categorical("recipe", space.recipes),
+        learning_rate=trial.suggest_float("learning_rate", *space.learning_rate, log=True),
+        batch_size=trial.suggest_categorical("batch_size", space.batch_sizes),
         features=tuple(int(channels) for channels in features.split("x")),
     )
     if not trial.number:
         display.say("trial 0: training")  # the others begin where one before them is told
     try:
-        with trained(run, shown=False) as training:
+        with trained(settings, shown=False) as training:
             accuracy = float(np.mean(training.metrics[-1].accuracy))
     except StopSignalError:
         # The next process goes on with this trial from its checkpoint.
@@ -96,24 +133,11 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _told(trial):
+def _completed(study: optuna.Study) -> list[FrozenTrial]:
+    return [trial for trial in _ended(study) if trial.value is not None]
+
+
+def _told(trial: Trial | FrozenTrial) -> str:
     return ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
     )
-
-
-def _report(study: optuna.Study, folder: Path, display: Display) -> None:
-    completed = [trial for trial in _ended(study) if trial.value is not None]
-    best = sorted(completed, key=lambda trial: -trial.value)[:SHOWN_TRIALS]
-    rows = [(f"trial {trial.number}: {trial.value:.4f}", _told(trial)) for trial in best]
-    display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
-    if len(completed) < 2:
-        return
-    draw = optuna.visualization.matplotlib
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the plots lay themselves out in a way that Matplotlib warns of
-        save_axes(draw.plot_optimization_history(study), folder / "history.png")
-        save_axes(draw.plot_parallel_coordinate(study), folder / "parallel.png")
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # the default one needs scikit-learn
-        save_axes(draw.plot_param_importances(study, evaluator=evaluator), folder / "importances.png")
-    display.say(f"the study is in {folder / 'study.db'}, its plots beside it")

@@ -1,6 +1,8 @@
 """Every setting is checked before JAX is imported, and a wrong one ends in one line and exit code 2."""
 
+import dataclasses
 import inspect
+import json
 import re
 import resource
 import shlex
@@ -10,20 +12,17 @@ from importlib.metadata import version
 
 import pytest
 
-from cnn_jax.cli.commands import COMMANDS, main
-from cnn_jax.cli.parser import read_command, read_settings
-from cnn_jax.runs.settings import (
-    RECIPE_DEFAULTS,
-    TrainSettings,
-    from_option_values,
-    option_values,
-)
-from cnn_jax.runtime.errors import UsageError
+from cnn_jax.cli.commands import COMMANDS, main, train
+from cnn_jax.cli.parser import parse, parse_command
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.settings import RECIPE_DEFAULTS, TrainSettings
+from cnn_jax.runtime.errors import StorageError, UsageError
 from tests.conftest import ROOT
 
 
 def read(*arguments):
-    return read_settings(TrainSettings, arguments, prog="train.py")
+    (settings,) = parse(train, arguments, prog="train.py").args
+    return settings
 
 
 def test_the_defaults_are_the_tutorials():
@@ -57,7 +56,9 @@ WRONG = {
     "--epochs -3": "--epochs -3: it must be a positive number",
     "--epochs many": "--epochs many: it must be a number",
     "--seed 1.5": "--seed 1.5: it must be a whole number",
-    "--epochs": "Missing value for argument '--epochs'",
+    "--epochs": "argument --epochs: expected one argument; train.py --help lists what there is",
+    "--features 3": "argument --features: expected 2 arguments; train.py",
+    "--fresh=3": "argument --fresh: ignored explicit argument '3'; train.py",
     "--batch-size 0": "--batch-size 0: it must be at least 1",
     "--learning-rate 0": "--learning-rate 0.0: it must be a positive number",
     "--learning-rate -0.1": "--learning-rate -0.1: it must be a positive number",
@@ -77,6 +78,7 @@ WRONG = {
     "--coordinator host:1 --num-processes 2 --process-id 2": "--process-id 2: it must be from 0 to one less than",
     "--precision float16": "--precision float16: it must be one of bfloat16, float32; perhaps you meant ",
     "--platform abacus": "--platform abacus: it must be one of cpu, gpu, tpu; train",
+    "--epochs 3 more": "Unrecognized options: more; train.py --help lists what there is",
     "--epoch 3": "Unrecognized options: --epoch, 3; perhaps you meant: --epochs N;",
 }
 
@@ -134,7 +136,10 @@ def test_the_version_is_told(told):
     assert told("--version") == told("train", "--version") == f"cnn-jax {version('cnn-jax')}\n"
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+NAMED = {command.__name__.replace("_", "-"): command for command in COMMANDS}
+
+
+@pytest.mark.parametrize("command", ["", *NAMED])
 def test_help_fits_80_columns_and_ends_with_examples(command, told):
     text = told(*command.split(), "--help")
     assert max(map(len, text.splitlines())) <= 80
@@ -142,17 +147,17 @@ def test_help_fits_80_columns_and_ends_with_examples(command, told):
     assert len(examples) >= (1 if command else len(COMMANDS))
     if command:
         description = " ".join(text.split("\n\n")[1].split())
-        assert COMMANDS[command].__doc__.startswith(f"{description}\n")
+        assert NAMED[command].__doc__.startswith(f"{description}\n")
 
 
 def test_each_example_in_the_help_is_a_command_line_of_its_command():
-    for name, kind in COMMANDS.items():
-        for example in inspect.getdoc(kind).partition("Examples:\n")[2].splitlines():
+    for name, command in NAMED.items():
+        for example in inspect.getdoc(command).partition("Examples:\n")[2].splitlines():
             words = shlex.split(example.rpartition("|")[2])
             if words[:2] == ["python", "train.py"]:
                 words[:2] = ["cnn-jax", "train"]
             assert words[0] == "cnn-jax"
-            assert isinstance(read_command(COMMANDS, words[1:], prog="cnn-jax"), COMMANDS[words[1]])
+            assert parse_command(COMMANDS, words[1:]).func is NAMED[words[1]]
             assert words[1] == name or "train --run-name" in example
 
 
@@ -162,8 +167,9 @@ def test_help_groups_the_settings_and_tells_each_ones_default_and_meaning(told):
     assert list(groups) == ["options", "run options", "host options", "common options", "examples"]
     for option, group in {"--epochs": "options", "--fresh": "run options", "--platform": "common options"}.items():
         assert option in groups[group]
-    for name in option_values(TrainSettings()):
-        assert len(re.findall(rf"^  (?:--lr RATE, )?--{name.replace('_', '-')}\b(?!-)", text, flags=re.MULTILINE)) == 1
+    for name in [field.name for field in dataclasses.fields(TrainSettings)] + ["debug"]:
+        assert len(re.findall(rf"^  --{name.replace('_', '-')}\b(?!-)", text, flags=re.MULTILINE)) == 1
+    assert re.search(r"^  --learning-rate RATE, --lr RATE$|^  --learning-rate, --lr RATE$", text, flags=re.MULTILINE)
     assert len(text.splitlines()) < 70
     words = " ".join(text.split())
     assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 30" in words
@@ -178,7 +184,7 @@ MISTYPED = {
     "abacus": "there is no command abacus; the commands are train, ",
     "--debug train": "there is no command --debug; ",
     "train --lerning-rate 3": "--lerning-rate, 3; .*--learning-rate RATE; cnn-jax train --help lists",
-    "predict --jason a.png": "--jason, a.png; .*: --json; cnn-jax predict --help",
+    "predict --jason a.png": "Unrecognized options: --jason; perhaps you meant: --json; cnn-jax predict --help",
     "export mnist": "Missing from cnn-jax export: --to FORMAT, --output FILE; ",
     "evaluate": "Missing from cnn-jax evaluate: RUN; ",
 }
@@ -187,26 +193,73 @@ MISTYPED = {
 @pytest.mark.parametrize("arguments", MISTYPED)
 def test_what_is_mistyped_or_missing_is_told_with_what_is_near_it(arguments):
     with pytest.raises(UsageError, match=MISTYPED[arguments]) as told:
-        read_command(COMMANDS, arguments.split(), prog="cnn-jax")
+        parse_command(COMMANDS, arguments.split())
     assert "\n" not in str(told.value)
 
 
-def test_a_settings_values_make_the_same_settings_again():
-    settings = read("--epochs", "3", "--run-name", "a", "--data-dir", "b", "--features", "1", "2", "--debug")
-    assert from_option_values(option_values(settings)) == settings
-    assert option_values(settings)["run_name"] == "a"
-    with pytest.raises(KeyError, match="run_name"):
-        from_option_values({name: 1 for name in option_values(settings) if name != "run_name"})
+def test_an_option_may_be_typed_with_equals_underscores_or_its_other_name():
+    assert read("--batch_size", "7", "--learning_rate=0.5") == read("--batch-size=7", "--lr", "0.5")
+    assert read("--run_name=a_b").run_name == "a_b"
+
+
+def test_settings_cannot_be_changed_and_are_checked_wherever_they_are_made():
+    settings = TrainSettings.of("fast", seeds=2)
+    assert (settings.epochs, settings.seeds) == (RECIPE_DEFAULTS["fast"].epochs, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.epochs = 3
+    with pytest.raises(UsageError, match="--batch-size 0: it must be at least 1"):
+        dataclasses.replace(settings, batch_size=0)
+
+
+# What config.json held before `debug` was dropped.
+EARLIER = """{
+  "recipe": "fast", "epochs": 3.0, "batch_size": 100, "learning_rate": 0.01, "seed": 777, "seeds": 1,
+  "features": [1, 2], "precision": "float32", "dataset": "mnist", "dataset_dir": null, "validation": null,
+  "run_name": "a", "fresh": false, "dry_run": false, "checkpoint_every_steps": null, "target_accuracy": null,
+  "feed": null, "tensorboard": false, "profile": null, "log_level": "warning", "coordinator": null,
+  "num_processes": null, "process_id": null, "data_dir": "/b", "debug": true, "checkpoint_dir": "/c", "platform": "cpu"
+}"""
+
+
+def test_a_runs_settings_are_read_as_they_were_written_also_by_an_earlier_program(tmp_path):
+    folder, file = RunFolder(tmp_path), tmp_path / "config.json"
+    settings = read(
+        *("--recipe", "fast", "--epochs", "3", "--run-name", "a", "--features", "1", "2", "--platform", "cpu"),
+        *("--data-dir", "/b", "--checkpoint-dir", "/c", "--debug"),
+    )
+    folder.write_settings(settings)
+    assert folder.read_settings() == settings
+    values = json.loads(file.read_text())
+    assert values == {name: value for name, value in json.loads(EARLIER).items() if name != "debug"}
+
+    file.write_text(EARLIER)
+    assert folder.read_settings() == settings
+    assert folder.read_settings(tmp_path).data_dir == tmp_path
+    del values["tensorboard"]  # an option of later years, to a run of earlier ones
+    file.write_text(json.dumps(values))
+    assert folder.read_settings() == settings
+    for wrong in ({"seed": -1}, {"epochs": "many"}, {"recipe": "slow"}, {"precision": "float16"}):
+        file.write_text(json.dumps(values | wrong))
+        with pytest.raises(StorageError, match=r"config.json cannot be understood \(.*\); start anew with --fresh"):
+            folder.read_settings()
+    del values["batch_size"]  # its results depend on that
+    file.write_text(json.dumps(values))
+    with pytest.raises(StorageError, match="batch_size"):
+        folder.read_settings()
 
 
 def test_the_shell_completes_commands_and_their_options(tmp_path, told):
     script = tmp_path / "cnn-jax.bash"
-    script.write_text(told("--tyro-print-completion", "bash"))
+    script.write_text(told("--print-completion", "bash"))
 
     def complete(*words):
-        line = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _tyro_cnn_jax; "
+        line = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_cnn_jax; "
         line += "echo ${COMPREPLY[@]}"
         return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
 
     assert complete("cnn-jax", "ev") == ["evaluate"]
     assert "--epochs" in complete("cnn-jax", "train", "--e")
+    assert complete("cnn-jax", "train", "--recipe", "f") == ["fast"]
+    assert str(script) in complete("cnn-jax", "export", "--output", f"{tmp_path}/")
+    with pytest.raises(UsageError, match="argument --print-completion: invalid choice: 'cmd'"):
+        parse_command(COMMANDS, ["--print-completion", "cmd"])
