@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cnn_jax.cli.commands import COMMANDS, train
-from cnn_jax.cli.parser import option_names, parse, parse_command
+from cnn_jax.cli.parser import parameters_of, parse, parse_command
 from cnn_jax.runtime.errors import CnnJaxError, UsageError
 from tests.conftest import ROOT
 
@@ -38,8 +38,7 @@ def call_of(line):
 
 def settings_of(line):
     """The settings of the training that a shell's line starts."""
-    (settings,) = call_of(line).args
-    return settings
+    return call_of(line).keywords["settings"]
 
 
 def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
@@ -64,7 +63,7 @@ def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom():
 
 @pytest.mark.parametrize("page", ["research.md", "tutorial.py"])
 def test_every_option_on_a_page_exists(page):
-    known = {name for command in COMMANDS for name in option_names(command)}
+    known = {parameter.option for command in COMMANDS for parameter in parameters_of(command)}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)(?!\w)", (DOCS / page).read_text()))
     assert "--epochs" in named
     assert named - known <= {"--logdir"}  # TensorBoard's

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cnn_jax.cli.commands import train
-from cnn_jax.cli.parser import option_names
+from cnn_jax.cli.parser import parameters_of
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.inference.pictures import read_digit
 from cnn_jax.inference.torch_layout import read_torch_file
@@ -30,8 +30,8 @@ fuzz = settings(
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 numbers = st.one_of(st.integers(-3, 300), st.integers(), st.floats()).map(str)
-# Without the option that lets failures through, and the one that waits for other processes; with two that are near one.
-OPTIONS = [*sorted(option_names(train) - {"--debug", "--coordinator"}), "--debugg", "--epoch"]
+# All but the one that waits for other processes, and two that are near one.
+OPTIONS = [each.option for each in parameters_of(train) if each.name != "coordinator"] + ["--debugg", "--epoch"]
 typed = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(OPTIONS), numbers),

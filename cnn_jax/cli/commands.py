@@ -12,20 +12,15 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes, count_train_examples
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
-    POSITIVE,
-    RUNS,
-    CheckpointDir,
-    DataDir,
-    DatasetName,
+    Epochs,
     Must,
-    Option,
-    PlatformName,
+    Platform,
     RecipeName,
     TrainSettings,
     require,
@@ -33,10 +28,28 @@ from cnn_jax.runs.settings import (
 from cnn_jax.runtime.errors import UsageError, one_line_failures
 from cnn_jax.runtime.signals import end_on_signals
 
-RUN_HELP, PACKAGED = "A run's folder, or its name in --checkpoint-dir.", "the network in the package"
-Run = Annotated[str, Option(RUN_HELP, "RUN")]
-OptionalRun = Annotated[str | None, Option(RUN_HELP, "[RUN]", PACKAGED)]
-OtherDataset = Annotated[Path | None, Option("A folder of four IDX files to use in place of --dataset.", "DIR")]
+Count = Annotated[int, AT_LEAST_1]
+Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
+SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a spread")]
+Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
+Range = Annotated[
+    tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] < math.inf, "two positive numbers in order", "g")
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What every command that has to do with runs takes; TrainSettings has the same fields."""
+
+    data_dir: Path | None = None
+    checkpoint_dir: Path = TrainSettings.checkpoint_dir
+    platform: Platform | None = None
+
+    def run_folder(self, run: str | None) -> Path | None:
+        """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`; None for no run."""
+        if run is None:
+            return None
+        return Path(run) if Path(run).is_dir() else self.checkpoint_dir / run
 
 
 def train(settings: TrainSettings) -> None:
@@ -59,17 +72,12 @@ def train(settings: TrainSettings) -> None:
     train_run(settings)
 
 
-def evaluate(
-    run: Run,
-    *,
-    unscaled: Annotated[
-        bool, Option("Test on pixels in 0..255, as the tutorial does, though it trained on [0, 1].")
-    ] = False,
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
-) -> None:
+def evaluate(run: str, common: CommonOptions, *, unscaled: bool = False) -> None:
     """Test a run's newest checkpoint on all test images of its data set.
+
+    Options:
+      run (RUN): A run's folder, or its name in --checkpoint-dir.
+      unscaled: Test on pixels in 0..255, as the tutorial does, though it trained on [0, 1].
 
     Examples:
       cnn-jax evaluate mnist-seed777
@@ -77,31 +85,29 @@ def evaluate(
     """
     from cnn_jax.runs.restore import evaluate_run
 
-    evaluate_run(folder_of(run, checkpoint_dir), unscaled=unscaled, data_dir=data_dir, platform=platform)
+    evaluate_run(common.run_folder(run), unscaled=unscaled, data_dir=common.data_dir, platform=common.platform)
 
 
-def inspect(
-    run: Run, *, data_dir: DataDir = None, checkpoint_dir: CheckpointDir = RUNS, platform: PlatformName = None
-) -> None:
+def inspect(run: str, common: CommonOptions) -> None:
     """List the layers of a run's network, and draw what it has learned.
+
+    Options:
+      run (RUN): A run's folder, or its name in --checkpoint-dir.
 
     Examples:
       cnn-jax inspect mnist-seed777
     """
     from cnn_jax.analysis.layers import inspect_run
 
-    inspect_run(folder_of(run, checkpoint_dir), data_dir=data_dir, platform=platform)
+    inspect_run(common.run_folder(run), data_dir=common.data_dir, platform=common.platform)
 
 
-def report(
-    run: Run,
-    *,
-    output: Annotated[Path | None, Option("The file to write.", "FILE", "report.html in the run's folder")] = None,
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
-) -> None:
+def report(run: str, common: CommonOptions, *, output: Path | None = None) -> None:
     """Write an HTML page about a run: its results, settings and pictures.
+
+    Options:
+      run (RUN): A run's folder, or its name in --checkpoint-dir.
+      output (FILE): The file to write. (default: report.html in the run's folder)
 
     Examples:
       cnn-jax report mnist-seed777
@@ -109,22 +115,16 @@ def report(
     """
     from cnn_jax.analysis.report import report_run
 
-    report_run(folder_of(run, checkpoint_dir), output, data_dir=data_dir, platform=platform)
+    report_run(common.run_folder(run), output, data_dir=common.data_dir, platform=common.platform)
 
 
-def predict(
-    images: Annotated[
-        tuple[str, ...],
-        Option("PNG or JPEG files of one digit each, folders of them, or -: standard input.", "IMAGE..."),
-    ],
-    *,
-    run: Annotated[str | None, Option(RUN_HELP, "RUN", PACKAGED)] = None,
-    json: Annotated[bool, Option("Write an array of objects with file, digit and probabilities.")] = False,
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
-) -> None:
+def predict(images: tuple[str, ...], common: CommonOptions, *, run: str | None = None, json: bool = False) -> None:
     """Say which digit each picture shows: stdout gets a line a file.
+
+    Options:
+      images (IMAGE...): PNG or JPEG files of one digit each, folders of them, or -: standard input.
+      run (RUN): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
+      json: Write an array of objects with file, digit and probabilities.
 
     Examples:
       cnn-jax predict photo.jpg
@@ -133,23 +133,16 @@ def predict(
     """
     from cnn_jax.inference.predict import predict
 
-    predict(images, folder_of(run, checkpoint_dir), as_json=json, data_dir=data_dir, platform=platform)
+    predict(images, common.run_folder(run), as_json=json, data_dir=common.data_dir, platform=common.platform)
 
 
-def demo(
-    run: OptionalRun = None,
-    *,
-    port: Annotated[
-        int, Option("Where the page is.", "N"), Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")
-    ] = 7860,
-    host: Annotated[
-        str, Option("From where it can be reached: 127.0.0.1 is this machine, 0.0.0.0 everywhere.", "ADDRESS")
-    ] = "127.0.0.1",
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
-) -> None:
+def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, host: str = "127.0.0.1") -> None:
     """Serve a page to draw digits on, and show what the network makes of them while they are drawn.
+
+    Options:
+      run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
+      port (N): Where the page is.
+      host (ADDRESS): From where it can be reached: 127.0.0.1 is this machine, 0.0.0.0 everywhere.
 
     Examples:
       cnn-jax demo
@@ -158,23 +151,24 @@ def demo(
     need("gradio", extra="demo")
     from cnn_jax.inference.demo import demo
 
-    demo(folder_of(run, checkpoint_dir), host=host, port=port, data_dir=data_dir, platform=platform)
+    demo(common.run_folder(run), host=host, port=port, data_dir=common.data_dir, platform=common.platform)
 
 
 def export(
-    run: OptionalRun = None,
+    common: CommonOptions,
+    run: str | None = None,
     *,
-    to: Annotated[
-        Literal["onnx", "stablehlo", "safetensors", "torch"],
-        Option("onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights).", "FORMAT"),
-    ],
-    output: Annotated[Path, Option("The file to write.", "FILE")],
-    seed: Annotated[int | None, Option("Of a run of several seeds, whose weights.", "N", "the first")] = None,
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
+    to: Literal["onnx", "stablehlo", "safetensors", "torch"],
+    output: Path,
+    seed: int | None = None,
 ) -> None:
     """Write a network to a file for another program; it is kept only if it computes the same there.
+
+    Options:
+      run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
+      to (FORMAT): onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights). (required)
+      output (FILE): The file to write. (required)
+      seed (N): Of a run of several seeds, whose weights. (default: the first)
 
     Examples:
       cnn-jax export --to onnx --output mnist.onnx
@@ -188,47 +182,39 @@ def export(
         need("flatbuffers", extra="export")
     from cnn_jax.inference.export import export
 
-    export(to, output, folder_of(run, checkpoint_dir), seed=seed, data_dir=data_dir, platform=platform)
+    export(to, output, common.run_folder(run), seed=seed, data_dir=common.data_dir, platform=common.platform)
 
 
 def sweep(
+    common: CommonOptions,
     *,
-    study: Annotated[
-        str, Option("The search's folder in --checkpoint-dir: its trials, SQLite file and plots.", "NAME")
-    ] = "sweep",
-    trials: Annotated[int, Option("Trials in all, by however many processes and commands.", "N"), AT_LEAST_1] = 30,
-    epochs: Annotated[
-        float, Option("Passes over the training set in each trial.", "N"), POSITIVE._replace(form="g")
-    ] = 2,
-    learning_rate: Annotated[
-        tuple[float, float],
-        Option("The range to search, on a logarithmic scale.", "LOW HIGH"),
-        Must(lambda between: 0 < between[0] <= between[1] < math.inf, "two positive numbers in order", "g"),
-    ] = (0.0003, 0.03),
-    batch_size: Annotated[tuple[int, ...], Option("The batch sizes to choose from.", "IMAGES")] = (50, 100, 200, 400),
-    features: Annotated[
-        tuple[int, ...],
-        Option("The channels of the two blocks to choose from, in pairs.", "N"),
-        Must(lambda channels: len(channels) % 2 == 0, "pairs of numbers"),
-    ] = (16, 32, 32, 64, 48, 96),
-    recipe: Annotated[tuple[RecipeName, ...], Option("The recipes to choose from.", "NAME")] = (
-        "tutorial",
-        "fast",
-        "accurate",
-    ),
-    validation: Annotated[
-        int,
-        Option("Training images to hold out, which score a trial; the test set is not used.", "IMAGES"),
-    ] = 5000,
-    seeds: Annotated[int, Option("Runs of each trial, whose mean is its score.", "N")] = 1,
-    seed: Annotated[int, Option("The first seed of each trial.", "N")] = 777,
-    dataset: DatasetName = "mnist",
-    dataset_dir: OtherDataset = None,
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
+    study: str = "sweep",
+    trials: Count = 30,
+    epochs: Epochs = 2,
+    learning_rate: Range = (0.0003, 0.03),
+    batch_size: tuple[int, ...] = (50, 100, 200, 400),
+    features: Pairs = (16, 32, 32, 64, 48, 96),
+    recipe: tuple[RecipeName, ...] = get_args(RecipeName),
+    validation: Count = 5000,
+    seeds: Count = 1,
+    seed: int = 777,
+    dataset: str = "mnist",
+    dataset_dir: Path | None = None,
 ) -> None:
     """Search for the settings with the best validation accuracy; the same command continues, also side by side.
+
+    Options:
+      study (NAME): The search's folder in --checkpoint-dir: its trials, SQLite file and plots.
+      trials (N): Trials in all, by however many processes and commands.
+      epochs (N): Passes over the training set in each trial.
+      learning_rate (LOW HIGH): The range to search, on a logarithmic scale.
+      batch_size (IMAGES): The batch sizes to choose from.
+      features (N): The channels of the two blocks to choose from, in pairs.
+      recipe (NAME): The recipes to choose from.
+      validation (IMAGES): Training images to hold out, which score a trial; the test set is not used.
+      seeds (N): Runs of each trial, whose mean is its score.
+      seed (N): The first seed of each trial.
+      dataset_dir (DIR): A folder of four IDX files to use in place of --dataset.
 
     Examples:
       cnn-jax sweep --trials 30
@@ -241,9 +227,7 @@ def sweep(
         seed=seed,
         dataset=dataset,
         dataset_dir=dataset_dir,
-        data_dir=data_dir,
-        checkpoint_dir=checkpoint_dir / study,
-        platform=platform,
+        **vars(common) | {"checkpoint_dir": common.checkpoint_dir / study},
     )
     pairs = tuple(zip(features[::2], features[1::2], strict=True))
     for size, channels in itertools.product(batch_size, pairs):
@@ -258,29 +242,26 @@ def sweep(
 
 
 def import_torch(
-    file: Annotated[Path, Option("A state_dict with the tutorial's names, by torch.save or safetensors.", "FILE")],
+    file: Path,
+    common: CommonOptions,
     *,
-    run_name: Annotated[str | None, Option("The run's folder.", "NAME", "the file's, without its ending")] = None,
-    dataset: Annotated[str, Option("The tfds set that the weights are for.", "NAME")] = "mnist",
-    dataset_dir: OtherDataset = None,
-    data_dir: DataDir = None,
-    checkpoint_dir: CheckpointDir = RUNS,
-    platform: PlatformName = None,
+    run_name: str | None = None,
+    dataset: str = "mnist",
+    dataset_dir: Path | None = None,
 ) -> None:
     """Make a run of weights that PyTorch trained: test it, or train it on with train --run-name.
+
+    Options:
+      file (FILE): A state_dict with the tutorial's names, by torch.save or safetensors.
+      run_name (NAME): The run's folder. (default: the file's, without its ending)
+      dataset (NAME): The tfds set that the weights are for.
+      dataset_dir (DIR): A folder of four IDX files to use in place of --dataset.
 
     Examples:
       cnn-jax import-torch model.pt
       cnn-jax train --run-name model --epochs 1
     """
-    settings = TrainSettings(
-        run_name=run_name or file.stem,
-        dataset=dataset,
-        dataset_dir=dataset_dir,
-        data_dir=data_dir,
-        checkpoint_dir=checkpoint_dir,
-        platform=platform,
-    )
+    settings = TrainSettings(run_name=run_name or file.stem, dataset=dataset, dataset_dir=dataset_dir, **vars(common))
     need("torch", extra="torch")
     from cnn_jax.pytorch.import_weights import import_weights
 
@@ -289,19 +270,19 @@ def import_torch(
 
 def compare(
     *,
-    seeds: Annotated[
-        int,
-        Option("Runs of each framework; at least 2.", "N"),
-        Must(lambda seeds: seeds >= 2, "at least 2, for a spread"),
-    ] = 5,
-    seed: Annotated[int, Option("The first seed; the others follow it.", "N")] = 777,
-    epochs: Annotated[int, Option("Passes over the training set.", "N"), AT_LEAST_1] = 15,
-    output: Annotated[
-        Path, Option("Where the runs and the report go; runs that are there are not run again.", "DIR")
-    ] = Path("benchmarks/comparison"),
-    data_dir: DataDir = None,
+    seeds: SeveralSeeds = 5,
+    seed: int = 777,
+    epochs: Count = 15,
+    output: Path = Path("benchmarks/comparison"),
+    data_dir: Path | None = None,
 ) -> None:
     """Train the tutorial in this program and in PyTorch, and report how they differ.
+
+    Options:
+      seeds (N): Runs of each framework; at least 2.
+      seed (N): The first seed; the others follow it.
+      epochs (N): Passes over the training set.
+      output (DIR): Where the runs and the report go; runs that are there are not run again.
 
     Examples:
       cnn-jax compare --seeds 5
@@ -313,15 +294,12 @@ def compare(
     compare(seeds=seeds, seed=seed, epochs=epochs, output=output, data_dir=data_dir)
 
 
-def benchmark(
-    *,
-    rounds: Annotated[int, Option("How often each form is measured, all of them in turn.", "N"), AT_LEAST_1] = 20,
-    output: Annotated[
-        Path, Option("Where the table, the JSON and the plot go, named by machine and date.", "DIR")
-    ] = Path("benchmarks/results"),
-    data_dir: DataDir = None,
-) -> None:
+def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), data_dir: Path | None = None) -> None:
     """Measure a training step in this program and in PyTorch, side by side in one run.
+
+    Options:
+      rounds (N): How often each form is measured, all of them in turn.
+      output (DIR): Where the table, the JSON and the plot go, named by machine and date.
 
     Examples:
       cnn-jax benchmark --rounds 5
@@ -333,13 +311,6 @@ def benchmark(
 
 
 COMMANDS = (train, evaluate, inspect, report, predict, demo, export, sweep, import_torch, compare, benchmark)
-
-
-def folder_of(run: str | None, checkpoint_dir: Path) -> Path | None:
-    """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`; None for no run."""
-    if run is None:
-        return None
-    return Path(run) if Path(run).is_dir() else checkpoint_dir / run
 
 
 def need(*packages: str, extra: str) -> None:

@@ -122,7 +122,7 @@ class RunFolder:
             # A program before or after this one may have had settings that this one has not, or not have had some.
             given = {name: _from_json(values[name], kinds[name]) for name in kinds.keys() & values.keys()}
             given |= {name: _from_json(values[name], kinds[name]) for name in (*DECIDING_FIELDS, "epochs")}
-            return TrainSettings(**given | ({"data_dir": data_dir} if data_dir else {}))
+            return TrainSettings.of(**given | ({"data_dir": data_dir} if data_dir else {}))
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 

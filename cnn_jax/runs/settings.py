@@ -1,11 +1,11 @@
-"""The settings of a training: each with its default, its unit, its help and the values that it may have."""
+"""The settings of a training, each with its default, its meaning and the values that it may have."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from cnn_jax.runtime.errors import UsageError
 
@@ -20,13 +20,13 @@ class RecipeDefaults(NamedTuple):
     batch_size: int
     learning_rate: float
 
-    @staticmethod
-    def in_words(field: str) -> str:
-        """Return every recipe's default of a field, or the one that all of them share."""
-        values = {recipe: f"{getattr(defaults, field):g}" for recipe, defaults in RECIPE_DEFAULTS.items()}
-        if len(set(values.values())) == 1:
-            return values["tutorial"]
-        return ", ".join(f"{value} {recipe}" for recipe, value in values.items())
+    @classmethod
+    def in_words(cls, field: str) -> str:
+        """Return each recipe's default of a field, or the one that all of them share."""
+        values = [f"{getattr(defaults, field):g}" for defaults in RECIPE_DEFAULTS.values()]
+        if len(set(values)) == 1:
+            return values[0]
+        return ", ".join(f"{value} {recipe}" for recipe, value in zip(RECIPE_DEFAULTS, values, strict=True))
 
 
 RECIPE_DEFAULTS: dict[RecipeName, RecipeDefaults] = {
@@ -36,26 +36,8 @@ RECIPE_DEFAULTS: dict[RecipeName, RecipeDefaults] = {
 }
 
 
-class Option(NamedTuple):
-    """How a setting is given on the command line.
-
-    Attributes:
-      help: What it means, in its unit.
-      metavar: What stands for its value in the help.
-      default: Its default in words, where the value does not say it.
-      group: The heading of the help that it stands under.
-      alias: Another name that people know it by.
-    """
-
-    help: str
-    metavar: str | None = None
-    default: str | None = None
-    group: str = "options"
-    alias: str | None = None
-
-
 class Must(NamedTuple):
-    """Which values a setting may have; None, where its type allows that, is one of them.
+    """Which values a setting may have, at its type; None, where the type allows it, is always one of them.
 
     Attributes:
       holds: Whether a value is one of them.
@@ -63,148 +45,93 @@ class Must(NamedTuple):
       form: How a refused value is written, as `format` knows it.
     """
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], object]
     needed: str
     form: str = ""
 
 
-def option_name(name: str) -> str:
-    """Return a setting's name on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
-def choices_of(kind: Any) -> tuple[str, ...]:
-    """Return the words that a setting of this type may be; none where it may be something else."""
-    return next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal), ())
-
-
-def check_values(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
-    """Check each value by what its annotation says that it must be.
-
-    Raises:
-      UsageError: naming the option, its value and what it must be.
-    """
-    for name, value in values.items():
-        if value is None:
-            continue
-        parts = value if isinstance(value, tuple) else (value,)
-        if choices := choices_of(annotations[name].__origin__):
-            require(set(parts) <= set(choices), option_name(name), " ".join(parts), f"one of {', '.join(choices)}")
-        for must in annotations[name].__metadata__:
-            if isinstance(must, Must) and not must.holds(value):
-                require(False, option_name(name), " ".join(format(part, must.form) for part in parts), must.needed)
-
-
-def require(holds: bool, option: str, value: object, needed: str) -> None:
-    """Refuse a value that does not hold.
-
-    Raises:
-      UsageError: naming the option, its value and what it must be.
-    """
-    if not holds:
-        raise UsageError(f"{option} {value}: it must be {needed}")
-
-
 AT_LEAST_1 = Must(lambda number: number >= 1, "at least 1")
+EACH_AT_LEAST_1 = Must(lambda numbers: min(numbers) >= 1, "at least 1 each")
 POSITIVE = Must(lambda number: 0 < number < math.inf, "a positive number")
 FRACTION = Must(lambda number: 0 <= number <= 1, "between 0 and 1")
+ADDRESS = Must(re.compile(r"\S+:\d+").fullmatch, "HOST:PORT, such as 10.0.0.1:1234")
 FOLDER_NAME = Must(
     re.compile(r"\w[\w.=+-]*").fullmatch,
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
-ADDRESS = Must(re.compile(r"\S+:\d+").fullmatch, "HOST:PORT, such as 10.0.0.1:1234")
 
-# The headings of a training's options in the help.
-RUN, HOST, COMMON = "run options", "host options", "common options"
-
-DataDir = Annotated[Path | None, Option("Where tfds keeps data.", "DIR", "TFDS_DATA_DIR, else tfds's", COMMON)]
-CheckpointDir = Annotated[Path, Option("Where runs are, a folder each.", "DIR", group=COMMON)]
-PlatformName = Annotated[Platform | None, Option("Where to compute.", "{cpu,gpu,tpu}", "the fastest there is", COMMON)]
-DatasetName = Annotated[str, Option("A tfds set that is, or can be, prepared.", "NAME")]
-RUNS = Path("checkpoints")
+Epochs = Annotated[float, POSITIVE._replace(form="g")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What a training depends on, as the command line gives it and config.json records it.
+    """What a training is started with: the command line's options, and what config.json records.
+
+    Options:
+      recipe (NAME): tutorial, fast (99 % soonest), accurate.
+      epochs (N): Passes over the training set; 1.5 is one and a half.
+      batch_size (N): Images a step.
+      learning_rate (RATE): Adam's step size, or the peak of its schedule.
+      seed (N): Of the initial weights and the images' order.
+      seeds (N): Independent runs at once: of --seed and those after it.
+      features (N N): Channels after each of the two blocks.
+      precision (DTYPE): Of the convolutions: float32 or bfloat16.
+      dataset (NAME): A tfds set that is, or can be, prepared.
+      dataset_dir (DIR): A folder of four IDX files (plain, .gz or .xz) instead.
+      validation (N): Training images to hold out and test on after each epoch; the test set is then used once, at the
+        end. (default: none)
+
+    Run options:
+      run_name (NAME): The run's folder. (default: from the settings)
+      fresh: Move a run of this name aside and start anew.
+      dry_run: Show what would run and where; write nothing.
+      checkpoint_every_steps (N): Save every N steps too, not only after each epoch.
+      target_accuracy (FRACTION): Exit with 70 below this final test accuracy, in 0..1.
+      feed ({resident,stream}): Images on the device, or read in time. (default: by size)
+      tensorboard: Write each epoch's numbers for TensorBoard too.
+      profile (DIR): Write a trace of a few steps, for TensorBoard or Perfetto.
+      log_level (LEVEL): debug, info, warning or error.
+
+    Host options:
+      coordinator (HOST:PORT): The first of several processes; found on TPU pods and SLURM.
+      num_processes (N): How many processes train together.
+      process_id (N): Which of them this is, from 0.
+
+    Common options:
+      data_dir (DIR): Where tfds keeps data. (default: TFDS_DATA_DIR, else tfds's)
+      checkpoint_dir (DIR): Where runs are, a folder each.
+      platform ({cpu,gpu,tpu}): Where to compute. (default: the fastest there is)
 
     Raises:
       UsageError: naming the option, its value and what it must be.
     """
 
-    recipe: Annotated[RecipeName, Option("tutorial, fast (99 % soonest), accurate.", "NAME")] = "tutorial"
-    epochs: Annotated[
-        float,
-        Option("Passes over the training set; 1.5 is one and a half.", "N", RecipeDefaults.in_words("epochs")),
-        POSITIVE._replace(form="g"),
-    ] = RECIPE_DEFAULTS["tutorial"].epochs
-    batch_size: Annotated[int, Option("Images a step.", "N", RecipeDefaults.in_words("batch_size")), AT_LEAST_1] = (
-        RECIPE_DEFAULTS["tutorial"].batch_size
-    )
-    learning_rate: Annotated[
-        float,
-        Option(
-            "Adam's step size, or the peak of its schedule.",
-            "RATE",
-            RecipeDefaults.in_words("learning_rate"),
-            alias="--lr",
-        ),
-        POSITIVE,
-    ] = RECIPE_DEFAULTS["tutorial"].learning_rate
-    seed: Annotated[int, Option("Of the initial weights and the images' order.", "N")] = 777
-    seeds: Annotated[int, Option("Independent runs at once: of --seed and those after it.", "N"), AT_LEAST_1] = 1
-    features: Annotated[
-        tuple[int, int],
-        Option("Channels after each of the two blocks.", "N N"),
-        Must(lambda channels: min(channels) >= 1, "at least 1 each"),
-    ] = (32, 64)
-    precision: Annotated[
-        Literal["float32", "bfloat16"], Option("Of the convolutions: float32 or bfloat16.", "DTYPE")
-    ] = "float32"
-    dataset: DatasetName = "mnist"
-    dataset_dir: Annotated[Path | None, Option("A folder of four IDX files (plain, .gz or .xz) instead.", "DIR")] = None
-    validation: Annotated[
-        int | None,
-        Option(
-            "Training images to hold out and test on after each epoch; the test set is then used once, at the end.",
-            "N",
-            "none",
-        ),
-        AT_LEAST_1,
-    ] = None
-
-    run_name: Annotated[str | None, Option("The run's folder.", "NAME", "from the settings", RUN), FOLDER_NAME] = None
-    fresh: Annotated[bool, Option("Move a run of this name aside and start anew.", group=RUN)] = False
-    dry_run: Annotated[bool, Option("Show what would run and where; write nothing.", group=RUN)] = False
-    checkpoint_every_steps: Annotated[
-        int | None, Option("Save every N steps too, not only after each epoch.", "N", group=RUN), AT_LEAST_1
-    ] = None
-    target_accuracy: Annotated[
-        float | None, Option("Exit with 70 below this final test accuracy, in 0..1.", "FRACTION", group=RUN), FRACTION
-    ] = None
-    feed: Annotated[
-        Literal["resident", "stream"] | None,
-        Option("Images on the device, or read in time.", "{resident,stream}", "by size", RUN),
-    ] = None
-    tensorboard: Annotated[bool, Option("Write each epoch's numbers for TensorBoard too.", group=RUN)] = False
-    profile: Annotated[
-        Path | None, Option("Write a trace of a few steps, for TensorBoard or Perfetto.", "DIR", group=RUN)
-    ] = None
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Option("debug, info, warning or error.", "LEVEL", group=RUN)
-    ] = "warning"
-
-    coordinator: Annotated[
-        str | None,
-        Option("The first of several processes; found on TPU pods and SLURM.", "HOST:PORT", group=HOST),
-        ADDRESS,
-    ] = None
-    num_processes: Annotated[int | None, Option("How many processes train together.", "N", group=HOST)] = None
-    process_id: Annotated[int | None, Option("Which of them this is, from 0.", "N", group=HOST)] = None
-
-    data_dir: DataDir = None
-    checkpoint_dir: CheckpointDir = RUNS
-    platform: PlatformName = None
+    recipe: RecipeName = "tutorial"
+    epochs: Epochs = RECIPE_DEFAULTS["tutorial"].epochs
+    batch_size: Annotated[int, AT_LEAST_1] = RECIPE_DEFAULTS["tutorial"].batch_size
+    learning_rate: Annotated[float, POSITIVE] = RECIPE_DEFAULTS["tutorial"].learning_rate
+    seed: int = 777
+    seeds: Annotated[int, AT_LEAST_1] = 1
+    features: Annotated[tuple[int, int], EACH_AT_LEAST_1] = (32, 64)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    dataset: str = "mnist"
+    dataset_dir: Path | None = None
+    validation: Annotated[int | None, AT_LEAST_1] = None
+    run_name: Annotated[str | None, FOLDER_NAME] = None
+    fresh: bool = False
+    dry_run: bool = False
+    checkpoint_every_steps: Annotated[int | None, AT_LEAST_1] = None
+    target_accuracy: Annotated[float | None, FRACTION] = None
+    feed: Literal["resident", "stream"] | None = None
+    tensorboard: bool = False
+    profile: Path | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    coordinator: Annotated[str | None, ADDRESS] = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    data_dir: Path | None = None
+    checkpoint_dir: Path = Path("checkpoints")
+    platform: Platform | None = None
 
     @classmethod
     def of(cls, recipe: RecipeName = "tutorial", **given: Any) -> Self:
@@ -212,7 +139,7 @@ class TrainSettings:
         return cls(recipe=recipe, **RECIPE_DEFAULTS[recipe]._asdict() | given)
 
     def __post_init__(self) -> None:
-        check_values(vars(self), TrainSettings.__annotations__)
+        check_values(vars(self), type(self).__annotations__)
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
         hosts = (self.coordinator, self.num_processes, self.process_id)
         together = "given with --num-processes and --process-id, all three or none"
@@ -227,20 +154,43 @@ class TrainSettings:
 
     def _default_run_name(self) -> str:
         source = self.dataset if self.dataset_dir is None else self.dataset_dir.resolve().name
-        defaults = RECIPE_DEFAULTS[self.recipe]
-        parts = [re.sub(r"[^\w.+-]", "-", source), f"seed{self.seed}"]
-        if self.seeds != TrainSettings.seeds:
-            parts.append(f"seeds{self.seeds}")
-        if self.recipe != TrainSettings.recipe:
-            parts.append(self.recipe)
-        if self.batch_size != defaults.batch_size:
-            parts.append(f"batch{self.batch_size}")
-        if self.learning_rate != defaults.learning_rate:
-            parts.append(f"lr{self.learning_rate:g}")
-        if self.features != TrainSettings.features:
-            parts.append("features" + "x".join(map(str, self.features)))
-        if self.precision != TrainSettings.precision:
-            parts.append(self.precision)
-        if self.validation is not None:
-            parts.append(f"validation{self.validation}")
-        return "-".join(parts)
+        words = {
+            "seeds": f"seeds{self.seeds}",
+            "recipe": self.recipe,
+            "batch_size": f"batch{self.batch_size}",
+            "learning_rate": f"lr{self.learning_rate:g}",
+            "features": "features" + "x".join(map(str, self.features)),
+            "precision": self.precision,
+            "validation": f"validation{self.validation}",
+        }
+        usual = vars(TrainSettings) | RECIPE_DEFAULTS[self.recipe]._asdict()
+        unusual = [word for name, word in words.items() if getattr(self, name) != usual[name]]
+        return "-".join([re.sub(r"[^\w.+-]", "-", source), f"seed{self.seed}", *unusual])
+
+
+def check_values(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    """Check each value by the `Must` in its annotation.
+
+    Raises:
+      UsageError: naming the option, its value and what it must be.
+    """
+    for name, value in values.items():
+        for must in getattr(annotations[name], "__metadata__", ()) if value is not None else ():
+            parts = value if isinstance(value, tuple) else (value,)
+            shown = " ".join(format(part, must.form) for part in parts)
+            require(must.holds(value), option_name(name), shown, must.needed)
+
+
+def require(holds: object, option: str, value: object, needed: str) -> None:
+    """Refuse an option's value where a condition does not hold.
+
+    Raises:
+      UsageError: naming the option, its value and what it must be.
+    """
+    if not holds:
+        raise UsageError(f"{option} {value}: it must be {needed}")
+
+
+def option_name(name: str) -> str:
+    """Return a setting's name on the command line."""
+    return f"--{name.replace('_', '-')}"

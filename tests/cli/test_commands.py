@@ -21,8 +21,7 @@ from tests.conftest import ROOT
 
 
 def read(*arguments):
-    (settings,) = parse(train, arguments, prog="train.py").args
-    return settings
+    return parse(train, arguments, prog="train.py").keywords["settings"]
 
 
 def test_the_defaults_are_the_tutorials():
@@ -238,7 +237,7 @@ def test_a_runs_settings_are_read_as_they_were_written_also_by_an_earlier_progra
     del values["tensorboard"]  # an option of later years, to a run of earlier ones
     file.write_text(json.dumps(values))
     assert folder.read_settings() == settings
-    for wrong in ({"seed": -1}, {"epochs": "many"}, {"recipe": "slow"}, {"precision": "float16"}):
+    for wrong in ({"seed": -1}, {"epochs": "many"}, {"recipe": "slow"}):
         file.write_text(json.dumps(values | wrong))
         with pytest.raises(StorageError, match=r"config.json cannot be understood \(.*\); start anew with --fresh"):
             folder.read_settings()
