@@ -1,19 +1,18 @@
 """What a trained network does with its test images, layer by layer and mistake by mistake, and the pictures of it."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 from flax import linen as nn
-from jax import lax
 
 from cnn_jax.analysis import plots
-from cnn_jax.core.evaluation import BATCH_SIZE, Mistake
-from cnn_jax.core.training import TrainState
+from cnn_jax.core.evaluation import logits
+from cnn_jax.core.model import PlainCNN
+from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import Dataset, scale_pixels
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import restore_run
@@ -24,50 +23,14 @@ from cnn_jax.runtime.display import LAYER_TABLE, Display
 SHOWN_MISTAKES = 12
 
 
-class Layers(nn.Module):
-    """The network of `CNN` one layer at a time, with the same weights: what its block op computes at once, in steps.
-
-    Each step is a module, so that Flax can list it and keep what it returns. All of it is float32, whatever the
-    precision of the run.
-    """
-
-    features: tuple[int, ...]
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the logits, (..., num_classes), of images (..., height, width, channels) with pixels in [0, 1]."""
-        for number, features in enumerate(self.features, start=1):
-            x = nn.Conv(features, (3, 3), precision="highest", name=f"layer{number}")(x)
-            x = ReLU(name=f"relu{number}")(x)
-            x = MaxPool(name=f"pool{number}")(x)
-        x = Flatten(name="flatten")(x)
-        return nn.Dense(self.num_classes, precision="highest", name="fc")(x)
-
-
-class ReLU(nn.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.relu(x)
-
-
-class MaxPool(nn.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
-
-
-class Flatten(nn.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-3], -1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer and what it made of one image.
+    """A layer and its output for one image.
 
     Attributes:
-      name: As in `Layers`.
+      name: As in `PlainCNN`.
       output: (height, width, channels) or (channels,), float32.
-      parameters: How many numbers it has learned.
+      parameters: The number of its trained parameters.
     """
 
     name: str
@@ -75,16 +38,32 @@ class Layer:
     parameters: int
 
 
+class Mistake(NamedTuple):
+    """A test image that the network puts into the wrong class.
+
+    Attributes:
+      image: (height, width, channels), uint8.
+      label: Its class.
+      prediction: The class of the largest logit.
+      probability: What the network gives the predicted class, in [0, 1].
+    """
+
+    image: np.ndarray
+    label: int
+    prediction: int
+    probability: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """A trained network, and what it does with the test images.
 
     Attributes:
-      image: The first test image, (height, width, channels), uint8: what goes through the layers.
+      image: The first test image, (height, width, channels), uint8; `layers` shows its way through the network.
       label: Its class.
-      layers: In their order.
-      kernels: Of each convolution, (3, 3, channels in, channels out), by the layer's name.
-      confusion: (K, K), int: how many images of each class, by row, were taken for each class, by column.
+      layers: In their order; empty for a network of another kind than `PlainCNN`.
+      kernels: Each convolution's, (3, 3, channels in, channels out), by the layer's name.
+      confusion: (K, K), int: the number of test images by class (row) and predicted class (column).
       mistakes: The most confident ones, the most confident first; at most `SHOWN_MISTAKES`.
     """
 
@@ -97,139 +76,110 @@ class Inspection:
 
 
 class Picture(NamedTuple):
-    """A picture that was drawn.
-
-    Attributes:
-      file: A PNG.
-      caption: What it shows, in a sentence.
-    """
+    """A PNG file, and a sentence that says what it shows."""
 
     file: Path
     caption: str
 
 
 def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform | None = None) -> None:
-    """Print the shape and the parameters after every layer of a run's network, and draw what it has learned.
+    """Print each layer's output shape and number of parameters for a run's network, and draw what it has learned.
 
     Raises:
-      CnnJaxError: each failure as the class that names it.
+      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
-    settings, states, dataset = restore_run(folder, data_dir, display.say)
-    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
-    display.result(tabulate(layers_of(params) or states.apply_fn.__self__, dataset))
-    pictures = draw_pictures(inspect_network(states, dataset), folder.read_metrics(), folder.path / "pictures")
-    of_seed = f", of seed {settings.seed}" if settings.seeds > 1 else ""
+    settings, model, states, dataset = restore_run(folder, data_dir, display.say)
+    params = of_seed(states.eval_params, 0)
+    display.result(tabulate(plain_network(params) or model, dataset))
+    pictures = draw_pictures(inspect_network(model, params, dataset), folder.read_metrics(), folder.path / "pictures")
+    of_the_seed = f", of seed {settings.seed}" if settings.seeds > 1 else ""
     display.say(
-        f"{len(pictures)} pictures{of_seed} after {int(states.step[0]):,} steps are in {folder.path / 'pictures'}"
+        f"{len(pictures)} pictures{of_the_seed} after {int(states.step[0]):,} steps are in {folder.path / 'pictures'}"
     )
 
 
-def layers_of(params: dict) -> Layers | None:
-    """Return the layers that weights are of, however many blocks there are; None for a network of another kind."""
+def plain_network(params: dict) -> PlainCNN | None:
+    """Return the layer-by-layer network with these weights, whatever its number of blocks; None if they fit none."""
     blocks = [f"layer{number}" for number in range(1, len(params))]
     if set(params) != {*blocks, "fc"}:
         return None
     features = tuple(params[name]["kernel"].shape[-1] for name in blocks)
-    return Layers(features=features, num_classes=params["fc"]["kernel"].shape[-1])
+    return PlainCNN(features=features, num_classes=params["fc"]["kernel"].shape[-1])
 
 
-def tabulate(layers: nn.Module, dataset: Dataset) -> str:
-    """Return a table of the layers of a data set's network: what goes in and comes out, and what is learned.
+def tabulate(model: nn.Module, dataset: Dataset) -> str:
+    """Return a table of a network's layers: input, output and parameters of each.
 
     The shapes are those of one image. The tutorial's network takes 80 columns.
     """
-    table = nn.tabulate(layers, jax.random.key(0), **LAYER_TABLE)(scale_pixels(dataset.test_images[0]))
+    table = nn.tabulate(model, jax.random.key(0), **LAYER_TABLE)(scale_pixels(dataset.test_images[0]))
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 
-def inspect_network(states: TrainState, dataset: Dataset) -> Inspection:
-    """Test the network of a run's first seed and watch it at work.
+def inspect_network(model: nn.Module, params: dict, dataset: Dataset) -> Inspection:
+    """Run a network on all test images, and on the first one layer by layer.
 
     Args:
-      states: On the host, of each array one for each seed, as `restore_run` returns them.
-      dataset: That it was trained on.
+      model: The network.
+      params: Its weights, on the host.
+      dataset: The data set that it was trained on.
     """
-    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
-    predictions, probabilities = predict(states.apply_fn, params, dataset.test_images)
-    labels = dataset.test_labels
+    probabilities = scipy.special.softmax(logits(model, params, dataset.test_images).astype(np.float64), axis=1)
+    labels, predictions, confidences = dataset.test_labels, probabilities.argmax(axis=1), probabilities.max(axis=1)
     confusion = np.zeros((dataset.num_classes,) * 2, int)
     np.add.at(confusion, (labels, predictions), 1)
     wrong = np.flatnonzero(predictions != labels)
-    most_confident = wrong[np.argsort(-probabilities[wrong], kind="stable")][:SHOWN_MISTAKES]
+    most_confident = wrong[np.argsort(-confidences[wrong], kind="stable")][:SHOWN_MISTAKES]
     return Inspection(
         image=dataset.test_images[0],
         label=int(labels[0]),
         layers=run_layers(params, dataset.test_images[0]),
-        kernels={name: params[name]["kernel"] for name in params if name != "fc"} if layers_of(params) else {},
+        kernels={name: params[name]["kernel"] for name in params if name != "fc"} if plain_network(params) else {},
         confusion=confusion,
         mistakes=[
-            Mistake(dataset.test_images[i], int(labels[i]), int(predictions[i]), float(probabilities[i]))
+            Mistake(dataset.test_images[i], int(labels[i]), int(predictions[i]), float(confidences[i]))
             for i in most_confident
         ],
     )
 
 
-def predict(apply_fn: Callable, params: dict, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class that each image is taken for, (M,) int32, and its probability by the softmax, (M,) float32.
-
-    Args:
-      apply_fn: The network's `apply`.
-      params: Its weights.
-      images: (M, height, width, channels), uint8.
-    """
-    missing = -len(images) % BATCH_SIZE
-    batches = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
-    batches = batches.reshape(-1, BATCH_SIZE, *images.shape[1:])
-    predictions, probabilities = jax.device_get(_predict_batches(params, batches, apply_fn=apply_fn))
-    return predictions.reshape(-1)[: len(images)], probabilities.reshape(-1)[: len(images)]
-
-
-@functools.partial(jax.jit, static_argnames="apply_fn")
-def _predict_batches(params, batches, *, apply_fn):
-    def predict_batch(images):
-        logits = apply_fn({"params": params}, scale_pixels(images))
-        return logits.argmax(axis=-1).astype("int32"), nn.softmax(logits).max(axis=-1)
-
-    return lax.map(predict_batch, batches)
-
-
 def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
-    """Return what every layer makes of an image (height, width, channels), uint8, with the weights of a `CNN`.
+    """Return every layer's output for an image (height, width, channels), uint8, given the weights of a `CNN`.
 
-    Of a network of another kind there is nothing to return.
+    The list is empty for a network of another kind.
     """
-    layers = layers_of(params)
-    if layers is None:
+    model = plain_network(params)
+    if model is None:
         return []
 
     @jax.jit
-    def apply(params, pixels):
-        _, kept = layers.apply({"params": params}, pixels, capture_intermediates=True, mutable="intermediates")
+    def outputs_by_name(params: dict, pixels: jax.Array) -> dict:
+        _, kept = model.apply({"params": params}, pixels, capture_intermediates=True, mutable="intermediates")
         return kept["intermediates"]
 
-    kept = jax.device_get(apply(params, scale_pixels(image)))
-    blocks = range(1, len(layers.features) + 1)
+    outputs = jax.device_get(outputs_by_name(params, scale_pixels(image)))
+    blocks = range(1, len(model.features) + 1)
     names = [f"{kind}{number}" for number in blocks for kind in ("layer", "relu", "pool")] + ["flatten", "fc"]
     return [
-        Layer(name, kept[name]["__call__"][0], sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {}))))
+        Layer(name, outputs[name]["__call__"][0], sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {}))))
         for name in names
     ]
 
 
 def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: Path) -> dict[str, Picture]:
-    """Draw an inspection, and the epochs of the run if it has any, to a folder of pictures; return them by name."""
-    right, count = int(inspection.confusion.trace()), int(inspection.confusion.sum())
-    # What each shows, what draws it and what that is given.
+    """Draw an inspection, and the run's epochs if it has any, to a folder; return the pictures by name."""
+    correct, count = int(inspection.confusion.trace()), int(inspection.confusion.sum())
+    # By name: the caption, the function that draws the picture, and its arguments but for the file.
     drawings = {
         "confusion": (
-            f"Of {count:,} test images {right:,} are right; the others by their class and what they were taken for.",
+            f"{correct:,} of {count:,} test images are right; the others by their class and the predicted class.",
             plots.plot_confusion,
             inspection.confusion,
         ),
         "mistakes": (
-            "The most confident mistakes: the class of each image, what it was taken for, and with what probability.",
+            "The most confident mistakes: each image's class, the predicted class, and its probability.",
             plots.plot_mistakes,
             inspection.mistakes,
         ),

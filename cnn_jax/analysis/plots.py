@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,16 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from cnn_jax.core.evaluation import Mistake
 from cnn_jax.runs.folder import EpochMetrics, write_atomically
 
 COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
-# Numbers below 0, 0 and above; the gaps between tiles are not numbers.
+# Blue below 0, white at 0, red above; the gaps between tiles are NaN.
 SIGNED = LinearSegmentedColormap.from_list("signed", [COLOURS["PyTorch"], "#ffffff", COLOURS["cnn-jax"]], bad="#b4bcc6")
 COUNTS = LinearSegmentedColormap.from_list("counts", ["#ffffff", COLOURS["cnn-jax"]], bad="#e6e9ee")
-# Inches of a picture of a report: so narrow that its words can be read where it is as wide as a telephone.
+# Width of a report's pictures, in inches: their text can still be read when a telephone shows them at its own width.
 NARROW = 5
-# More classes than this leave no room for numbers.
+# A confusion matrix of more classes has no room for numbers.
 COUNTED_CLASSES = 20
 
 
@@ -61,7 +61,7 @@ def plot_comparison(report: dict, file: Path) -> None:
 
 
 def save_axes(axes: Axes, file: Path) -> None:
-    """Write down what a library has drawn, and forget it."""
+    """Write the figure of axes that another library has drawn, and close it."""
     figure = axes.figure
     figure.set_size_inches(9, 5)
     figure.savefig(file, dpi=150, bbox_inches="tight")
@@ -89,7 +89,7 @@ def plot_benchmark(result: dict, file: Path) -> None:
 
 
 def plot_costs(metrics: list[EpochMetrics], file: Path) -> None:
-    """Draw the cost of each epoch: of each seed and their mean."""
+    """Draw each seed's cost per epoch, and the mean over the seeds."""
     figure, axes = plt.subplots(figsize=(NARROW, 3.2), layout="constrained")
     _draw_epochs(axes, metrics, [epoch.cost for epoch in metrics])
     axes.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training", yscale="log")
@@ -97,7 +97,7 @@ def plot_costs(metrics: list[EpochMetrics], file: Path) -> None:
 
 
 def plot_accuracies(metrics: list[EpochMetrics], file: Path) -> None:
-    """Draw the accuracy after each epoch: of each seed and their mean."""
+    """Draw each seed's accuracy after every epoch, and the mean over the seeds."""
     figure, axes = plt.subplots(figsize=(NARROW, 3.2), layout="constrained")
     _draw_epochs(axes, metrics, [epoch.accuracy for epoch in metrics])
     axes.set(xlabel="epoch", ylabel=f"{metrics[-1].tested_on} accuracy", title="Test after each epoch")
@@ -105,7 +105,13 @@ def plot_accuracies(metrics: list[EpochMetrics], file: Path) -> None:
 
 
 def _draw_epochs(axes: Axes, metrics: list[EpochMetrics], values: list[list[float]]) -> None:
-    """Draw a line a seed, and their mean, of values that each epoch has one of for each seed."""
+    """Draw a line for each seed, and their mean.
+
+    Args:
+      axes: To draw on.
+      metrics: Of the epochs.
+      values: For each epoch, each seed's.
+    """
     epochs = [epoch.epoch for epoch in metrics]
     several = len(values[0]) > 1
     if several:
@@ -118,13 +124,13 @@ def _draw_epochs(axes: Axes, metrics: list[EpochMetrics], values: list[list[floa
 
 
 def plot_confusion(confusion: np.ndarray, file: Path) -> None:
-    """Draw how many images of each class, by row, were taken for each, by column: (K, K), int."""
+    """Draw a confusion matrix, (K, K), int: the number of images by class (row) and predicted class (column)."""
     classes = len(confusion)
-    is_right = np.eye(classes, dtype=bool)
+    is_correct = np.eye(classes, dtype=bool)
     figure, axes = plt.subplots(figsize=(NARROW, NARROW), layout="constrained")
-    # Coloured by the mistakes: beside the hundreds on the diagonal none would be seen.
-    most = np.where(is_right, 1, confusion).max()
-    axes.imshow(np.where(is_right, np.nan, confusion), cmap=COUNTS, vmin=0, vmax=most)
+    # Only the mistakes are coloured: on a scale up to the hundreds on the diagonal they would all be white.
+    largest = np.where(is_correct, 1, confusion).max()
+    axes.imshow(np.where(is_correct, np.nan, confusion), cmap=COUNTS, vmin=0, vmax=largest)
     if classes <= COUNTED_CLASSES:
         for (row, column), count in np.ndenumerate(confusion):
             if count:
@@ -132,12 +138,17 @@ def plot_confusion(confusion: np.ndarray, file: Path) -> None:
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8, weight=weight)
         axes.set_xticks(range(classes))
         axes.set_yticks(range(classes))
-    axes.set(xlabel="taken for", ylabel="class", title="What was taken for what")
+    axes.set(xlabel="predicted class", ylabel="class", title="Confusion matrix")
     _save(figure, file)
 
 
-def plot_mistakes(mistakes: list[Mistake], file: Path) -> None:
-    """Draw images that were taken for another class: above each, its class, what it was taken for, and how surely."""
+def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, int, int, float]], file: Path) -> None:
+    """Draw misclassified images: above each, its class, the predicted class, and the probability of that class.
+
+    Args:
+      mistakes: Image (height, width, channels), uint8; label; prediction; the prediction's probability, in [0, 1].
+      file: The picture.
+    """
     columns = 4
     rows = max(1, math.ceil(len(mistakes) / columns))
     size = (NARROW, 1.45 * rows + 0.3)
@@ -145,9 +156,9 @@ def plot_mistakes(mistakes: list[Mistake], file: Path) -> None:
     figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
     for axes in panels.flat:
         axes.axis("off")
-    for axes, mistake in zip(panels.flat, mistakes, strict=False):
-        _draw_image(axes, mistake.image)
-        axes.set_title(f"{mistake.label} → {mistake.taken_for}\n{100 * mistake.probability:.2f} %", fontsize=10)
+    for axes, (image, label, prediction, probability) in zip(panels.flat, mistakes, strict=False):
+        _draw_image(axes, image)
+        axes.set_title(f"{label} → {prediction}\n{100 * probability:.2f} %", fontsize=10)
     _save(figure, file)
 
 
@@ -159,7 +170,7 @@ def plot_kernels(kernels: np.ndarray, name: str, file: Path) -> None:
     sheet = _mosaic(tiles, outs if ins > 1 else _columns(outs))
     size = (NARROW, NARROW * sheet.shape[0] / sheet.shape[1] + 1.2)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    # A few weights far from 0 would leave all the others pale.
+    # A few weights far from 0 would make all others pale.
     image = _draw_sheet(axes, sheet, np.percentile(np.abs(kernels), 99.5))
     axes.set_title(f"{name}: {height}x{width} kernels", fontsize=10)
     if ins > 1:
@@ -169,7 +180,7 @@ def plot_kernels(kernels: np.ndarray, name: str, file: Path) -> None:
 
 
 def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path) -> None:
-    """Draw an image and below it each step's maps, (height, width, channels), on one scale around 0."""
+    """Draw an image, and below it each step's feature maps, (height, width, channels), on one scale around 0."""
     sheets = {title: _mosaic(map_.transpose(2, 0, 1), _columns(map_.shape[2])) for title, map_ in maps.items()}
     ratios = [0.2, *(sheet.shape[0] / sheet.shape[1] for sheet in sheets.values())]
     figure, (first, *others) = plt.subplots(
@@ -186,7 +197,7 @@ def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path
 
 
 def _draw_image(axes: Axes, image: np.ndarray) -> None:
-    """Draw an image (height, width, channels), uint8: in colour where it has three channels, else its first one."""
+    """Draw an image (height, width, channels), uint8: in colour if it has three channels, else only the first."""
     if image.shape[-1] == 3:
         axes.imshow(image)
     else:
@@ -200,12 +211,12 @@ def _draw_sheet(axes: Axes, sheet: np.ndarray, largest: float) -> AxesImage:
 
 
 def _columns(tiles: int) -> int:
-    """Return how many tiles to lay in a row: so few that each can be seen, so many that there are not many rows."""
+    """Return the number of tiles per row: few enough that each can be seen, many enough that the sheet stays low."""
     return 8 if tiles <= 32 else 16
 
 
 def _mosaic(tiles: np.ndarray, columns: int) -> np.ndarray:
-    """Lay tiles, (n, height, width), out row by row with gaps of NaN between them."""
+    """Lay out tiles, (n, height, width), row by row with gaps of NaN between them."""
     rows = math.ceil(len(tiles) / columns)
     spaced = np.pad(tiles, ((0, rows * columns - len(tiles)), (0, 1), (0, 1)), constant_values=np.nan)
     height, width = spaced.shape[1:]

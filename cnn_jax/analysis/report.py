@@ -1,15 +1,17 @@
-"""A page about a run: one HTML file that needs no other file, no network and no script; only this file knows Jinja."""
+"""A page about a run: one HTML file that needs no other file, no network and no script."""
 
 import base64
 from pathlib import Path
 
 import jax
 import jinja2
+import numpy as np
+from flax import linen as nn
 
 from cnn_jax.analysis.layers import Inspection, Picture, draw_pictures, inspect_network
-from cnn_jax.core.evaluation import evaluate
+from cnn_jax.core.evaluation import logits
+from cnn_jax.core.sharding import of_seed
 from cnn_jax.core.statistics import mean_interval
-from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.folder import EpochMetrics, RunFolder, write_atomically
 from cnn_jax.runs.restore import count_steps, restore_run
@@ -17,27 +19,27 @@ from cnn_jax.runs.settings import Platform, TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 
-# What a table or a line of numbers shows: names and values.
+# The names and values of a table.
 Rows = list[tuple[str, str]]
 
 
 def report_run(
     run: Path, output: Path | None = None, *, data_dir: Path | None = None, platform: Platform | None = None
 ) -> None:
-    """Test every seed of a run as its newest checkpoint has it, and write the page about it.
+    """Test every seed of a run's newest checkpoint, and write the page about the run.
 
     Raises:
-      CnnJaxError: each failure as the class that names it.
+      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+      OSError: the page or a picture could not be written.
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
-    settings, states, dataset = restore_run(folder, data_dir, display.say)
-    accuracies = []
-    for seed in range(settings.seeds):
-        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states.eval_params)
-        accuracies.append(evaluate(states.apply_fn, params, dataset.test_images, dataset.test_labels).accuracy)
+    settings, model, states, dataset = restore_run(folder, data_dir, display.say)
+    seeds = [of_seed(states.eval_params, i) for i in range(settings.seeds)]
+    predictions = [logits(model, params, dataset.test_images).argmax(axis=1) for params in seeds]
+    accuracies = [float((predicted == dataset.test_labels).mean()) for predicted in predictions]
     file = output or folder.path / "report.html"
-    write_report(file, folder, settings, states, dataset, accuracies)
+    write_report(file, folder, settings, model, seeds[0], dataset, step=int(states.step[0]), accuracies=accuracies)
     display.say(f"the report is {file}")
 
 
@@ -45,8 +47,11 @@ def write_report(
     file: Path,
     folder: RunFolder,
     settings: TrainSettings,
-    states: TrainState,
+    model: nn.Module,
+    params: dict,
     dataset: Dataset,
+    *,
+    step: int,
     accuracies: list[float],
 ) -> None:
     """Write the page about a run, and its pictures to the run's folder.
@@ -55,15 +60,16 @@ def write_report(
       file: The page.
       folder: The run's, with its metrics, and its result where it has ended.
       settings: The run's.
-      states: On the host, of each array one for each seed.
-      dataset: That it was trained on.
-      accuracies: Of each seed on the test images, in [0, 1].
+      model: Its network.
+      params: The weights of its first seed, on the host: those that it is tested with.
+      dataset: The data set that it was trained on.
+      step: The steps that were taken.
+      accuracies: Each seed's on the test images, in [0, 1].
     """
-    inspection, metrics = inspect_network(states, dataset), folder.read_metrics()
+    inspection, metrics = inspect_network(model, params, dataset), folder.read_metrics()
     pictures = draw_pictures(inspection, metrics, folder.path / "pictures")
-    step = int(states.step[0])
     result = folder.read_result()
-    if result.get("step") != step:  # it tells of an end after which the run was continued
+    if result.get("step") != step:  # it is of an earlier end, after which the run was continued
         result = {}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -71,10 +77,10 @@ def write_report(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["as_data"] = _as_data
+    environment.filters["data_uri"] = _data_uri
     page = environment.get_template("report.html").render(
         title=folder.path.resolve().name,
-        subtitle=_subtitle(dataset, sum(leaf.size for leaf in jax.tree.leaves(states.params)) // settings.seeds),
+        subtitle=_subtitle(dataset, params),
         of_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
         numbers=_numbers(settings, dataset, result, accuracies, step),
         results=_results(settings, dataset, metrics, result, accuracies),
@@ -82,17 +88,17 @@ def write_report(
         pictures=pictures,
         drawn=dataset.test_images.shape[-1] != 3,
         layers=_layers(inspection),
-        settings=_given(settings),
+        settings=_settings(settings),
         versions=list((result["versions"] | {"device": result["device"]}).items()) if result else [],
     )
     write_atomically(file, page)
 
 
-def _subtitle(dataset, parameters):
-    size = _size(dataset.test_images[0])
+def _subtitle(dataset: Dataset, params: dict) -> str:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return (
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
-        f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
+        f"{_size(dataset.test_images[0])}, {dataset.num_classes} classes; network of {parameters:,} parameters"
     )
 
 
@@ -139,7 +145,7 @@ def _results(
 
 
 def _layers(inspection: Inspection) -> list[tuple[str, str, str]]:
-    """Return the rows of the table of layers: name, size of the output, number of parameters."""
+    """Return the rows of the table of layers: name, output size, number of parameters."""
     if not inspection.layers:
         return []
     rows = [("input", _size(inspection.image), "")]
@@ -148,21 +154,21 @@ def _layers(inspection: Inspection) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _size(array):
+def _size(array: np.ndarray) -> str:
     return "x".join(map(str, array.shape))
 
 
-def _given(settings: TrainSettings) -> Rows:
+def _settings(settings: TrainSettings) -> Rows:
     """Return the settings that have a value, by their names on the command line."""
     rows = []
     for name, value in vars(settings).items():
         if value is not None and value is not False:
             values = value if isinstance(value, tuple) else (value,)
-            told = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-            rows.append((f"--{name.replace('_', '-')}", told))
+            text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+            rows.append((f"--{name.replace('_', '-')}", text))
     return rows
 
 
-def _as_data(picture: Picture) -> str:
-    """Return a picture as a URI that holds it."""
+def _data_uri(picture: Picture) -> str:
+    """Return a URI that contains the picture itself."""
     return "data:image/png;base64," + base64.b64encode(picture.file.read_bytes()).decode()

@@ -1,14 +1,14 @@
-"""Accuracy and loss over a whole test set: sums over every image, divided once."""
+"""Logits in batches, and accuracy and loss over a whole test set: sums over every image, divided once."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax import lax
 
 from cnn_jax.data.dataset import scale_pixels
@@ -35,22 +35,6 @@ class Evaluation:
     def accuracy(self) -> float:
         """The fraction of correct images, in [0, 1]."""
         return self.correct / self.count
-
-
-class Mistake(NamedTuple):
-    """A test image that was taken for another class.
-
-    Attributes:
-      image: (height, width, channels), uint8.
-      label: What it is.
-      taken_for: The class of the largest logit.
-      probability: Of that class, in [0, 1].
-    """
-
-    image: np.ndarray
-    label: int
-    taken_for: int
-    probability: float
 
 
 def evaluate(
@@ -112,3 +96,28 @@ def sum_over_images(
     sums = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     stacked = (images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
     return *lax.scan(add_batch, sums, stacked)[0], count
+
+
+def logits(model: nn.Module, params: dict, images: np.ndarray) -> np.ndarray:
+    """Return a network's logits, (M, num_classes), float32, of any number of images, none included.
+
+    The last batch is filled up to a power of two, so that few sizes are ever compiled and a handful of images does not
+    cost a whole batch.
+
+    Args:
+      model: The network.
+      params: Its weights.
+      images: (M, height, width, channels), uint8.
+    """
+    batches = []
+    for start in range(0, max(1, len(images)), BATCH_SIZE):
+        batch = images[start : start + BATCH_SIZE]
+        size = min(BATCH_SIZE, 1 << max(0, len(batch) - 1).bit_length())
+        filled = np.pad(batch, ((0, size - len(batch)), *((0, 0),) * (images.ndim - 1)))
+        batches.append(_apply(params, filled, model=model))
+    return np.concatenate(jax.device_get(batches))[: len(images)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(params: dict, images: jax.Array, *, model: nn.Module) -> jax.Array:
+    return model.apply({"params": params}, scale_pixels(images))

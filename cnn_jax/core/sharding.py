@@ -43,6 +43,11 @@ def place(tree: object, mesh: Mesh, spec: P) -> object:
     return jax.tree.map(put, tree)
 
 
+def of_seed(tree: object, i: int) -> object:
+    """Return what a tree holds of its i-th seed, from 0: of each array one, without the axis of the seeds."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
 def seed_keys(seeds: np.ndarray, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the `init_keys`, `order_keys` and `augment_keys` of seeds, (S,) each."""
     return jax.jit(jax.vmap(make_keys), out_shardings=NamedSharding(mesh, P(SEEDS)))(seeds)

@@ -1,7 +1,7 @@
-"""A network as a file for other programs, each read again and tested by the program that it is for."""
+"""A trained network as a file for another program, which reads the file and is tested before the file is kept."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,35 +10,35 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax.core.evaluation import BATCH_SIZE
 from cnn_jax.data.dataset import Dataset, load_dataset, scale_pixels
-from cnn_jax.inference.pretrained import PACKAGED, Network, load_run_network, read_network, write_network
+from cnn_jax.inference.pretrained import PACKAGED, TrainedModel, load_trained_run, read_trained, write_trained
 from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import StorageError
 
-# What the logits of a file may differ by from ours: absolutely, or as a share of the largest where that is more. Other
-# programs sum in another order, which on MNIST makes 3e-5 in logits of up to 54.
-TOLERANCE, SHARE_OF_LARGEST = 1e-4, 2e-6
-BATCH_SIZE = 500
+# A file's logits may differ from ours by the larger of the two: so much, or this share of the largest logit. Other
+# programs add in another order; on MNIST the logits, of up to 54, differ by 3e-5.
+ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-6
 PLATFORMS = ("cpu", "cuda", "tpu")
-# The oldest that have what the graph needs, so that many runtimes read it.
+# The oldest versions with all that the graph needs, so that many runtimes can read it.
 ONNX_OPERATORS, ONNX_FORMAT = 17, 8
 PIXELS = "pixels in [0, 1], 0 for paper: (N, height, width, channels)"
 
 
 class Format(NamedTuple):
-    """A kind of file.
+    """A file format.
 
     Attributes:
-      write: Writes a network to a file; raises OSError or StorageError where it cannot.
-      load: Has the program that the format is for read a file of a network; what it returns computes logits,
-        (N, num_classes) float32, of images (N, height, width, channels), float32 in [0, 1].
+      write: Writes a network to a file; raises OSError if it cannot.
+      load: Reads a network's file with the program that the format is for, and returns a function from images
+        (N, height, width, channels), float32, in [0, 1], to logits (N, num_classes), float32.
     """
 
-    write: Callable[[Network, Path], None]
-    load: Callable[[Path, Network], Callable[[np.ndarray], np.ndarray]]
+    write: Callable[[TrainedModel, Path], None]
+    load: Callable[[Path, TrainedModel], Callable[[np.ndarray], np.ndarray]]
 
 
 def export(
@@ -50,7 +50,7 @@ def export(
     data_dir: Path | None = None,
     platform: Platform | None = None,
 ) -> None:
-    """Write a network to a file, which is there only if it computes the same, in its own program, on all test images.
+    """Write a network to a file, which is kept only if its own program computes the same on all test images.
 
     Raises:
       UsageError: the run has no such seed.
@@ -59,54 +59,54 @@ def export(
     """
     new = Path(f"{output}.unchecked")
     with _writing(output):
-        new.touch()  # fails before anything is loaded
+        new.touch()  # where this fails, nothing has been loaded yet
     try:
         start_devices(platform)
         display = Display()
         if run is None:
-            network = read_network(PACKAGED)
+            trained = read_trained(PACKAGED)
             dataset = load_dataset("mnist", None, data_dir)
         else:
-            network, dataset = load_run_network(run, data_dir, display.say, seed)
+            trained, dataset = load_trained_run(run, data_dir, display.say, seed)
         with _writing(output):
-            FORMATS[to].write(network, new)
-        display.say(check(to, new, network, dataset, name=output))
+            FORMATS[to].write(trained, new)
+        display.say(check(to, new, trained, dataset, name=output))
         with _writing(output):
             new.replace(output)
     finally:
         new.unlink(missing_ok=True)
-    seed, steps = network.training["seed"], network.training["steps"]
+    seed, steps = trained.training["seed"], trained.training["steps"]
     source = run or "the packaged network"
     display.say(f"{source}, seed {seed}, after {steps:,} steps is now {output}")
 
 
 @contextlib.contextmanager
-def _writing(file):
+def _writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
 
 
-def check(to: str, file: Path, network: Network, dataset: Dataset, *, name: Path) -> str:
-    """Compare what a file computes with what its network computes, on all test images of its data set.
+def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name: Path) -> str:
+    """Compare an exported file with its network on all test images.
 
     Args:
       to: The file's format.
-      file: As it is on the disk.
-      network: That was written.
-      dataset: That it was trained on.
-      name: What to call the file.
+      file: Where it is now.
+      trained: The network that was written to it.
+      dataset: The data set that the network was trained on.
+      name: The file's name in messages.
 
     Returns:
-      What was found, in a line.
+      The result of the comparison, as one line.
 
     Raises:
       StorageError: the logits or the accuracy differ, or the file cannot be read.
     """
-    expected = network.logits(dataset.test_images)
+    expected = trained.logits(dataset.test_images)
     try:
-        compute = FORMATS[to].load(file, network)
+        compute = FORMATS[to].load(file, trained)
         batches = np.split(dataset.test_images, range(BATCH_SIZE, len(expected), BATCH_SIZE))
         logits = np.concatenate([compute(scale_pixels(images)) for images in batches])
     except Exception as error:  # each program has failures of its own
@@ -114,29 +114,30 @@ def check(to: str, file: Path, network: Network, dataset: Dataset, *, name: Path
             f"{name} was not written: what was exported to {to} cannot be read ({type(error).__name__}: {error}); "
             "choose another --to"
         ) from error
-    apart = float(np.abs(logits - expected).max())
-    accuracies = [float((each.argmax(axis=1) == dataset.test_labels).mean()) for each in (expected, logits)]
+    difference = float(np.abs(logits - expected).max())
+    tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+    ours, theirs = (float((each.argmax(axis=1) == dataset.test_labels).mean()) for each in (expected, logits))
     tested = f"on {len(expected):,} test images"
-    # Written so that a logit that is not a number does not pass.
-    if not apart <= max(TOLERANCE, SHARE_OF_LARGEST * float(np.abs(expected).max())) or len(set(accuracies)) > 1:
+    # Not `difference > tolerance`, which a NaN would pass.
+    if not difference <= tolerance or theirs != ours:
         raise StorageError(
             f"{name} was not written: what was exported to {to} differs from the network {tested}: its logits by up to "
-            f"{apart:.1e}, its accuracy {accuracies[1]:.4f} in place of {accuracies[0]:.4f}; choose another --to"
+            f"{difference:.1e}, its accuracy {theirs:.4f} in place of {ours:.4f}; choose another --to"
         )
-    return f"{to}: read again and tested {tested}: accuracy {accuracies[1]:.4f} as here, logits within {apart:.1e}"
+    return f"{to}: read again and tested {tested}: accuracy {theirs:.4f} as here, logits within {difference:.1e}"
 
 
-def _write_torch(network, file):
-    write_torch_file(file, params_to_torch(network.params, network.image_shape))
+def _write_torch(trained: TrainedModel, file: Path) -> None:
+    write_torch_file(file, params_to_torch(trained.params, trained.image_shape))
 
 
-def _load_torch(file, network):
+def _load_torch(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     import torch
     from torch.nn import functional
 
     weights = torch.load(file, weights_only=True)
 
-    def compute(images):
+    def compute(images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images).permute(0, 3, 1, 2)
         for block in ("layer1.0", "layer2.0"):
             x = functional.conv2d(x, weights[f"{block}.weight"], weights[f"{block}.bias"], padding=1)
@@ -146,16 +147,16 @@ def _load_torch(file, network):
     return compute
 
 
-def _load_safetensors(file, network):
-    read = read_network(file)
-    return lambda images: np.asarray(read.model.apply({"params": read.params}, images))
+def _load_safetensors(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
+    again = read_trained(file)
+    return lambda images: np.asarray(again.model.apply({"params": again.params}, images))
 
 
-def _write_onnx(network, file):
-    """Write a graph of PyTorch's layout, made by hand.
+def _write_onnx(trained: TrainedModel, file: Path) -> None:
+    """Write a graph in PyTorch's layout, built by hand from nine nodes.
 
-    It is nine nodes. jax2onnx has no conversion of `platform_dependent`, which `conv_block` is made of; its releases
-    since 0.15 exclude the Orbax that checkpoints need, and those before do not know this JAX and this Flax.
+    jax2onnx cannot convert `platform_dependent`, which `conv_block` consists of. Its releases since 0.15 exclude the
+    Orbax that checkpoints need, and earlier ones do not support this JAX and Flax.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -174,16 +175,16 @@ def _write_onnx(network, file):
         helper.make_node("Flatten", [x], ["flat"]),
         helper.make_node("Gemm", ["flat", "fc.weight", "fc.bias"], ["logits"], transB=1),
     ]
-    tensors = params_to_torch(network.params, network.image_shape)
+    tensors = params_to_torch(trained.params, trained.image_shape)
     graph = helper.make_graph(
         nodes,
         name="cnn",
         inputs=[
             helper.make_tensor_value_info(
-                "images", TensorProto.FLOAT, ["batch", *network.image_shape], doc_string=PIXELS
+                "images", TensorProto.FLOAT, ["batch", *trained.image_shape], doc_string=PIXELS
             )
         ],
-        outputs=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", network.num_classes])],
+        outputs=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", trained.num_classes])],
         initializer=[numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     operators = [helper.make_opsetid("", ONNX_OPERATORS)]
@@ -192,23 +193,23 @@ def _write_onnx(network, file):
     file.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _load_onnx(file, network):
+def _load_onnx(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]
 
 
-def _write_stablehlo(network, file):
+def _write_stablehlo(trained: TrainedModel, file: Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
-    apply = jax.jit(lambda images: network.model.apply({"params": network.params}, images))
+    apply = jax.jit(lambda images: trained.model.apply({"params": trained.params}, images))
     exported = jax.export.export(apply, platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)
+        jax.ShapeDtypeStruct((batch, *trained.image_shape), jnp.float32)
     )
     file.write_bytes(exported.serialize())
 
 
-def _load_stablehlo(file, network):
+def _load_stablehlo(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     compute = jax.jit(exported.call)
     return lambda images: np.asarray(compute(images))
@@ -216,7 +217,7 @@ def _load_stablehlo(file, network):
 
 FORMATS = {
     "torch": Format(_write_torch, _load_torch),
-    "safetensors": Format(write_network, _load_safetensors),
+    "safetensors": Format(write_trained, _load_safetensors),
     "onnx": Format(_write_onnx, _load_onnx),
     "stablehlo": Format(_write_stablehlo, _load_stablehlo),
 }

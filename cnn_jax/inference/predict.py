@@ -9,7 +9,7 @@ import numpy as np
 import scipy.special
 
 from cnn_jax.inference.pictures import check_takes_digits, find_images, read_digit
-from cnn_jax.inference.pretrained import load_network
+from cnn_jax.inference.pretrained import load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -51,7 +51,7 @@ def predict(
 def _tell(files, digits, run, as_json, data_dir, platform):
     start_devices(platform)
     display = Display(shown=not as_json)
-    network = load_network(run, data_dir, Display().say)
+    network = load_trained(run, data_dir, Display().say)
     check_takes_digits(network.image_shape, f"--run {run and run.name}")
     probabilities = scipy.special.softmax(network.logits(digits).astype(np.float64), axis=1)
     if as_json:

@@ -1,11 +1,11 @@
-"""A trained network with what it is for: of a run, or the one that the package brings."""
+"""A trained network and how it was trained: a run's, or the one in the package."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -13,30 +13,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cnn_jax import __version__
+from cnn_jax.core import evaluation
 from cnn_jax.core.model import CNN
-from cnn_jax.data.dataset import Dataset, scale_pixels
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.errors import InputFileError, UsageError
 
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
-# Images at a time; a batch is filled up to a power of two, so that few sizes are ever compiled.
-BATCH_SIZE = 256
+
+
+class Provenance(TypedDict):
+    """How a network was trained: `steps` is the number of steps that were taken, which may be fewer than planned."""
+
+    recipe: str
+    epochs: float
+    seed: int
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """The weights of one seed, and what they were trained on and how.
+class TrainedModel:
+    """The weights of one seed, and what is known about their training.
 
     Attributes:
       name: The run's, or the packaged file's.
-      params: Of `CNN`, float32.
+      params: The weights of a `CNN`, float32.
       features: Channels after the first and the second block.
-      num_classes: Classes it tells apart.
-      image_shape: (height, width, channels) of the images it takes.
-      dataset: The data set it was trained on.
-      test_accuracy: On that set's test images, in [0, 1]; None where it was not tested on them.
-      training: How: `recipe`, `epochs`, `seed`, and the `steps` that were taken.
+      num_classes: Classes to tell apart.
+      image_shape: (height, width, channels) of the images.
+      dataset: The data set that the network was trained on.
+      test_accuracy: On that data set's test images, in [0, 1]; None if it was not tested on them.
+      training: How it was trained.
     """
 
     name: str
@@ -46,7 +54,7 @@ class Network:
     image_shape: tuple[int, int, int]
     dataset: str
     test_accuracy: float | None
-    training: dict
+    training: Provenance
 
     @property
     def model(self) -> CNN:
@@ -54,106 +62,91 @@ class Network:
         return CNN(features=self.features, num_classes=self.num_classes)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Return the logits, (N, num_classes) float32, of images (N, height, width, channels) uint8."""
-        batches = [self._logits(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
-        return np.concatenate([np.zeros((0, self.num_classes), np.float32), *batches])
-
-    def _logits(self, images):
-        size = 1 << (len(images) - 1).bit_length()
-        filled = np.zeros((size, *self.image_shape), np.uint8)
-        filled[: len(images)] = images
-        return np.asarray(_apply(self.params, filled, model=self.model))[: len(images)]
+        """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
+        return evaluation.logits(self.model, self.params, images)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _apply(params, images, *, model):
-    return model.apply({"params": params}, scale_pixels(images))
+def load_trained(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> TrainedModel:
+    """Load the network of a run's first seed, or the packaged one if `run` is None.
 
-
-def load_network(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> Network:
-    """Load a network: of a run, of its first seed, or where `run` is None, the one in the package.
-
-    The arguments and failures are those of `load_run_network`.
+    The arguments and failures are those of `load_trained_run`.
     """
-    return read_network(PACKAGED) if run is None else load_run_network(run, data_dir, warn)[0]
+    return read_trained(PACKAGED) if run is None else load_trained_run(run, data_dir, warn)[0]
 
 
-def load_run_network(
+def load_trained_run(
     run: Path, data_dir: Path | None, warn: Callable[[str], None], seed: int | None = None
-) -> tuple[Network, Dataset]:
+) -> tuple[TrainedModel, Dataset]:
     """Load a run's network and the data set that it was trained on.
 
     Args:
       run: The run's folder.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
-      warn: Told, in a line, of each checkpoint that is damaged.
-      seed: Of a run of several seeds, which; by default the first.
+      warn: Called with a line about each damaged checkpoint.
+      seed: Which of the run's seeds; None for the first.
 
     Raises:
       UsageError: the run has no such seed.
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
     """
     # Orbax takes a second to import, and the packaged network does not need it.
+    from cnn_jax.core.sharding import of_seed
     from cnn_jax.runs.restore import restore_run
 
     folder = RunFolder(run)
-    settings, states, dataset = restore_run(folder, data_dir, warn)
+    settings, _, states, dataset = restore_run(folder, data_dir, warn)
     seed = settings.seed if seed is None else seed
-    place = seed - settings.seed
-    if not 0 <= place < settings.seeds:
+    i = seed - settings.seed
+    if not 0 <= i < settings.seeds:
         last_seed = settings.seed + settings.seeds - 1
         raise UsageError(f"--seed {seed}: the run {folder.path} has the seeds {settings.seed} to {last_seed}")
-    steps = int(states.step[place])
+    steps = int(states.step[i])
     accuracies = [
-        epoch.accuracy[place] for epoch in folder.read_metrics() if epoch.step == steps and epoch.tested_on == "test"
+        epoch.accuracy[i] for epoch in folder.read_metrics() if epoch.step == steps and epoch.tested_on == "test"
     ]
-    network = Network(
+    trained = TrainedModel(
         name=folder.path.name,
-        params=jax.tree.map(lambda leaf: np.asarray(leaf[place]), states.eval_params),
+        params=jax.tree.map(np.asarray, of_seed(states.eval_params, i)),
         features=settings.features,
         num_classes=dataset.num_classes,
         image_shape=tuple(dataset.train_images.shape[1:]),
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
-        training={"recipe": settings.recipe, "epochs": settings.epochs, "seed": seed, "steps": steps},
+        training=Provenance(recipe=settings.recipe, epochs=settings.epochs, seed=seed, steps=steps),
     )
-    return network, dataset
+    return trained, dataset
 
 
-def write_network(network: Network, file: Path) -> None:
-    """Write a safetensors file: the weights as PyTorch names and lays them out, the rest as JSON in its header.
+def write_trained(trained: TrainedModel, file: Path) -> None:
+    """Write a safetensors file: the weights in PyTorch's names and layout, everything else as JSON in its header.
 
     Raises:
       OSError: it could not be written.
     """
-    about = {name: value for name, value in vars(network).items() if name not in ("name", "params")}
-    about["versions"] = {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
-    # Under one key: safetensors writes several in an order that changes from one time to the next.
-    file.write_bytes(
-        save(params_to_torch(network.params, network.image_shape), metadata={"network": json.dumps(about)})
-    )
+    metadata = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
+    metadata["versions"] = {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
+    # All under one key, because safetensors writes several in an order that varies from one time to the next.
+    content = save(params_to_torch(trained.params, trained.image_shape), metadata={"network": json.dumps(metadata)})
+    file.write_bytes(content)
 
 
-def read_network(file: Path) -> Network:
-    """Read what `write_network` wrote; nothing in the file is ever executed.
+def read_trained(file: Path) -> TrainedModel:
+    """Read a file that `write_trained` wrote; nothing in it is ever executed.
 
     Raises:
       InputFileError: the file is missing or damaged, or holds something else.
     """
     try:
         with safe_open(file, framework="numpy") as content:
-            about = json.loads(content.metadata()["network"])
+            metadata = json.loads(content.metadata()["network"])
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no dict
-        about.pop("versions")
-        network = Network(
-            name=file.stem,
-            params={},
-            **about | {"features": tuple(about["features"]), "image_shape": tuple(about["image_shape"])},
-        )
+        metadata.pop("versions")
+        shapes = {name: tuple(metadata[name]) for name in ("features", "image_shape")}
+        trained = TrainedModel(name=file.stem, params={}, **metadata | shapes)
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputFileError(f"{file} is not a network of this program ({error}); export one to safetensors") from error
-    images = np.zeros((1, *network.image_shape), np.float32)
-    shapes = jax.eval_shape(lambda: network.model.init(jax.random.key(0), images))["params"]
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    params = params_from_torch(tensors, template, network.image_shape, source=file)
-    return dataclasses.replace(network, params=params)
+    images = np.zeros((1, *trained.image_shape), np.float32)
+    init = jax.eval_shape(lambda: trained.model.init(jax.random.key(0), images))["params"]
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), init)
+    params = params_from_torch(tensors, template, trained.image_shape, source=file)
+    return dataclasses.replace(trained, params=params)

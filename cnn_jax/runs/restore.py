@@ -4,10 +4,12 @@ import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +30,22 @@ from cnn_jax.runtime.errors import NoCheckpointError, UsageError
 RESIDENT_SHARE = 0.4
 
 
+class RestoredRun(NamedTuple):
+    """A run as its newest checkpoint has it.
+
+    Attributes:
+      settings: The run's.
+      model: Its network.
+      states: On the host, of each array one for each seed.
+      dataset: The data set that it was trained on.
+    """
+
+    settings: TrainSettings
+    model: nn.Module
+    states: TrainState
+    dataset: Dataset
+
+
 def evaluate_run(
     run: Path, *, unscaled: bool = False, data_dir: Path | None = None, platform: Platform | None = None
 ) -> None:
@@ -38,11 +56,11 @@ def evaluate_run(
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
-    settings, states, dataset = restore_run(folder, data_dir, display.say)
+    settings, model, states, dataset = restore_run(folder, data_dir, display.say)
     mesh = make_mesh(settings.seeds)
     test_set = place_test_set(dataset.test_images, dataset.test_labels, mesh)
     params = place(states.eval_params, mesh, P(SEEDS))
-    results = evaluate_seeds(states.apply_fn, params, *test_set, mesh=mesh, unscaled=unscaled)
+    results = evaluate_seeds(model.apply, params, *test_set, mesh=mesh, unscaled=unscaled)
     pixels = "unscaled pixels, 0..255, as the PyTorch tutorial tests" if unscaled else "pixels in [0, 1]"
     for seed, result in enumerate(results, start=settings.seed):
         of_seed = f", seed {seed}" if settings.seeds > 1 else ""
@@ -53,18 +71,13 @@ def evaluate_run(
     display.accuracy(statistics.fmean(result.accuracy for result in results))
 
 
-def restore_run(
-    folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]
-) -> tuple[TrainSettings, TrainState, Dataset]:
-    """Return a run's settings, its states in its newest checkpoint, and the data set that it was trained on.
+def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]) -> RestoredRun:
+    """Restore a run's newest checkpoint, with the settings and the data set that it was trained with.
 
     Args:
       folder: The run's folder.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
       warn: Told, in a line, of each checkpoint that is damaged.
-
-    Returns:
-      The settings; the states, on the host, of each array one for each seed; the data set.
 
     Raises:
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
@@ -76,7 +89,7 @@ def restore_run(
         restored = checkpoints.restore_latest(*templates(settings, dataset, train_examples))
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
-    return settings, restored.state, dataset
+    return RestoredRun(settings, make_model(settings, dataset), restored.state, dataset)
 
 
 def load_run_data(settings: TrainSettings) -> Dataset:
@@ -98,6 +111,11 @@ def resident_bytes(settings: TrainSettings) -> int | None:
     return 0 if settings.feed == "stream" else None
 
 
+def make_model(settings: TrainSettings, dataset: Dataset) -> nn.Module:
+    """Return a run's network."""
+    return CNN(features=settings.features, num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
+
+
 def initial_states(settings: TrainSettings, dataset: Dataset, train_examples: int, mesh: Mesh) -> TrainState:
     """Return the states before step 0, one for each seed.
 
@@ -107,11 +125,10 @@ def initial_states(settings: TrainSettings, dataset: Dataset, train_examples: in
       train_examples: How many of its images are trained on.
       mesh: Of `make_mesh`.
     """
-    model = CNN(features=settings.features, num_classes=dataset.num_classes, dtype=jnp.dtype(settings.precision).type)
     last_step = count_steps(settings.epochs, train_examples // settings.batch_size)
     recipe = make_recipe(settings.recipe, settings.learning_rate, last_step)
     init_keys, _, _ = seed_keys(seeds_of(settings), mesh)
-    return create_states(init_keys, model, dataset.train_images.shape[1:], recipe, mesh)
+    return create_states(init_keys, make_model(settings, dataset), dataset.train_images.shape[1:], recipe, mesh)
 
 
 def count_steps(epochs: float, steps_per_epoch: int) -> int:

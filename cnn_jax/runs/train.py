@@ -23,6 +23,7 @@ from cnn_jax.core.sharding import (
     epoch_orders,
     evaluate_seeds,
     make_mesh,
+    of_seed,
     place,
     place_test_set,
     run_steps_of_seeds,
@@ -481,7 +482,17 @@ class Training:
             from cnn_jax.analysis.report import write_report
 
             with self.stopwatch.part("reporting"):
-                write_report(page, self.folder, self.settings, states, self.dataset, accuracies)
+                model, params = states.apply_fn.__self__, of_seed(states.eval_params, 0)
+                write_report(
+                    page,
+                    self.folder,
+                    self.settings,
+                    model,
+                    params,
+                    self.dataset,
+                    step=self.step,
+                    accuracies=accuracies,
+                )
         rows += [(name, describe_seconds(seconds)) for name, seconds in self.stopwatch.seconds.items()]
         rows.append(("written to", str(self.folder.path)))
         self.display.table("Result", rows)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax.analysis.layers import Inspection, draw_pictures, inspect_network, layers_of, run_layers
+from cnn_jax.analysis.layers import Inspection, draw_pictures, inspect_network, plain_network, run_layers
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
+from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.restore import restore_run
@@ -30,14 +31,15 @@ def run(tmp_path_factory, small_mnist):
 
 
 @pytest.fixture(scope="module")
-def states_and_data(run):
-    _, states, dataset = restore_run(RunFolder(run), None, print)
-    return states, dataset
+def trained(run):
+    """The run's network, its weights and the data set."""
+    restored = restore_run(RunFolder(run), None, print)
+    return restored.model, of_seed(restored.states.eval_params, 0), restored.dataset
 
 
 @pytest.fixture(scope="module")
-def inspection(states_and_data):
-    return inspect_network(*states_and_data)
+def inspection(trained):
+    return inspect_network(*trained)
 
 
 def initial_params(model, image):
@@ -73,25 +75,23 @@ def test_the_layers_have_the_shapes_and_the_parameters_of_the_tutorials(inspecti
     ]
 
 
-def test_the_confusion_matrix_counts_every_test_image(inspection, states_and_data):
-    states, dataset = states_and_data
+def test_the_confusion_matrix_counts_every_test_image(inspection, trained):
+    model, params, dataset = trained
     np.testing.assert_array_equal(inspection.confusion.sum(axis=1), np.bincount(dataset.test_labels, minlength=10))
-    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
-    tested = evaluate(states.apply_fn, params, dataset.test_images, dataset.test_labels)
+    tested = evaluate(model.apply, params, dataset.test_images, dataset.test_labels)
     assert inspection.confusion.trace() == tested.correct < tested.count == inspection.confusion.sum() == 510
 
 
-def test_the_most_confident_mistakes_are_mistakes_most_confident_first(inspection, states_and_data):
-    states, dataset = states_and_data
-    params = jax.tree.map(lambda leaf: leaf[0], states.eval_params)
-    logits = np.asarray(jax.jit(states.apply_fn)({"params": params}, scale_pixels(dataset.test_images)), np.float64)
+def test_the_most_confident_mistakes_are_mistakes_most_confident_first(inspection, trained):
+    model, params, dataset = trained
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, scale_pixels(dataset.test_images)), np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     right = logits.argmax(axis=1) == dataset.test_labels
     surest = np.argsort(np.where(right, -1, probabilities.max(axis=1)))[::-1][:12]
     assert len(inspection.mistakes) == 12
     for mistake, index in zip(inspection.mistakes, surest, strict=True):
         np.testing.assert_array_equal(mistake.image, dataset.test_images[index])
-        assert mistake.label == dataset.test_labels[index] != mistake.taken_for == logits[index].argmax()
+        assert mistake.label == dataset.test_labels[index] != mistake.prediction == logits[index].argmax()
         assert mistake.probability == pytest.approx(probabilities[index].max(), abs=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_what_is_not_a_run_cannot_be_looked_at(name, command, tmp_path):
 
 def test_a_network_of_another_kind_is_drawn_without_its_layers(tmp_path):
     params = {"Dense_0": {"kernel": np.zeros((784, 10), np.float32)}}
-    assert layers_of(params) is None
+    assert plain_network(params) is None
     assert run_layers(params, np.zeros((28, 28, 1), np.uint8)) == []
     three_blocks = {f"layer{number}": {"kernel": np.zeros((3, 3, 1, 2 * number))} for number in (1, 2, 3)}
-    assert layers_of(three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}).features == (2, 4, 6)
+    assert plain_network(three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}).features == (2, 4, 6)

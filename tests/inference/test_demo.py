@@ -24,14 +24,14 @@ import gradio as gr
 
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference import demo
-from cnn_jax.inference.pretrained import load_network
+from cnn_jax.inference.pretrained import load_trained
 from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, pytest.fail)
+    return load_trained(None, None, pytest.fail)
 
 
 def free_port():
@@ -171,7 +171,7 @@ def test_without_gradio_the_extra_is_named(command, monkeypatch):
 
 def test_a_run_of_other_images_than_digits_is_refused(command, packaged, monkeypatch):
     other = dataclasses.replace(packaged, image_shape=(32, 32, 3))
-    monkeypatch.setattr("cnn_jax.inference.demo.load_network", lambda *arguments: other)
+    monkeypatch.setattr("cnn_jax.inference.demo.load_trained", lambda *arguments: other)
     code, _, err = command("demo", "cifar10", "--port", free_port())
     assert code == 2
     assert err == "error: cifar10: its network takes images of 32x32x3, not of 28x28x1; name another run\n"

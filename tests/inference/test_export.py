@@ -11,7 +11,7 @@ import pytest
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import export
-from cnn_jax.inference.pretrained import load_network, read_network
+from cnn_jax.inference.pretrained import load_trained, read_trained
 from tests.conftest import EMBEDDED, write_idx
 
 FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
@@ -20,7 +20,7 @@ FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, pytest.fail)
+    return load_trained(None, None, pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_pytorch_reads_its_file_without_executing_anything_in_it(exported, packa
 
 
 def test_the_safetensors_file_is_the_packaged_one_again(exported, packaged):
-    read = read_network(exported("safetensors"))
+    read = read_trained(exported("safetensors"))
     assert dataclasses.replace(read, params={}, name="mnist") == dataclasses.replace(packaged, params={})
     np.testing.assert_array_equal(read.params["fc"]["kernel"], packaged.params["fc"]["kernel"])
 
@@ -161,7 +161,7 @@ def test_a_run_of_other_images_channels_and_classes_is_exported_too(to, odd_run,
     assert f"{to}: read again and tested on 100 test images: accuracy " in err
     assert err.endswith(f"{odd_run}, seed 777, after 18 steps is now {tmp_path}/network\n")
     if to == "safetensors":
-        assert read_network(tmp_path / "network").image_shape == (23, 21, 1)
+        assert read_trained(tmp_path / "network").image_shape == (23, 21, 1)
 
 
 def perturb(network):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.pictures import read_digit
-from cnn_jax.inference.pretrained import load_network
+from cnn_jax.inference.pretrained import load_trained
 from tests.conftest import EMBEDDED
 from tests.digits import draw_digits
 
@@ -51,7 +51,7 @@ def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path)
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, pytest.fail)
+    return load_trained(None, None, pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path)
     files, _ = three
     code, out, err = command("predict", *files, "--run", "run", *where, "--json")
     assert code == 0, err
-    network = load_network(tmp_path / "run", None, pytest.fail)
+    network = load_trained(tmp_path / "run", None, pytest.fail)
     logits = network.logits(np.stack([read_digit(file) for file in files]))
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose([result["probabilities"] for result in json.loads(out)], expected, rtol=1e-4)
@@ -174,7 +174,7 @@ def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path)
 
 def test_a_run_of_other_images_than_digits_is_refused(three, command, packaged, monkeypatch):
     other = dataclasses.replace(packaged, image_shape=(32, 32, 3))
-    monkeypatch.setattr("cnn_jax.inference.predict.load_network", lambda *arguments: other)
+    monkeypatch.setattr("cnn_jax.inference.predict.load_trained", lambda *arguments: other)
     code, out, err = command("predict", three[0][0], "--run", "cifar10")
     assert (code, out) == (2, "")
     assert err == "error: --run cifar10: its network takes images of 32x32x3, not of 28x28x1; name another run\n"

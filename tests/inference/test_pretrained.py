@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load, save_file
 
 from cnn_jax.data.idx import read_idx
-from cnn_jax.inference.pretrained import PACKAGED, load_network, load_run_network, read_network, write_network
+from cnn_jax.inference.pretrained import PACKAGED, load_trained, load_trained_run, read_trained, write_trained
 from cnn_jax.runtime.errors import InputFileError
 from tests.conftest import EMBEDDED, ROOT
 
@@ -19,7 +19,7 @@ from tests.conftest import EMBEDDED, ROOT
 @pytest.fixture(scope="module")
 def packaged():
     """The network in the package."""
-    return load_network(None, None, pytest.fail)
+    return load_trained(None, None, pytest.fail)
 
 
 def test_the_packaged_network_has_the_test_accuracy_that_it_states(packaged):
@@ -41,19 +41,19 @@ def test_logits_do_not_depend_on_how_many_images_come_at_once(count, packaged, r
 
 
 def test_a_network_comes_back_from_its_file_with_the_same_bits(packaged, tmp_path):
-    write_network(packaged, tmp_path / "mnist.safetensors")
-    again = read_network(tmp_path / "mnist.safetensors")
+    write_trained(packaged, tmp_path / "mnist.safetensors")
+    again = read_trained(tmp_path / "mnist.safetensors")
     assert dataclasses.replace(again, params={}) == dataclasses.replace(packaged, params={})
     for layer, arrays in packaged.params.items():
         for kind, array in arrays.items():
             np.testing.assert_array_equal(again.params[layer][kind], array)
-    write_network(again, tmp_path / "again.safetensors")
+    write_trained(again, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "mnist.safetensors").read_bytes()
 
 
 def test_the_packaged_network_needs_neither_orbax_nor_tfds_nor_pytorch():
     program = (
-        "import sys; from cnn_jax.inference.pretrained import load_network; load_network(None, None, print); "
+        "import sys; from cnn_jax.inference.pretrained import load_trained; load_trained(None, None, print); "
         "print(sorted({'orbax', 'tensorflow_datasets', 'torch'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -73,11 +73,11 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     assert (code, out) == (0, "")
     assert err.endswith(f"{tmp_path}/run, seed 6, after 20 steps is now {file}\n")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    network, of_run = read_network(file), load_run_network(tmp_path / "run", None, pytest.fail, seed=6)[0]
+    network, of_run = read_trained(file), load_trained_run(tmp_path / "run", None, pytest.fail, seed=6)[0]
     assert network.test_accuracy == metrics["seeds"]["test_accuracy"][1]
     assert network.training == {"recipe": "tutorial", "epochs": 1, "seed": 6, "steps": 20}
     np.testing.assert_array_equal(network.params["fc"]["kernel"], of_run.params["fc"]["kernel"])
-    first = load_network(tmp_path / "run", None, pytest.fail)
+    first = load_trained(tmp_path / "run", None, pytest.fail)
     assert (first.training["seed"], first.test_accuracy) == (5, metrics["seeds"]["test_accuracy"][0])
     assert (first.params["fc"]["kernel"] != of_run.params["fc"]["kernel"]).any()
     code, _, err = command("export", "run", "--to", "safetensors", "--output", file, "--seed", 7, *where)
@@ -89,7 +89,7 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     pytest.importorskip("torch", reason="import-torch needs the extra torch")
     imported = ("--run-name", "imported", "--dataset-dir", small_mnist)
     assert command("import-torch", file, *imported, *where)[0] == 0
-    back = load_network(tmp_path / "imported", None, pytest.fail)
+    back = load_trained(tmp_path / "imported", None, pytest.fail)
     np.testing.assert_array_equal(back.params["layer2"]["kernel"], network.params["layer2"]["kernel"])
 
 
@@ -130,11 +130,11 @@ def test_a_file_that_is_no_sound_network_is_refused(change, complaint, tmp_path)
     change(tensors, metadata)
     save_file(tensors, tmp_path / "changed.safetensors", metadata=metadata)
     with pytest.raises(InputFileError, match=re.escape(complaint)):
-        read_network(tmp_path / "changed.safetensors")
+        read_trained(tmp_path / "changed.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x04\x95", PACKAGED.read_bytes()[:-100]])
 def test_a_damaged_file_is_refused(content, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(content)
     with pytest.raises(InputFileError, match="is not a network of this program"):
-        read_network(tmp_path / "damaged.safetensors")
+        read_trained(tmp_path / "damaged.safetensors")

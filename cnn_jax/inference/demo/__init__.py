@@ -20,7 +20,7 @@ from flax import linen as nn
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.pictures import SIZE, check_takes_digits, encode_png, prepare_digit
-from cnn_jax.inference.pretrained import Network, load_network
+from cnn_jax.inference.pretrained import TrainedModel, load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -118,7 +118,7 @@ def demo(
         ) from error
     start_devices(platform)
     display = Display()
-    network = load_network(run, data_dir, display.say)
+    network = load_trained(run, data_dir, display.say)
     check_takes_digits(network.image_shape, str(run and run.name))
     # Gradio asks its own server whether it is there, and would ask a proxy for it. It asks nobody else.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
@@ -151,7 +151,7 @@ def demo(
     display.say("the page is closed")
 
 
-def build_page(network: Network) -> gr.Blocks:
+def build_page(network: TrainedModel) -> gr.Blocks:
     """Return the page of a network of 28x28 images, ready to be served."""
 
     def answer(drawing: object) -> str:
@@ -196,7 +196,7 @@ def read_drawing(drawing: object) -> np.ndarray:
     return np.frombuffer(ink, np.uint8).reshape(BOARD, BOARD)
 
 
-def describe(network: Network, ink: np.ndarray) -> str:
+def describe(network: TrainedModel, ink: np.ndarray) -> str:
     """Return, as HTML, what a network makes of a drawing, (BOARD, BOARD) uint8, 0 for no ink."""
     # With paper around it, ink at the board's edge is part of the digit and not of a frame.
     paper = 255 - np.pad(ink, BOARD // 10).astype(np.float32)
@@ -222,7 +222,7 @@ def describe(network: Network, ink: np.ndarray) -> str:
     )
 
 
-def look(network: Network, digit: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def look(network: TrainedModel, digit: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return what a network computes from a digit, (28, 28, 1) uint8.
 
     Returns:
