@@ -224,6 +224,12 @@ def draw_digits(folder: Path, seed: int = 0) -> list[tuple[Path, int]]:
     return drawn
 
 
+def pixel_difference(digit: np.ndarray, other: np.ndarray) -> float:
+    """Return the mean difference of two digits' pixels, where a centre of mass may be rounded to the next pixel."""
+    moved = [np.roll(digit, (down, right), axis=(0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return min(np.abs(digit - other).mean() for digit in moved)
+
+
 if __name__ == "__main__":
     for file, digit in draw_digits(Path(sys.argv[1])):
         print(file, digit)

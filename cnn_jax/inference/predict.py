@@ -1,4 +1,4 @@
-"""Which digits are in pictures: from files to a line each."""
+"""The command `predict`: from files with pictures of digits to one line for each."""
 
 import json
 import os
@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import scipy.special
 
-from cnn_jax.inference.pictures import check_takes_digits, find_images, read_digit
+from cnn_jax.inference.pictures import find_images, read_digit
+from cnn_jax.inference.preprocess import check_takes_digits
 from cnn_jax.inference.pretrained import load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError
 
-TOLD = 3  # classes of each picture, the most probable first
+SHOWN_CLASSES = 3  # for each picture, the most probable first
 
 
 def predict(
@@ -26,10 +27,10 @@ def predict(
     data_dir: Path | None = None,
     platform: Platform | None = None,
 ) -> None:
-    """Say which digit each picture shows; those that cannot be read are told last, an error a line.
+    """Say which digit each picture shows, and then report the files that cannot be read, one line each.
 
     Raises:
-      InputFileError: naming the last file that cannot be read.
+      InputFileError: a file cannot be read; of several, it names the last.
       UsageError: the network is not for such images.
       NoCheckpointError: there is no such run.
     """
@@ -41,34 +42,42 @@ def predict(
         except InputFileError as error:
             failures.append(error)
     if files:
-        _tell(files, np.stack(digits), run, as_json, data_dir, platform)
+        _classify(files, np.stack(digits), run, as_json=as_json, data_dir=data_dir, platform=platform)
     if failures:
         for error in failures[:-1]:
             Display().say(f"error: {error}")
         raise failures[-1]
 
 
-def _tell(files, digits, run, as_json, data_dir, platform):
+def _classify(
+    files: list[str],
+    digits: np.ndarray,
+    run: Path | None,
+    *,
+    as_json: bool,
+    data_dir: Path | None,
+    platform: Platform | None,
+) -> None:
     start_devices(platform)
     display = Display(shown=not as_json)
-    network = load_trained(run, data_dir, Display().say)
-    check_takes_digits(network.image_shape, f"--run {run and run.name}")
-    probabilities = scipy.special.softmax(network.logits(digits).astype(np.float64), axis=1)
+    trained = load_trained(run, data_dir, Display().say)
+    check_takes_digits(trained.image_shape, f"--run {run and run.name}")
+    probabilities = scipy.special.softmax(trained.logits(digits).astype(np.float64), axis=1)
     if as_json:
         results = [
-            {"file": file, "digit": int(of_file.argmax()), "probabilities": of_file.tolist()}
-            for file, of_file in zip(files, probabilities, strict=True)
+            {"file": file, "digit": int(classes.argmax()), "probabilities": classes.tolist()}
+            for file, classes in zip(files, probabilities, strict=True)
         ]
         Display().result(json.dumps(results, indent=2))
         return
-    for file, digit, of_file in zip(files, digits, probabilities, strict=True):
+    for file, digit, classes in zip(files, digits, probabilities, strict=True):
         name = _printable(file)
-        order = of_file.argsort()[::-1][:TOLD]
+        most_probable = classes.argsort()[::-1][:SHOWN_CLASSES]
         display.picture(digit[..., 0])
-        display.say(f"{name}: " + ", ".join(f"{place} with {of_file[place]:.1%}" for place in order))
-        display.result(f"{name}: {order[0]}")
+        display.say(f"{name}: " + ", ".join(f"{i} with {classes[i]:.1%}" for i in most_probable))
+        display.result(f"{name}: {most_probable[0]}")
 
 
-def _printable(file):
-    """Return a file's name with those of its bytes escaped that are no text."""
+def _printable(file: str) -> str:
+    """Return a file's name, with those of its bytes escaped that are not text."""
     return os.fsencode(file).decode(errors="backslashreplace")

@@ -24,14 +24,7 @@ import gradio as gr
 
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference import demo
-from cnn_jax.inference.pretrained import load_trained
 from tests.conftest import ROOT
-
-
-@pytest.fixture(scope="module")
-def packaged():
-    """The network in the package."""
-    return load_trained(None, None, pytest.fail)
 
 
 def free_port():

@@ -11,16 +11,10 @@ import pytest
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import export
-from cnn_jax.inference.pretrained import load_trained, read_trained
+from cnn_jax.inference.pretrained import read_trained
 from tests.conftest import EMBEDDED, write_idx
 
 FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
-
-
-@pytest.fixture(scope="module")
-def packaged():
-    """The network in the package."""
-    return load_trained(None, None, pytest.fail)
 
 
 @pytest.fixture(scope="module")

@@ -49,12 +49,6 @@ def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def packaged():
-    """The network in the package."""
-    return load_trained(None, None, pytest.fail)
-
-
-@pytest.fixture(scope="module")
 def three(drawn):
     """Three of the drawn files, not in the order of their names, and the digits that are read in them."""
     _, files = drawn

@@ -16,12 +16,6 @@ from cnn_jax.runtime.errors import InputFileError
 from tests.conftest import EMBEDDED, ROOT
 
 
-@pytest.fixture(scope="module")
-def packaged():
-    """The network in the package."""
-    return load_trained(None, None, pytest.fail)
-
-
 def test_the_packaged_network_has_the_test_accuracy_that_it_states(packaged):
     images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)
     labels = read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1)

@@ -19,7 +19,8 @@ from flax import linen as nn
 
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
-from cnn_jax.inference.pictures import SIZE, check_takes_digits, encode_png, prepare_digit
+from cnn_jax.inference.pictures import encode_png
+from cnn_jax.inference.preprocess import SIZE, check_takes_digits, prepare_digit
 from cnn_jax.inference.pretrained import TrainedModel, load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices

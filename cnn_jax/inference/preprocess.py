@@ -1,0 +1,199 @@
+"""A picture of a digit, laid out as MNIST lays out its own.
+
+The layout is the one that MNIST's authors describe (LeCun et al., Proc. IEEE 86, 1998, section III.A): the digit is
+scaled to fit 20x20 pixels with its aspect ratio kept, which smooths it, and placed into 28x28 by its centre of mass.
+"""
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from cnn_jax.runtime.errors import UsageError
+
+SIZE, FITTED_SIZE = 28, 20  # sides of MNIST's images, and of the box that a digit fills in them
+# Digits are searched for in pictures of at most this many pixels per side, and their shape is traced with DETAIL pixels
+# for each of the network's.
+WORKING_SIZE = 512
+DETAIL = 8
+SMALLEST_SIDE = 8  # of a picture, in pixels
+# Ink differs from the paper by at least FAINTEST of 255, by GRAIN standard deviations of the paper's noise, and by this
+# share of the darkest ink's difference.
+FAINTEST, GRAIN, SHARE_OF_DARKEST = 24, 6, 0.45
+# The smallest of a digit's disconnected parts has at least this share of the largest one's pixels.
+SMALLEST_PART = 0.05
+# Holes and gaps that the paper's texture leaves in strokes are up to this wide, in pixels of the traced shape.
+HOLE = 5
+# The stroke widths of 95 % of MNIST's digits lie between these two, in the network's pixels.
+STROKE_WIDTHS = (1.9, 4.0)
+
+
+def prepare_digit(colours: np.ndarray) -> np.ndarray | None:
+    """Find the digit in a picture and lay it out as MNIST does.
+
+    Args:
+      colours: (H, W, 3), float32, in 0..255: ink of any colour on paper of another, dark on light or light on dark,
+        evenly lit or not.
+
+    Returns:
+      (28, 28, 1), uint8, 0 for paper and 255 for ink; None if nothing differs enough from the paper.
+    """
+    ink = _ink(colours)
+    # The standard deviation of normal noise, estimated from the median difference of pixels a small distance apart.
+    distance = 1 + max(ink.shape) // 128
+    noise = 1.4826 * np.median(np.abs(ink[:, distance:] - ink[:, :-distance])) / np.sqrt(2)
+    faintest = max(FAINTEST, GRAIN * noise)
+    threshold = _threshold(ink, faintest)
+    # What is connected to the picture's edge is a shadow, a rule, a frame or the table, provided that a digit is left
+    # without it. A fainter digit appears once everything connected to the edge is gone.
+    inside, isolated = (np.where(_connected_to_edge(ink > level), 0, ink) for level in (threshold, faintest))
+    for candidate, level in (inside, threshold), (isolated, _threshold(isolated, faintest)):
+        if _longer_side(_digit_mask(candidate > level)) > np.sqrt(ink.size) / 10:
+            ink, threshold = candidate, level
+            break
+    mask = _digit_mask(ink > threshold)
+    if _longer_side(mask) < SMALLEST_SIDE / 2:
+        return None
+    shape = _trace(np.where(ndimage.binary_dilation(mask, iterations=2), ink, 0), mask, threshold)
+    return _centre(_fit(shape)) if shape.any() else None
+
+
+def _threshold(ink: np.ndarray, faintest: float) -> float:
+    """Return the value above which a pixel is ink."""
+    visible = ink[ink > faintest]
+    return max(faintest, SHARE_OF_DARKEST * np.percentile(visible, 97)) if len(visible) else faintest
+
+
+def _longer_side(mask: np.ndarray) -> int:
+    """Return the longer side of the box around the pixels of a mask."""
+    return max(int(np.ptp(indices)) + 1 if len(indices) else 0 for indices in np.nonzero(mask))
+
+
+def _ink(colours: np.ndarray) -> np.ndarray:
+    """Return how much each pixel differs from the paper around it, (H, W), float32: about 0 on the paper."""
+    # Along the axis on which the picture's colours vary most; in a grey picture that is brightness.
+    _, axes = np.linalg.eigh(np.cov(colours.reshape(-1, 3), rowvar=False))
+    axis = axes[:, -1].astype(np.float32)
+    grey = colours @ (axis / np.abs(axis).sum())
+    window = round(np.sqrt(grey.size) / 2)  # wider than any stroke
+    plane = _fit_plane(grey, margin=window)
+    difference = grey - plane[window:-window, window:-window]
+    # Ink departs further from the paper than the paper does from itself.
+    if (difference**3).mean() < 0:
+        difference, plane = -difference, -plane
+    smooth = ndimage.gaussian_filter(difference, max(grey.shape) / WORKING_SIZE)
+    # A grey opening removes all that is narrower than its window and leaves the paper with its light and shadows. The
+    # paper is continued beyond the picture's edges, under the same light.
+    extended = np.pad(smooth, window, mode="symmetric") + plane
+    ink = (extended - ndimage.grey_opening(extended, size=(window, window)))[window:-window, window:-window]
+    return ink - np.median(ink)
+
+
+def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
+    """Fit a plane to a picture by least absolute differences: the light on the paper, were it even.
+
+    Solved by iteratively reweighted least squares (Schlossmacher, J. Am. Stat. Assoc. 68, 1973). SciPy's
+    `least_squares` finds the same digits, but takes 1.6 times as long and 0.1 s to import.
+
+    Args:
+      grey: (H, W), float32.
+      margin: By how many pixels the plane extends beyond each of the picture's edges.
+
+    Returns:
+      (H + 2 * margin, W + 2 * margin), float32.
+    """
+    # The means of many pixels are fitted, because a pattern on the paper could escape a sample of single ones.
+    side = min(64, *grey.shape)
+    values = np.asarray(Image.fromarray(grey).resize((side, side), Image.Resampling.BOX), np.float64).ravel()
+    middles = (np.arange(side) + 0.5) / side
+    inputs = np.stack([np.ones(side**2), np.repeat(middles, side), np.tile(middles, side)], axis=1)
+    weights = np.ones_like(values)
+    for _ in range(10):
+        plane = np.linalg.solve((inputs.T * weights) @ inputs, (inputs.T * weights) @ values)
+        weights = 1 / np.maximum(np.abs(values - inputs @ plane), 1)
+    rows, columns = ((np.arange(-margin, length + margin) + 0.5) / length for length in grey.shape)
+    return (plane[0] + plane[1] * rows[:, np.newaxis] + plane[2] * columns[np.newaxis, :]).astype(np.float32)
+
+
+def _connected_to_edge(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels of a mask, (H, W) bool, that are connected to the picture's edge."""
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    return np.isin(labels, edge[edge > 0])
+
+
+def _digit_mask(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels of a mask, (H, W) bool, in its largest connected part and in the parts that belong to it."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count == 0:
+        return mask
+    boxes = np.array([[[side.start, side.stop] for side in sides] for sides in ndimage.find_objects(labels)])
+    sizes = np.bincount(labels.ravel())[1:]
+    largest = int(sizes.argmax())
+    candidates = np.nonzero(sizes >= SMALLEST_PART * sizes[largest])[0]
+    parts, box = [], boxes[largest]
+    while len(found := [part for part in candidates if _is_close(boxes[part], box)]) > len(parts):
+        parts = found
+        box = np.stack([boxes[parts, :, 0].min(axis=0), boxes[parts, :, 1].max(axis=0)], axis=1)
+    return np.isin(labels, np.array(parts) + 1)
+
+
+def _is_close(box: np.ndarray, other: np.ndarray) -> bool:
+    """Whether the gap between two boxes, [[top, bottom], [left, right]], is at most a quarter of the other's size."""
+    gap = np.ptp(other, axis=1).max() / 4
+    return bool(((box[:, 0] <= other[:, 1] + gap) & (box[:, 1] >= other[:, 0] - gap)).all())
+
+
+def _trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the digit alone, DETAIL times its final size, with strokes as wide as MNIST's: (h, w), bool."""
+    rows, columns = ndimage.find_objects(mask.astype(int))[0]
+    longer = max(rows.stop - rows.start, columns.stop - columns.start)
+    margin = 2
+    padded = np.pad(ink, margin)[rows.start : rows.stop + 2 * margin, columns.start : columns.stop + 2 * margin]
+    scale = FITTED_SIZE * DETAIL / longer
+    size = [max(1, round(scale * side)) for side in padded.shape]
+    resized = Image.fromarray(padded.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
+    widest = round(STROKE_WIDTHS[1] * DETAIL)
+    shape = ndimage.binary_closing(np.pad(np.asarray(resized) > threshold, widest), np.ones((HOLE, HOLE)))
+    if not shape.any():
+        return shape
+    inside, outside = ndimage.distance_transform_edt(shape), ndimage.distance_transform_edt(~shape)
+    # A stroke's pixels are on average a quarter of its width away from its edge.
+    width = 4 * inside[shape].mean()
+    growth = (np.clip(width, *(DETAIL * limit for limit in STROKE_WIDTHS)) - width) / 2
+    return inside - outside > -growth
+
+
+def _fit(shape: np.ndarray) -> np.ndarray:
+    """Shrink a digit until its longer side has 20 pixels: (h, w), uint8."""
+    rows, columns = ndimage.find_objects(shape.astype(int))[0]
+    cropped = Image.fromarray(shape[rows, columns].astype(np.uint8) * 255)
+    scale = FITTED_SIZE / max(cropped.size)
+    size = [max(1, round(scale * side)) for side in cropped.size]
+    return np.asarray(cropped.resize(size, Image.Resampling.BOX))
+
+
+def _centre(fitted: np.ndarray) -> np.ndarray:
+    """Place a digit into 28x28 pixels with its centre of mass in the middle: (28, 28, 1), uint8."""
+    image = np.zeros((SIZE, SIZE, 1), np.uint8)
+    centre = ndimage.center_of_mass(fitted)
+    top, left = (
+        int(np.clip(round(SIZE / 2 - middle), 0, SIZE - side))
+        for middle, side in zip(centre, fitted.shape, strict=True)
+    )
+    image[top : top + fitted.shape[0], left : left + fitted.shape[1], 0] = fitted
+    return image
+
+
+def check_takes_digits(image_shape: tuple[int, int, int], run: str) -> None:
+    """Refuse a network whose images are not of the shape that `prepare_digit` returns.
+
+    Args:
+      image_shape: The height, width and channels of the network's images.
+      run: The name of the network in the message.
+
+    Raises:
+      UsageError: they differ.
+    """
+    if image_shape != (SIZE, SIZE, 1):
+        size = "x".join(map(str, image_shape))
+        raise UsageError(f"{run}: its network takes images of {size}, not of {SIZE}x{SIZE}x1; name another run")
