@@ -149,9 +149,9 @@ def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, ho
       cnn-jax demo mnist-seed777 --port 8000
     """
     need("gradio", extra="demo")
-    from cnn_jax.inference.demo import demo
+    from cnn_jax.inference.demo import serve
 
-    demo(common.run_folder(run), host=host, port=port, data_dir=common.data_dir, platform=common.platform)
+    serve(common.run_folder(run), host=host, port=port, data_dir=common.data_dir, platform=common.platform)
 
 
 def export(

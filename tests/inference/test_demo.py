@@ -172,7 +172,7 @@ def test_a_run_of_other_images_than_digits_is_refused(command, packaged, monkeyp
 
 def test_the_maps_are_those_of_the_plain_layers_and_the_probabilities_the_networks(packaged, real_images):
     digit = real_images[0][0][..., np.newaxis]
-    probabilities, maps = demo.look(packaged, digit)
+    probabilities, maps = demo.run_network(packaged, digit)
     np.testing.assert_allclose(probabilities, scipy.special.softmax(packaged.logits(digit[np.newaxis])[0]), atol=1e-5)
     x = scale_pixels(digit[np.newaxis])
     for layer, each in zip(("layer1", "layer2"), maps, strict=True):
@@ -187,14 +187,14 @@ def test_the_maps_are_those_of_the_plain_layers_and_the_probabilities_the_networ
 def test_an_empty_board_and_a_speck_are_no_digit(size, packaged):
     ink = np.zeros((demo.BOARD, demo.BOARD), np.uint8)
     ink[70 : 70 + size, 70 : 70 + size] = 255
-    assert "<output>nothing yet</output>" in demo.describe(packaged, ink)
+    assert "<output>nothing yet</output>" in demo.render_answer(packaged, ink)
 
 
 def test_strokes_that_touch_the_edge_of_the_board_are_part_of_the_digit(packaged):
     ink = np.zeros((demo.BOARD, demo.BOARD), np.uint8)
     ink[0:11, 40:110] = 255
     ink[14:120, 99:110] = 255  # alone it is a 1
-    assert "<output>7</output>" in demo.describe(packaged, ink)
+    assert "<output>7</output>" in demo.render_answer(packaged, ink)
 
 
 def test_a_drawing_comes_back_as_it_was_drawn():
@@ -255,7 +255,7 @@ def draw(driver, moves, *, start):
 
 
 def ink_on_board(driver):
-    """Return what is drawn on the page's board, as `demo.describe` takes it."""
+    """Return what is drawn on the page's board, as `demo.render_answer` takes it."""
     ink = driver.execute_script(
         "const board = document.querySelector('#board canvas');"
         "const colours = board.getContext('2d').getImageData(0, 0, board.width, board.height).data;"
@@ -286,7 +286,7 @@ def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(brow
         assert len({before, between, after}) == 3
     release(browser)
     # However fast it was drawn, the last answer is of the whole drawing.
-    expected = demo.describe(packaged, ink_on_board(browser))
+    expected = demo.render_answer(packaged, ink_on_board(browser))
     wait_until(lambda: all(picture in expected for picture in maps(browser)), seconds=10)
     assert len(browser.find_elements("css selector", ".answer meter")) == 10
     assert browser.find_element("css selector", ".answer .most").text.split()[0] == "7"

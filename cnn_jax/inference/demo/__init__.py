@@ -1,18 +1,18 @@
-"""A page to draw digits on, with what the network makes of them while they are drawn; the only file that knows Gradio.
+"""A page to draw digits on, which shows the network's answer while one draws; only this file knows Gradio.
 
-The board is a canvas of its own. Gradio's editors send a drawing only when a stroke has ended, and as files; this one
-sends its pixels at every move, always as many of them, so that nothing has to be decoded or kept.
+The board is a canvas of our own. Gradio's editors send a drawing only at the end of a stroke, and as a file; this one
+sends its pixels at every move, always the same number of them, so that nothing has to be decoded or kept.
 """
 
 import base64
 import functools
-import html
 import os
 import socket
 import time
 from pathlib import Path
 
 import jax
+import jinja2
 import numpy as np
 import scipy.special
 from flax import linen as nn
@@ -35,69 +35,18 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-BOARD = 140  # pixels a side
-PEN = 11  # pixels wide; in the digit that the network gets, three
+BOARD = 140  # pixels per side
+PEN = 11  # pixels wide; three in the digit that the network gets
 MAXIMUM_REQUEST = 2**20  # bytes; a drawing has 26 kB
-MAPS_A_ROW, BETWEEN_MAPS = 16, 64
+MAPS_PER_ROW, GAP_GREY = 16, 64
 
-BOARD_HTML = f"""
-<canvas width="{BOARD}" height="{BOARD}" aria-label="board to draw a digit on"></canvas>
-<button type="button">Clear</button>
-"""
-BOARD_CSS = """
-canvas { width: 280px; height: 280px; border: 1px solid #888; background: white; touch-action: none;
-  cursor: crosshair; display: block; }
-button { margin-top: 8px; padding: 4px 16px; border: 1px solid #888; border-radius: 4px; }
-"""
-# Gradio holds back what is drawn while an answer is awaited and then sends the newest: "always_last" below.
-BOARD_JS = f"""
-const board = element.querySelector("canvas");
-const pen = board.getContext("2d", {{willReadFrequently: true}});
-pen.lineWidth = {PEN};
-pen.lineCap = "round";
-let last = null;
-
-const send = () => {{
-  const colours = pen.getImageData(0, 0, board.width, board.height).data;
-  let ink = "";
-  for (let i = 3; i < colours.length; i += 4) ink += String.fromCharCode(colours[i]);
-  props.value = btoa(ink);
-  trigger("draw");
-}};
-const drawTo = event => {{
-  const place = [event.offsetX * board.width / board.clientWidth, event.offsetY * board.height / board.clientHeight];
-  pen.beginPath();
-  pen.moveTo(...(last ?? place));
-  pen.lineTo(...place);
-  pen.stroke();
-  last = place;
-  send();
-}};
-board.addEventListener("pointerdown", event => {{
-  board.setPointerCapture(event.pointerId);
-  last = null;
-  drawTo(event);
-}});
-board.addEventListener("pointermove", event => {{ if (event.buttons) drawTo(event); }});
-element.querySelector("button").addEventListener("click", () => {{
-  pen.clearRect(0, 0, board.width, board.height);
-  send();
-}});
-"""
-ANSWER_CSS = """
-.answer img { image-rendering: pixelated; background: black; }
-.answer h3 { margin: 12px 0 4px; font-weight: 600; }
-.answer .top { display: flex; gap: 32px; flex-wrap: wrap; }
-.answer .maps { width: 100%; }
-.answer .class { display: flex; gap: 8px; align-items: center; height: 19px; font-variant-numeric: tabular-nums; }
-.answer .class b { width: 16px; font-weight: inherit; }
-.answer .class span { width: 56px; text-align: right; }
-.answer meter { width: 220px; height: 16px; }
-.answer .most { font-weight: 700; }
-"""
+FOLDER = Path(__file__).parent
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+)
 
 
-def demo(
+def serve(
     run: Path | None = None,
     *,
     host: str,
@@ -108,7 +57,7 @@ def demo(
     """Serve the page until the process is ended.
 
     Raises:
-      UsageError: the network is not for such images, or the address is taken or not of this machine.
+      UsageError: the network is not for such images, or the address is in use or not this machine's.
       NoCheckpointError: there is no such run.
     """
     try:
@@ -119,11 +68,11 @@ def demo(
         ) from error
     start_devices(platform)
     display = Display()
-    network = load_trained(run, data_dir, display.say)
-    check_takes_digits(network.image_shape, str(run and run.name))
-    # Gradio asks its own server whether it is there, and would ask a proxy for it. It asks nobody else.
+    trained = load_trained(run, data_dir, display.say)
+    check_takes_digits(trained.image_shape, str(run and run.name))
+    # Gradio asks its own server, and nobody else, whether it is running; a proxy must not answer in its place.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
-    page = build_page(network)
+    page = build_page(trained)
     page.launch(
         server_name=host,
         server_port=port,
@@ -136,7 +85,7 @@ def demo(
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        css=ANSWER_CSS,
+        css=(FOLDER / "style.css").read_text(encoding="utf-8"),
         app_kwargs={
             "middleware": [Middleware(LimitRequests)],
             "docs_url": None,
@@ -152,25 +101,28 @@ def demo(
     display.say("the page is closed")
 
 
-def build_page(network: TrainedModel) -> gr.Blocks:
-    """Return the page of a network of 28x28 images, ready to be served."""
+def build_page(trained: TrainedModel) -> gr.Blocks:
+    """Return the page of a network for 28x28 images, ready to be served."""
 
     def answer(drawing: object) -> str:
-        return describe(network, read_drawing(drawing))
+        return render_answer(trained, read_drawing(drawing))
 
-    blank = describe(network, np.zeros((BOARD, BOARD), np.uint8))  # compiles the network, too
-    accuracy = "" if network.test_accuracy is None else f" reads {network.test_accuracy:.2%} of its test images right"
+    heading = TEMPLATES.get_template("heading.html").render(name=trained.name, accuracy=trained.test_accuracy)
+    board_html = TEMPLATES.get_template("board.html").render(board=BOARD, pen=PEN)
+    board_js = (FOLDER / "board.js").read_text(encoding="utf-8")
+    blank = render_answer(trained, np.zeros((BOARD, BOARD), np.uint8))  # this also compiles the network
     with gr.Blocks(title="cnn-jax", analytics_enabled=False) as page:
-        gr.HTML(f"<h2>Draw a digit</h2><p>The network {html.escape(network.name)}{accuracy}</p>")
+        gr.HTML(heading)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                board = gr.HTML(html_template=BOARD_HTML, css_template=BOARD_CSS, js_on_load=BOARD_JS, elem_id="board")
+                board = gr.HTML(html_template=board_html, js_on_load=board_js, elem_id="board")
             with gr.Column(scale=3):
                 answered = gr.HTML(blank)
         board.draw(
             answer,
             board,
             answered,
+            # While an answer is awaited, Gradio holds back what is drawn, and then sends only the newest.
             trigger_mode="always_last",
             concurrency_limit=1,
             show_progress="hidden",
@@ -180,13 +132,13 @@ def build_page(network: TrainedModel) -> gr.Blocks:
 
 
 def read_drawing(drawing: object) -> np.ndarray:
-    """Return the ink on the board, (BOARD, BOARD) uint8, 0 for none.
+    """Return the ink on the board, (BOARD, BOARD), uint8, 0 for none.
 
     Args:
-      drawing: What a browser sent; the board's own sends the bytes in base64.
+      drawing: The value that a browser sent; the board sends the bytes in base64.
 
     Raises:
-      gr.Error: it is anything else, told in the browser without a traceback.
+      gr.Error: it is anything else; the browser shows the message, without a traceback.
     """
     try:
         ink = base64.b64decode(drawing, validate=True)
@@ -197,45 +149,40 @@ def read_drawing(drawing: object) -> np.ndarray:
     return np.frombuffer(ink, np.uint8).reshape(BOARD, BOARD)
 
 
-def describe(network: TrainedModel, ink: np.ndarray) -> str:
-    """Return, as HTML, what a network makes of a drawing, (BOARD, BOARD) uint8, 0 for no ink."""
-    # With paper around it, ink at the board's edge is part of the digit and not of a frame.
+def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
+    """Return the network's answer to a drawing, (BOARD, BOARD), uint8, 0 for no ink, as HTML."""
+    # A margin of paper, so that ink at the board's edge counts as part of the digit and not of a frame.
     paper = 255 - np.pad(ink, BOARD // 10).astype(np.float32)
-    seen = prepare_digit(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else None
-    digit = np.zeros((SIZE, SIZE, 1), np.uint8) if seen is None else seen
-    probabilities, maps = look(network, digit)
-    most = None if seen is None else int(probabilities.argmax())
-    classes = "".join(
-        f'<div class="class {"most" if place == most else ""}"><b>{place}</b><meter value="{value:.4f}"></meter>'
-        f"<span>{value:.1%}</span></div>"
-        for place, value in enumerate(probabilities if most is not None else np.zeros_like(probabilities))
-    )
-    layers = "".join(
-        f"<h3>Layer {number}: {each.shape[-1]} maps of {each.shape[0]}x{each.shape[1]}</h3>"
-        f'<img class="maps" alt="feature maps of layer {number}" src="{_picture(_grid(each))}">'
-        for number, each in enumerate(maps, start=1)
-    )
-    return (
-        f'<div class="answer"><div class="top"><div><h3>The network sees</h3>'
-        f'<img width="{SIZE * 7}" alt="what the network sees" src="{_picture(digit[..., 0])}"></div>'
-        f"<div><h3>It reads <output>{'nothing yet' if most is None else most}</output></h3>{classes}</div>"
-        f"</div>{layers}</div>"
-    )
+    digit = prepare_digit(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else None
+    image = np.zeros((SIZE, SIZE, 1), np.uint8) if digit is None else digit
+    probabilities, maps = run_network(trained, image)
+    return TEMPLATES.get_template("answer.html").render(
+        side=SIZE,
+        digit=_data_uri(image[..., 0]),
+        prediction=None if digit is None else int(probabilities.argmax()),
+        probabilities=(np.zeros_like(probabilities) if digit is None else probabilities).tolist(),
+        layers=[
+            {"height": layer.shape[0], "width": layer.shape[1], "features": layer.shape[2],
+             "picture": _data_uri(_sheet(layer))}
+            for layer in maps
+        ],
+    )  # fmt: skip
 
 
-def look(network: TrainedModel, digit: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return what a network computes from a digit, (28, 28, 1) uint8.
+def run_network(trained: TrainedModel, image: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the probability of each class, (num_classes,), and both blocks' outputs, (height, width, features).
 
-    Returns:
-      The probability of each class, (num_classes,); what each of the two blocks gives, (height, width, features).
+    Args:
+      trained: The network.
+      image: (28, 28, 1), uint8.
     """
-    logits, blocks = jax.device_get(_apply(network.params, digit[np.newaxis], model=network.model))
+    logits, blocks = jax.device_get(_logits_and_blocks(trained.params, image[np.newaxis], model=trained.model))
     maps = [blocks[name]["__call__"][0][0] for name in ("layer1", "layer2")]
     return scipy.special.softmax(logits[0].astype(np.float64)), maps
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _apply(params, images, *, model):
+def _logits_and_blocks(params: dict, images: jax.Array, *, model: nn.Module) -> tuple[jax.Array, dict]:
     def is_block(module: nn.Module, method: str) -> bool:
         return isinstance(module, ConvBlock)
 
@@ -243,27 +190,28 @@ def _apply(params, images, *, model):
     return logits, kept["intermediates"]
 
 
-def _grid(maps):
-    """Lay maps (height, width, features) out side by side, the largest value white: (rows, columns) uint8."""
+def _sheet(maps: np.ndarray) -> np.ndarray:
+    """Lay out feature maps, (height, width, features), side by side in grey, the largest value white: (H, W), uint8."""
     height, width, features = maps.shape
     grey = (255 * maps / max(maps.max(), 1e-6)).astype(np.uint8)
-    grey = np.pad(grey, ((0, 1), (0, 1), (0, -features % MAPS_A_ROW)), constant_values=BETWEEN_MAPS)
-    rows = grey.reshape(height + 1, width + 1, -1, MAPS_A_ROW).transpose(2, 0, 3, 1)
-    return rows.reshape(-1, MAPS_A_ROW * (width + 1))[:-1, :-1]
+    grey = np.pad(grey, ((0, 1), (0, 1), (0, -features % MAPS_PER_ROW)), constant_values=GAP_GREY)
+    rows = grey.reshape(height + 1, width + 1, -1, MAPS_PER_ROW).transpose(2, 0, 3, 1)
+    return rows.reshape(-1, MAPS_PER_ROW * (width + 1))[:-1, :-1]
 
 
-def _picture(pixels):
+def _data_uri(pixels: np.ndarray) -> str:
+    """Return a URI that contains a grey picture, (H, W), uint8, itself."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 
 class LimitRequests:
-    """Refuses requests larger than `MAXIMUM_REQUEST`, and those that do not tell their size, before they are read."""
+    """Refuses requests that are larger than `MAXIMUM_REQUEST` or do not state their size, before they are read."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with 413 or 411, or hand it on."""
+        """Answer a request with 413 or 411, or pass it on."""
         handle = self._app
         if scope["type"] == "http":
             headers = dict(scope["headers"])
