@@ -35,7 +35,7 @@ from jax import lax
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import batch_indices, create_train_state, make_keys, run_steps, train_step
+from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys, run_steps, train_step
 from cnn_jax.data.dataset import load_dataset, scale_pixels
 
 # GPUs and TPUs round the factors of a product unless told otherwise. Here both sides of an equality should agree.
@@ -524,11 +524,14 @@ assert loss_fn(params) == loss  # the old weights are what they were
 # A better way down is Adam, as in `optim.Adam(model.parameters(), lr=0.001)`. It remembers two more numbers for each
 # weight. Weights, Adam's numbers and the count of steps go together in a **training state**, which is a pytree again.
 # `create_train_state` makes it, and `train_step` takes a state and a batch, and returns the next state and the loss.
+# The state is arrays alone, so `train_step` also needs the network and the recipe: `functools.partial` fills them in.
 # Open `cnn_jax/core/training.py` beside this page: you know every part of `train_step` now.
 
 # %%
-state = create_train_state(init_key, model, (28, 28, 1), tutorial(0.001))
-after, loss = train_step(state, train_images[:100], train_labels[:100])
+recipe = tutorial(0.001)
+take_step = functools.partial(train_step, model=model, recipe=recipe)
+state = create_train_state(init_key, model, (28, 28, 1), recipe)
+after, loss = take_step(state, train_images[:100], train_labels[:100])
 
 assert (int(state.step), int(after.step)) == (0, 1)
 np.testing.assert_allclose(loss, loss_fn(params), rtol=1e-5)
@@ -567,8 +570,8 @@ assert looked_at_by_python == [(3,), (4,)]
 #
 # | PyTorch | here |
 # | --- | --- |
-# | `DataLoader(train, batch_size=100, shuffle=True, drop_last=True)` | `order = batch_indices(order_key, epoch, ...)` |
-# | `for X, Y in data_loader:` | `run_steps(state, images, labels, order, None, 0, len(order))` |
+# | `DataLoader(train, batch_size=100, shuffle=True, drop_last=True)` | `batches = batch_indices(order_key, epoch)` |
+# | `for X, Y in data_loader:` | `run_steps((state, SeedEpoch(batches)), images, labels, 0, 600, ...)` |
 # | `avg_cost += cost / total_batch` | `losses.mean()` |
 #
 # The order of the images is a function of a key and the number of the epoch: 600 rows of 100 numbers, each naming an
@@ -576,11 +579,11 @@ assert looked_at_by_python == [(3,), (4,)]
 
 # %%
 sizes = {"num_examples": 60_000, "batch_size": 100}
-order = batch_indices(order_key, 0, **sizes)
-assert order.shape == (600, 100)
-np.testing.assert_array_equal(jnp.sort(order.reshape(-1)), np.arange(60_000))  # each image once
-assert (batch_indices(order_key, 0, **sizes) == order).all()
-assert (batch_indices(order_key, 1, **sizes) != order).any()
+batches = batch_indices(order_key, 0, **sizes)
+assert batches.shape == (600, 100)
+np.testing.assert_array_equal(jnp.sort(batches.reshape(-1)), np.arange(60_000))  # each image once
+assert (batch_indices(order_key, 0, **sizes) == batches).all()
+assert (batch_indices(order_key, 1, **sizes) != batches).any()
 
 # %% [markdown]
 # `run_steps` is `train_step` in a loop, and the loop is inside the compiled program (`lax.fori_loop`). The images are
@@ -589,22 +592,23 @@ assert (batch_indices(order_key, 1, **sizes) != order).any()
 
 # %%
 by_python, costs = state, []
-for batch in order[:5]:
-    by_python, cost = train_step(by_python, train_images[batch], train_labels[batch])
+for batch in batches[:5]:
+    by_python, cost = take_step(by_python, train_images[batch], train_labels[batch])
     costs.append(float(cost))
 
-_, losses = run_steps(state, train_images, train_labels, order, None, 0, 5)
+take_steps = functools.partial(run_steps, model=model, recipe=recipe)
+_, losses = take_steps((state, SeedEpoch(batches)), train_images, train_labels, 0, 5)
 np.testing.assert_allclose(losses[:5], costs, rtol=1e-4)
 
 # %% [markdown]
-# Then two epochs of all 60,000 images. The `None` stands for the key of an augmentation, which this recipe does not
-# have.
+# Then two epochs of all 60,000 images. A `SeedEpoch` is what a seed decides of an epoch: here the batches. A recipe
+# that changes its images at random also needs a key.
 
 # %%
 history = []
 for epoch in range(2):
-    order = batch_indices(order_key, epoch, **sizes)
-    state, losses = run_steps(state, train_images, train_labels, order, None, 0, len(order))
+    batches = batch_indices(order_key, epoch, **sizes)
+    state, losses = take_steps((state, SeedEpoch(batches)), train_images, train_labels, 0, len(batches))
     history.append(losses)
     print(f"[Epoch: {epoch + 1:>4}] cost = {float(losses.mean()):>.9}")
 
@@ -624,11 +628,11 @@ plt.show()
 #
 # | PyTorch | here |
 # | --- | --- |
-# | `prediction = model(X_test)` | `logits = state.apply_fn({"params": state.params}, pixels)` |
-# | `(prediction.argmax(1) == Y_test).float().mean()` | `evaluate(state.apply_fn, state.params, images, labels)` |
+# | `prediction = model(X_test)` | `logits = model.apply({"params": state.params}, pixels)` |
+# | `(prediction.argmax(1) == Y_test).float().mean()` | `evaluate(model, state.params, images, labels)` |
 
 # %%
-tested = evaluate(state.apply_fn, state.params, test_images, test_labels)
+tested = evaluate(model, state.params, test_images, test_labels)
 print(f"Accuracy: {tested.accuracy:.4f}")
 assert tested.count == 10_000
 assert tested.accuracy > 0.975
@@ -637,7 +641,7 @@ assert tested.accuracy > 0.975
 # Some that it gets wrong among the first thousand. Would you have known?
 
 # %%
-logits = state.apply_fn({"params": state.params}, scale_pixels(test_images[:1000]))
+logits = model.apply({"params": state.params}, scale_pixels(test_images[:1000]))
 guesses = np.asarray(logits.argmax(axis=1))
 wrong = np.flatnonzero(guesses != dataset.test_labels[:1000])[:6]
 
@@ -673,7 +677,7 @@ plt.show()
 # of them are 255 times as bright as any in training. It ought to fail, should it not?
 
 # %%
-unscaled = evaluate(state.apply_fn, state.params, test_images, test_labels, unscaled=True)
+unscaled = evaluate(model, state.params, test_images, test_labels, unscaled=True)
 print(f"pixels in [0, 1]:  accuracy {tested.accuracy:.4f}, loss {tested.loss:.4f}")
 print(f"pixels in 0..255:  accuracy {unscaled.accuracy:.4f}, loss {unscaled.loss:.4f}")
 assert unscaled.accuracy > 0.93
@@ -708,7 +712,7 @@ left = model.apply({"params": state.params}, 255 * pixels)
 right = 255 * model.apply({"params": small_biases}, pixels)
 np.testing.assert_allclose(left, right, rtol=1e-3, atol=0.05)  # of numbers in the thousands
 
-shrunk = evaluate(state.apply_fn, small_biases, test_images, test_labels)
+shrunk = evaluate(model, small_biases, test_images, test_labels)
 print(f"pixels in [0, 1], biases / 255: accuracy {shrunk.accuracy:.4f}")
 assert abs(shrunk.correct - unscaled.correct) <= 3  # but for rounding, the same images
 

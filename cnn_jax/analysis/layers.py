@@ -90,7 +90,8 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
-    settings, model, states, dataset = restore_run(folder, data_dir, display.say)
+    trained = restore_run(folder, data_dir, display.say)
+    settings, model, states, dataset = trained.settings, trained.model, trained.states, trained.dataset
     params = of_seed(states.eval_params, 0)
     display.result(tabulate(plain_network(params) or model, dataset))
     pictures = draw_pictures(inspect_network(model, params, dataset), folder.read_metrics(), folder.path / "pictures")

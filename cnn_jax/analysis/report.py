@@ -6,18 +6,16 @@ from pathlib import Path
 import jax
 import jinja2
 import numpy as np
-from flax import linen as nn
 
 from cnn_jax.analysis.layers import Inspection, Picture, draw_pictures, inspect_network
-from cnn_jax.core.evaluation import logits
 from cnn_jax.core.sharding import of_seed
-from cnn_jax.core.statistics import mean_interval
-from cnn_jax.data.dataset import Dataset
-from cnn_jax.runs.folder import EpochMetrics, RunFolder, write_atomically
-from cnn_jax.runs.restore import count_steps, restore_run
+from cnn_jax.runs.folder import EpochMetrics, RunFolder
+from cnn_jax.runs.restore import TrainedRun, evaluate_trained, restore_run
 from cnn_jax.runs.settings import Platform, TrainSettings
+from cnn_jax.runs.train import describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
+from cnn_jax.runtime.files import write_atomically
 
 # The names and values of a table.
 Rows = list[tuple[str, str]]
@@ -34,43 +32,30 @@ def report_run(
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
-    settings, model, states, dataset = restore_run(folder, data_dir, display.say)
-    seeds = [of_seed(states.eval_params, i) for i in range(settings.seeds)]
-    predictions = [logits(model, params, dataset.test_images).argmax(axis=1) for params in seeds]
-    accuracies = [float((predicted == dataset.test_labels).mean()) for predicted in predictions]
-    file = output or folder.path / "report.html"
-    write_report(file, folder, settings, model, seeds[0], dataset, step=int(states.step[0]), accuracies=accuracies)
+    trained = restore_run(folder, data_dir, display.say)
+    accuracies = [test.accuracy for test in evaluate_trained(trained)]
+    file = output or folder.report
+    write_report(file, folder, trained, accuracies)
     display.say(f"the report is {file}")
 
 
-def write_report(
-    file: Path,
-    folder: RunFolder,
-    settings: TrainSettings,
-    model: nn.Module,
-    params: dict,
-    dataset: Dataset,
-    *,
-    step: int,
-    accuracies: list[float],
-) -> None:
+def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies: list[float]) -> None:
     """Write the page about a run, and its pictures to the run's folder.
 
     Args:
       file: The page.
       folder: The run's, with its metrics, and its result where it has ended.
-      settings: The run's.
-      model: Its network.
-      params: The weights of its first seed, on the host: those that it is tested with.
-      dataset: The data set that it was trained on.
-      step: The steps that were taken.
+      trained: The run.
       accuracies: Each seed's on the test images, in [0, 1].
     """
-    inspection, metrics = inspect_network(model, params, dataset), folder.read_metrics()
-    pictures = draw_pictures(inspection, metrics, folder.path / "pictures")
+    settings, dataset, step = trained.settings, trained.dataset, trained.step
+    params = of_seed(trained.states.eval_params, 0)
+    inspection, metrics = inspect_network(trained.model, params, dataset), folder.read_metrics()
+    pictures = draw_pictures(inspection, metrics, folder.pictures)
     result = folder.read_result()
     if result.get("step") != step:  # it is of an earlier end, after which the run was continued
         result = {}
+    unscaled = [result["unscaled_test_accuracy"]] if "unscaled_test_accuracy" in result else None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,10 +65,10 @@ def write_report(
     environment.filters["data_uri"] = _data_uri
     page = environment.get_template("report.html").render(
         title=folder.path.resolve().name,
-        subtitle=_subtitle(dataset, params),
+        subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
         of_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
-        numbers=_numbers(settings, dataset, result, accuracies, step),
-        results=_results(settings, dataset, metrics, result, accuracies),
+        numbers=_numbers(trained, result, accuracies),
+        results=result_rows(trained, accuracies, unscaled, metrics) + _last_epoch(metrics),
         times=[(name, describe_seconds(seconds)) for name, seconds in result.get("seconds", {}).items()],
         pictures=pictures,
         drawn=dataset.test_images.shape[-1] != 3,
@@ -94,54 +79,26 @@ def write_report(
     write_atomically(file, page)
 
 
-def _subtitle(dataset: Dataset, params: dict) -> str:
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return (
-        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
-        f"{_size(dataset.test_images[0])}, {dataset.num_classes} classes; network of {parameters:,} parameters"
-    )
-
-
-def _numbers(settings: TrainSettings, dataset: Dataset, result: dict, accuracies: list[float], step: int) -> Rows:
+def _numbers(trained: TrainedRun, result: dict, accuracies: list[float]) -> Rows:
     """Return what is to be seen first."""
-    train_examples = len(dataset.train_labels) - (settings.validation or 0)
-    steps_per_epoch = train_examples // settings.batch_size
-    last_step = count_steps(settings.epochs, steps_per_epoch)
-    epochs = f"{settings.epochs:g}" if step == last_step else f"{step / steps_per_epoch:.3g} of {settings.epochs:g}"
-    rows = [("test accuracy", describe_values(accuracies)), ("epochs", epochs), ("steps", f"{step:,}")]
+    epochs, step, program = trained.settings.epochs, trained.step, trained.program
+    done = f"{epochs:g}" if step == program.last_step else f"{step / program.steps_per_epoch:.3g} of {epochs:g}"
+    rows = [("test accuracy", describe_values(accuracies)), ("epochs", done), ("steps", f"{step:,}")]
     # A run that was killed before its report is reported by a process that trained nothing.
     if "training" in result.get("seconds", {}):
         rows.append(("training", describe_seconds(result["seconds"]["training"])))
     return rows
 
 
-def _results(
-    settings: TrainSettings, dataset: Dataset, metrics: list[EpochMetrics], result: dict, accuracies: list[float]
-) -> Rows:
-    rows = [
-        ("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {len(dataset.test_labels):,} images")
+def _last_epoch(metrics: list[EpochMetrics]) -> Rows:
+    if not metrics:
+        return []
+    last = metrics[-1]
+    return [
+        (f"cost of epoch {last.epoch}", describe_values(last.cost)),
+        (f"{last.tested_on} loss after it", describe_values(last.loss)),
+        ("speed, last epoch", f"{last.examples_per_second:,.0f} images/s, {last.step_milliseconds:.3g} ms per step"),
     ]
-    if "unscaled_test_accuracy" in result:
-        rows.append(("as the tutorial tests", f"{result['unscaled_test_accuracy']:.4f} on pixels in 0..255"))
-    if settings.seeds > 1:
-        spread_of_seeds = mean_interval(accuracies)
-        rows += [
-            ("standard error", f"{spread_of_seeds.standard_error:.5f}"),
-            ("95 % interval", f"{spread_of_seeds.low:.4f} to {spread_of_seeds.high:.4f}"),
-        ]
-        rows += [(f"seed {seed}", f"{accuracy:.4f}") for seed, accuracy in enumerate(accuracies, start=settings.seed)]
-    if metrics:
-        last = metrics[-1]
-        rows += [
-            (f"cost of epoch {last.epoch}", describe_values(last.cost)),
-            (f"{last.tested_on} loss after it", describe_values(last.loss)),
-        ]
-        if last.tested_on == "validation":
-            rows.append(("validation accuracy", f"{describe_values(last.accuracy)} of {settings.validation:,} images"))
-        rows.append(
-            ("speed, last epoch", f"{last.examples_per_second:,.0f} images/s, {last.step_milliseconds:.3g} ms a step")
-        )
-    return rows
 
 
 def _layers(inspection: Inspection) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from cnn_jax.runs.settings import (
     TrainSettings,
     require,
 )
-from cnn_jax.runtime.errors import UsageError, one_line_failures
+from cnn_jax.runtime.display import describe_seconds
+from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
 from cnn_jax.runtime.signals import end_on_signals
 
 Count = Annotated[int, AT_LEAST_1]
@@ -67,9 +69,31 @@ def train(settings: TrainSettings) -> None:
         check_sizes(settings.batch_size, settings.validation, train_examples)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
-    from cnn_jax.runs.train import train_run
+    from cnn_jax.runs.train import open_run, result_rows, train_run, write_result
+    from cnn_jax.runtime.distributed import is_process_0
 
-    train_run(settings)
+    with open_run(settings) as run:
+        result = train_run(settings, run)
+        if result is None:
+            return
+        accuracy = statistics.fmean(result.accuracies)
+        run.display.accuracy(accuracy)
+        if is_process_0():
+            write_result(result, run.folder, run.clock)
+            # Its pictures take half a second to import: most starts of a finished run end without them.
+            if result.trained_here or not run.folder.report.exists():
+                from cnn_jax.analysis.report import write_report
+
+                with run.clock.part("reporting"):
+                    write_report(run.folder.report, run.folder, result.run, result.accuracies)
+        rows = result_rows(result.run, result.accuracies, result.unscaled_accuracies, result.metrics)
+        rows += [(part, describe_seconds(seconds)) for part, seconds in run.clock.seconds.items()]
+        run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
+    target = settings.target_accuracy
+    if target is not None and accuracy < target:
+        raise TargetAccuracyError(
+            f"test accuracy {accuracy:.4f} is below --target-accuracy {target}; train longer or with other settings"
+        )
 
 
 def evaluate(run: str, common: CommonOptions, *, unscaled: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax import lax
+from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 
 from cnn_jax.data.dataset import scale_pixels
 
-# 250 images' patches of block 2 take 56 MB.
+# Images at a time: what block 2 leaves behind of 250, 56 MB, still fits the memory of any device, and on a CPU larger
+# batches are no faster.
 BATCH_SIZE = 250
 
 
@@ -37,47 +39,65 @@ class Evaluation:
         return self.correct / self.count
 
 
+class Sums(NamedTuple):
+    """Sums over a test set, which are added over devices before they are divided.
+
+    Attributes:
+      correct: Images whose largest logit is that of their label.
+      loss: The sum of the softmax cross-entropies.
+      count: Images counted.
+    """
+
+    correct: Int32[Array, "*seeds"]
+    loss: Float32[Array, "*seeds"]
+    count: Int32[Array, "*seeds"]
+
+
 def evaluate(
-    apply_fn: Callable, params: dict, images: jax.Array, labels: jax.Array, *, unscaled: bool = False
+    model: nn.Module,
+    params: PyTree,
+    images: UInt8[Array, "m h w c"] | UInt8[np.ndarray, "m h w c"],
+    labels: Int32[Array, " m"] | Int32[np.ndarray, " m"],
+    *,
+    unscaled: bool = False,
 ) -> Evaluation:
     """Test a network on all images.
 
     Args:
-      apply_fn: The network's `apply`.
+      model: The network.
       params: Its weights.
-      images: (M, height, width, channels), uint8.
-      labels: (M,), int32.
+      images: What to test it on.
+      labels: Their classes.
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
-    maximum = pixel_maximum(unscaled=unscaled)
-    correct, loss_sum, count = sum_over_images(params, images, labels, maximum, apply_fn=apply_fn)
-    return Evaluation(correct=int(correct), count=int(count), loss=float(loss_sum) / int(count))
+    sums = sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model)
+    return Evaluation(correct=int(sums.correct), count=int(sums.count), loss=float(sums.loss) / int(sums.count))
 
 
-def pixel_maximum(*, unscaled: bool) -> jax.Array:
+def pixel_scale(*, unscaled: bool) -> np.float32:
     """Return the pixel value that becomes 1: an argument of what is compiled, so that both ways share one program."""
-    return jnp.float32(1 if unscaled else 255)
+    return np.float32(1 if unscaled else 255)
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "batch_size"))
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"))
 def sum_over_images(
-    params: dict,
-    images: jax.Array,
-    labels: jax.Array,
-    maximum: jax.Array,
+    params: PyTree,
+    images: UInt8[Array, "m h w c"],
+    labels: Int32[Array, " m"],
+    pixel_scale: Float32[Array, ""],
     *,
-    apply_fn: Callable,
+    model: nn.Module,
     batch_size: int = BATCH_SIZE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the number of correct images, int32, the sum of the losses, float32, and the number of images, int32.
+) -> Sums:
+    """Return a network's sums over images.
 
     Args:
       params: The network's weights.
-      images: (M, height, width, channels), uint8.
-      labels: (M,), int32; an image labelled -1 counts for nothing.
-      maximum: The pixel value that becomes 1, float32.
-      apply_fn: The network's `apply`.
-      batch_size: Images at a time; M need not be a multiple of it.
+      images: How many there are need not be a multiple of the batch size.
+      labels: Their classes; an image labelled -1 counts for nothing.
+      pixel_scale: The pixel value that becomes 1.
+      model: The network.
+      batch_size: Images at a time.
     """
     batches = -(-len(labels) // batch_size)
     missing = batches * batch_size - len(labels)
@@ -87,19 +107,20 @@ def sum_over_images(
 
     def add_batch(sums, batch):
         batch_images, batch_labels = batch
-        logits = apply_fn({"params": params}, scale_pixels(batch_images, maximum))
+        logits = model.apply({"params": params}, scale_pixels(batch_images, pixel_scale))
         is_real = batch_labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch_labels, 0))
         correct = (logits.argmax(axis=-1).astype(jnp.int32) == batch_labels) & is_real
         return (sums[0] + correct.sum(dtype=jnp.int32), sums[1] + jnp.where(is_real, losses, 0).sum()), None
 
-    sums = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     stacked = (images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
-    return *lax.scan(add_batch, sums, stacked)[0], count
+    (correct, loss), _ = lax.scan(add_batch, zeros, stacked)
+    return Sums(correct, loss, count)
 
 
-def logits(model: nn.Module, params: dict, images: np.ndarray) -> np.ndarray:
-    """Return a network's logits, (M, num_classes), float32, of any number of images, none included.
+def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"]) -> Float32[np.ndarray, "m k"]:
+    """Return a network's logits of any number of images, none included.
 
     The last batch is filled up to a power of two, so that few sizes are ever compiled and a handful of images does not
     cost a whole batch.
@@ -107,7 +128,7 @@ def logits(model: nn.Module, params: dict, images: np.ndarray) -> np.ndarray:
     Args:
       model: The network.
       params: Its weights.
-      images: (M, height, width, channels), uint8.
+      images: What to look at.
     """
     batches = []
     for start in range(0, max(1, len(images)), BATCH_SIZE):
@@ -119,5 +140,5 @@ def logits(model: nn.Module, params: dict, images: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _apply(params: dict, images: jax.Array, *, model: nn.Module) -> jax.Array:
+def _apply(params: PyTree, images: UInt8[Array, "n h w c"], *, model: nn.Module) -> Float32[Array, "n k"]:
     return model.apply({"params": params}, scale_pixels(images))

@@ -1,40 +1,66 @@
-"""Many seeds in one compiled program, over all devices of all hosts: which seeds and images each device works on.
+"""Many seeds in one compiled program, over all devices of all processes: what each device works on.
 
-The devices form a mesh with two axes: `seeds`, over which the runs are divided, and `data`, over which each batch is.
-One run on one device is the same program as thirty-two runs on eight.
+The devices form a mesh with two axes: `seeds`, over which the seeds are divided, and `data`, over which each batch is.
+One seed on one device is the same program as thirty-two seeds on eight. Nothing here asks which devices are attached: a
+mesh may be of devices that programs are only compiled for.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32, Int32, PyTree, UInt8, UInt32
 
-from cnn_jax.core.evaluation import Evaluation, pixel_maximum, sum_over_images
+from cnn_jax.core.evaluation import Sums, sum_over_images
 from cnn_jax.core.recipes import Recipe
-from cnn_jax.core.training import TrainState, batch_indices, create_train_state, make_keys, run_steps
-from cnn_jax.runtime.distributed import to_host
+from cnn_jax.core.training import SeedEpoch, TrainState, batch_indices, create_train_state, make_keys, run_steps
 
 SEEDS, DATA = "seeds", "data"
-# Of a device's memory, for what the seeds of a group leave behind in a step; the rest is for the data and for XLA.
+# On a CPU the gradients of a batch are computed in parts of at least this many images, one after the other, and added:
+# what a part leaves behind stays in the cache. A step on a batch of 100 takes 18 ms that way, and 23 all at once.
+CPU_PART_IMAGES = 25
+# The share of a device's memory for what the seeds trained at once leave behind in a step; the rest is for the data and
+# for XLA.
 MEMORY_SHARE = 0.6
 
 
-def make_mesh(seeds: int) -> Mesh:
-    """Lay out all devices: over the seeds as far as they divide evenly, and over the images of a batch beyond that."""
-    devices = len(jax.devices())
-    over_seeds = math.gcd(seeds, devices)
-    return jax.make_mesh((over_seeds, devices // over_seeds), (SEEDS, DATA), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(seeds: int, devices: Sequence[jax.Device]) -> Mesh:
+    """Lay out devices: over the seeds as far as they divide evenly, and over the images of a batch beyond that."""
+    over_seeds = math.gcd(seeds, len(devices))
+    shape = (over_seeds, len(devices) // over_seeds)
+    return jax.make_mesh(shape, (SEEDS, DATA), devices=devices, axis_types=(AxisType.Auto,) * 2)
 
 
-def place(tree: object, mesh: Mesh, spec: P) -> object:
-    """Put host arrays, the same in every process, on the mesh's devices, each device getting its part by `spec`."""
+def count_parts(mesh: Mesh, batch_size: int) -> int:
+    """Return into how many parts a device cuts its share of a batch: one, but on a CPU as many as are large enough."""
+    images = -(-batch_size // mesh.shape[DATA])
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    return max(n for n in range(1, images + 1) if n == 1 or (images % n == 0 and images // n >= CPU_PART_IMAGES))
+
+
+def count_seeds_at_once(seeds: int, seed_bytes: int, device_bytes: int) -> int:
+    """Return how many of its seeds an accelerator should train at once.
+
+    Args:
+      seeds: How many it has.
+      seed_bytes: What a step of one seed needs beside the data.
+      device_bytes: What the device has.
+    """
+    return max(1, min(seeds, int(MEMORY_SHARE * device_bytes / max(1, seed_bytes))))
+
+
+def shard(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
+    """Put host arrays, the same in every process, on the mesh's devices, each device getting its shard by `spec`."""
     sharding = NamedSharding(mesh, spec)
 
     def put(array):
@@ -43,144 +69,134 @@ def place(tree: object, mesh: Mesh, spec: P) -> object:
     return jax.tree.map(put, tree)
 
 
-def of_seed(tree: object, i: int) -> object:
-    """Return what a tree holds of its i-th seed, from 0: of each array one, without the axis of the seeds."""
-    return jax.tree.map(lambda leaf: leaf[i], tree)
+def to_host(tree: PyTree) -> PyTree:
+    """Return a tree's arrays on the host, whole in every process, wherever their shards are."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def seed_keys(seeds: np.ndarray, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the `init_keys`, `order_keys` and `augment_keys` of seeds, (S,) each."""
-    return jax.jit(jax.vmap(make_keys), out_shardings=NamedSharding(mesh, P(SEEDS)))(seeds)
+def of_seed(states: PyTree, i: int) -> PyTree:
+    """Return the arrays of the i-th seed."""
+    return jax.tree.map(lambda leaf: leaf[i], states)
 
 
-def create_states(
-    init_keys: jax.Array, model: nn.Module, image_shape: tuple[int, int, int], recipe: Recipe, mesh: Mesh
-) -> TrainState:
-    """Return the seeds' states before step 0: of each array of a state, S of them, one after the other."""
-    create = jax.vmap(lambda key: create_train_state(key, model, image_shape, recipe))
-    return jax.jit(create, out_shardings=NamedSharding(mesh, P(SEEDS)))(init_keys)
-
-
-@functools.partial(jax.jit, static_argnames=("num_examples", "batch_size", "mesh"))
-def epoch_orders(
-    order_keys: jax.Array, epoch: jax.Array | int, *, num_examples: int, batch_size: int, mesh: Mesh
-) -> jax.Array:
-    """Return the order of each seed's epoch, (S, steps, N), int32.
-
-    N is `batch_size`, filled up with -1 to a multiple of the devices that a batch is divided over: a mean over the
-    batch does not depend on how many they are.
-    """
-    order_of = functools.partial(batch_indices, num_examples=num_examples, batch_size=batch_size)
-    orders = jax.vmap(order_of, in_axes=(0, None))(order_keys, epoch)
-    orders = jnp.pad(orders, ((0, 0), (0, 0), (0, -batch_size % mesh.shape[DATA])), constant_values=-1)
-    return lax.with_sharding_constraint(orders, NamedSharding(mesh, P(SEEDS, None, DATA)))
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "group", "examples"), donate_argnames="states")
-def run_steps_of_seeds(
-    states: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    orders: jax.Array,
-    augment_keys: jax.Array,
-    first: jax.Array | int,
-    stop: jax.Array | int,
+def start_seeds(
+    seeds: UInt32[np.ndarray, " s"] | UInt32[Array, " s"],
     *,
-    mesh: Mesh,
-    group: int | None,
-    examples: P = P(),  # noqa: B008 - immutable
-) -> tuple[TrainState, jax.Array]:
-    """Run the steps first..stop-1 of each seed's order in one compiled program.
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    recipe: Recipe,
+) -> TrainState:
+    """Return the seeds' states before step 0: every array has one more axis in front, for the seeds."""
+    return jax.vmap(lambda seed: create_train_state(make_keys(seed).init_key, model, image_shape, recipe))(seeds)
+
+
+def seeds_epoch(
+    seeds: UInt32[np.ndarray, " s"] | UInt32[Array, " s"],
+    epoch: Int32[Array, ""] | int,
+    *,
+    num_examples: int,
+    batch_size: int,
+    shares: int,
+) -> SeedEpoch:
+    """Return what the seeds decide of an epoch: batches (S, steps, N), int32, and augmentation keys (S,).
+
+    N is `batch_size`, filled up with -1 to a multiple of `shares`, the devices that a batch is divided over: a mean
+    over the batch does not depend on how many they are.
+    """
+
+    def of_one(seed):
+        keys = make_keys(seed)
+        batches = batch_indices(keys.order_key, epoch, num_examples=num_examples, batch_size=batch_size)
+        return SeedEpoch(jnp.pad(batches, ((0, 0), (0, -batch_size % shares)), constant_values=-1), keys.augment_key)
+
+    return jax.vmap(of_one)(seeds)
+
+
+def run_seeds(
+    states: TrainState,
+    epochs: SeedEpoch,
+    images: UInt8[Array, "m h w c"],
+    labels: Int32[Array, " m"],
+    first: Int32[Array, ""],
+    stop: Int32[Array, ""],
+    *,
+    model: nn.Module,
+    recipe: Recipe,
+    parts: int,
+    seeds_at_once: int | None,
+) -> tuple[TrainState, Float32[Array, "s steps"]]:
+    """Run the steps first..stop-1 of every seed that this device has.
 
     Args:
-      states: Of `create_states`; their memory is reused.
-      images: (num_examples, height, width, channels), uint8.
-      labels: (num_examples,), int32.
-      orders: (S, steps, N), int32, as `epoch_orders` returns them.
-      augment_keys: (S,).
-      first: The first row of the orders.
+      states: Of its seeds.
+      epochs: Of its seeds.
+      images: Those that the batches count in.
+      labels: Their labels.
+      first: The first row of the batches to train on.
       stop: The row before which to stop.
-      mesh: Of `make_mesh`.
-      group: How many seeds a device trains at once, vectorised; None trains them one after the other.
-      examples: How images and labels are divided over the mesh; the orders count within each device's part.
+      model: The network.
+      recipe: How it is trained.
+      parts: As for `train_step`.
+      seeds_at_once: How many seeds to train at once, vectorised; None trains one after the other, as is faster on a
+        CPU: what a step of one seed leaves behind fits its cache, and one alone keeps all cores busy.
 
     Returns:
-      The states after the last step, and the losses, (S, steps), float32, of which first..stop-1 are filled in.
+      The states after the last step, and the losses, of which first..stop-1 are filled in.
     """
-
-    def on_a_device(states, images, labels, orders, augment_keys, first, stop):
-        def train_seed(seed):
-            state, order, augment_key = seed
-            return run_steps(state, images, labels, order, augment_key, first, stop, axis=DATA)
-
-        return lax.map(train_seed, (states, orders, augment_keys), batch_size=group)
-
-    return jax.shard_map(
-        on_a_device,
-        mesh=mesh,
-        in_specs=(P(SEEDS), examples, examples, P(SEEDS, None, DATA), P(SEEDS), P(), P()),
-        out_specs=(P(SEEDS), P(SEEDS)),
-        check_vma=False,  # the block op's own gradients do not say over which axes they vary
-    )(states, images, labels, orders, augment_keys, first, stop)
+    run = functools.partial(
+        run_steps,
+        images=images,
+        labels=labels,
+        first=first,
+        stop=stop,
+        model=model,
+        recipe=recipe,
+        axis=DATA,
+        parts=parts,
+    )
+    return lax.map(run, (states, epochs), batch_size=seeds_at_once)
 
 
-def choose_group(seeds: int, seed_bytes: int, device_bytes: int | None) -> int | None:
-    """Return how many of its seeds a device should train at once.
+def sum_seeds(
+    params: PyTree,
+    images: UInt8[Array, "m h w c"],
+    labels: Int32[Array, " m"],
+    pixel_scale: Float32[Array, ""],
+    *,
+    model: nn.Module,
+) -> Sums:
+    """Return the `sum_over_images` of every seed that this device has, added over the devices that share the images."""
+    # One seed after the other: a batch of a test is large enough to keep a device busy.
+    return lax.psum(lax.map(lambda seed: sum_over_images(seed, images, labels, pixel_scale, model=model), params), DATA)
+
+
+def jit_over_mesh(function: Callable, mesh: Mesh, in_specs: tuple, out_specs: object, **jit: object) -> Callable:
+    """Return a jitted function whose body runs on every device of a mesh, with each its shards of the arguments.
 
     Args:
-      seeds: How many it has.
-      seed_bytes: What a step of one seed needs beside the data.
-      device_bytes: What the device has; None for a CPU, which is faster on one seed after the other: what a step of one
-        leaves behind fits its cache, and one alone keeps all cores busy.
+      function: The body.
+      mesh: Of `make_mesh`.
+      in_specs: How each argument is divided.
+      out_specs: How the results are.
+      jit: What else `jax.jit` is to know.
     """
-    if seeds == 1 or device_bytes is None:
-        return None
-    return max(1, min(seeds, int(MEMORY_SHARE * device_bytes / max(1, seed_bytes))))
+    # The block op's own gradients do not say over which axes they vary, so JAX cannot check it.
+    body = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), in_specs, is_leaf=lambda spec: isinstance(spec, P))
+    return jax.jit(body, in_shardings=shardings, **jit)
 
 
-def place_test_set(images: np.ndarray, labels: np.ndarray, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+class TestSet(NamedTuple):
+    """A set of labelled images on the devices that share each seed; an image labelled -1 counts for nothing."""
+
+    images: UInt8[Array, "m h w c"]
+    labels: Int32[Array, " m"]
+
+
+def shard_test_set(images: UInt8[np.ndarray, "m h w c"], labels: Int32[np.ndarray, " m"], mesh: Mesh) -> TestSet:
     """Divide a test set over the devices that share each seed, filled up with images labelled -1."""
     missing = -len(labels) % mesh.shape[DATA]
     images = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
-    return place((images, np.pad(labels, (0, missing), constant_values=-1)), mesh, P(DATA))
-
-
-def evaluate_seeds(
-    apply_fn: Callable, params: dict, images: jax.Array, labels: jax.Array, *, mesh: Mesh, unscaled: bool = False
-) -> list[Evaluation]:
-    """Test every seed's network on all images.
-
-    Args:
-      apply_fn: The network's `apply`.
-      params: The weights, of each array S.
-      images: (M, height, width, channels), uint8, of `place_test_set`.
-      labels: (M,), int32; -1 counts for nothing.
-      mesh: Of `make_mesh`.
-      unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
-    """
-    sums = sums_of_seeds(params, images, labels, pixel_maximum(unscaled=unscaled), apply_fn=apply_fn, mesh=mesh)
-    correct, loss_sums, counts = to_host(sums)
-    return [
-        Evaluation(correct=int(right), count=int(count), loss=float(loss) / int(count))
-        for right, loss, count in zip(correct, loss_sums, counts, strict=True)
-    ]
-
-
-@functools.partial(jax.jit, static_argnames=("apply_fn", "mesh"))
-def sums_of_seeds(
-    params: dict, images: jax.Array, labels: jax.Array, maximum: jax.Array, *, apply_fn: Callable, mesh: Mesh
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return each seed's `sum_over_images`: correct images, losses, images counted; (S,) each."""
-
-    def on_a_device(params, images, labels, maximum):
-        # One seed after the other: a batch of a test is large enough to keep a device busy.
-        sums = lax.map(lambda params: sum_over_images(params, images, labels, maximum, apply_fn=apply_fn), params)
-        return lax.psum(sums, DATA)
-
-    return jax.shard_map(
-        on_a_device,
-        mesh=mesh,
-        in_specs=(P(SEEDS), P(DATA), P(DATA), P()),
-        out_specs=P(SEEDS),
-        check_vma=False,
-    )(params, images, labels, maximum)
+    return TestSet(*shard((images, np.pad(labels, (0, missing), constant_values=-1)), mesh, P(DATA)))

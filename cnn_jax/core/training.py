@@ -1,49 +1,185 @@
-"""The training state, one step of training, and the compiled run of many steps: of one seed."""
+"""Training one seed, read downwards: many steps in one compiled loop, one step, its loss; then where it all starts."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
-from flax.training import train_state
 from jax import lax
+from jaxtyping import Array, Float32, Int32, PRNGKeyArray, PyTree, Shaped, UInt8
 
 from cnn_jax.core.recipes import Recipe
 from cnn_jax.data.dataset import scale_pixels
 
-# On a CPU the gradients of a batch are taken in parts of at least this many images, one after the other, and added:
-# what a part leaves behind stays in the cache. Of a batch of 100 a step takes 18 ms so, where at once it takes 23.
-CPU_PART_IMAGES = 25
 
-
-class TrainState(train_state.TrainState):
-    """Flax's training state, with what a recipe adds to it.
+class TrainState(NamedTuple):
+    """All that training changes, as plain arrays.
 
     Attributes:
-      recipe: How the network is trained.
-      average: The weights averaged over the steps, where the recipe averages them.
+      step: How many steps were taken.
+      params: The network's weights.
+      opt_state: The optimiser's state.
+      ema_params: The weights averaged over the steps, where the recipe averages them.
     """
 
-    recipe: Recipe = struct.field(pytree_node=False)
-    average: dict | None = None
+    step: Int32[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    ema_params: PyTree | None
 
     @property
-    def eval_params(self) -> dict:
+    def eval_params(self) -> PyTree:
         """The weights that the network is tested with."""
-        return self.params if self.average is None else self.average
+        return self.params if self.ema_params is None else self.ema_params
 
 
-def make_keys(seed: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the keys that all randomness of a run comes from: `init_key`, `order_key` and `augment_key`."""
+class SeedEpoch(NamedTuple):
+    """What a seed decides of an epoch, or of the next steps of one.
+
+    Attributes:
+      batches: Which images make up each step's batch; -1 for none.
+      augment_key: The key of the run's augmentation, for a recipe that augments.
+    """
+
+    batches: Int32[Array, "*seeds steps n"]
+    augment_key: Shaped[PRNGKeyArray, "*seeds"] | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts"))
+def run_steps(
+    seed: tuple[TrainState, SeedEpoch],
+    images: UInt8[Array, "m h w c"],
+    labels: Int32[Array, " m"],
+    first: Int32[Array, ""] | int,
+    stop: Int32[Array, ""] | int,
+    *,
+    model: nn.Module,
+    recipe: Recipe,
+    axis: str | None = None,
+    parts: int = 1,
+) -> tuple[TrainState, Float32[Array, " steps"]]:
+    """Run the steps first..stop-1 of an epoch in one compiled loop.
+
+    The two ends are arguments, not constants: however an epoch is cut into segments, the same machine code runs, so
+    the cuts leave no trace in the bits. In a loop a step's temporaries are allocated once: one call per step takes
+    33 ms where the loop takes 20.
+
+    Args:
+      seed: The state before step `first`, and the epoch's batches.
+      images: The images that the batches count in, on the device.
+      labels: Their labels.
+      first: The first row of the batches to train on.
+      stop: The row before which to stop.
+      model: The network.
+      recipe: How it is trained.
+      axis: As for `train_step`.
+      parts: As for `train_step`.
+
+    Returns:
+      The state after the last step, and the steps' losses, of which first..stop-1 are filled in.
+    """
+    state, epoch = seed
+
+    def take_step(i, carry):
+        state, losses = carry
+        rows = epoch.batches[i]
+        batch_labels = jnp.where(rows >= 0, labels[rows], -1)
+        state, loss = train_step(
+            state, images[rows], batch_labels, epoch.augment_key, model=model, recipe=recipe, axis=axis, parts=parts
+        )
+        return state, losses.at[i].set(loss)
+
+    return lax.fori_loop(first, stop, take_step, (state, jnp.zeros(len(epoch.batches), jnp.float32)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts"))
+def train_step(
+    state: TrainState,
+    images: UInt8[Array, "n h w c"],
+    labels: Int32[Array, " n"],
+    augment_key: Shaped[PRNGKeyArray, ""] | None = None,
+    *,
+    model: nn.Module,
+    recipe: Recipe,
+    axis: str | None = None,
+    parts: int = 1,
+) -> tuple[TrainState, Float32[Array, ""]]:
+    """Take one step down the mean loss of a batch.
+
+    Args:
+      state: The state before the step.
+      images: The batch; inside `jax.shard_map`, this device's share of it.
+      labels: Their labels; an image labelled -1 fills the batch up and counts for nothing.
+      augment_key: The key of the run's augmentation, for a recipe that augments.
+      model: The network.
+      recipe: How it is trained.
+      axis: The mesh axis over whose devices the batch is divided, inside `jax.shard_map`.
+      parts: Into how many equal parts the batch is cut, whose gradients are computed one after the other and added:
+        see `sharding.count_parts`.
+
+    Returns:
+      The state after the step, and the batch's mean loss before it.
+    """
+    pixels = scale_pixels(images)
+    if recipe.augment is not None:
+        pixels = recipe.augment(_image_keys(augment_key, state.step, len(labels), axis), pixels)
+
+    def loss_fn(params, pixels, labels):
+        logits = model.apply({"params": params}, pixels)  # (N, num_classes)
+        losses = recipe.loss(logits, jnp.maximum(labels, 0))
+        return jnp.where(labels >= 0, losses, 0).sum()
+
+    def add_part(sums, part):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_fn)(state.params, *part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+    batch = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (pixels, labels))
+    (loss, gradients), _ = lax.scan(add_part, zeros, batch)
+    # Sums over every part and device, divided once: the mean does not depend on how the batch was divided.
+    sums = (loss, gradients, (labels >= 0).sum(dtype=jnp.float32))
+    loss, gradients, count = sums if axis is None else lax.psum(sums, axis)
+    gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
+    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = None if state.ema_params is None else _average(state.ema_params, params, state.step + 1, recipe)
+    return TrainState(state.step + 1, params, opt_state, ema_params), loss / count
+
+
+def _image_keys(
+    augment_key: PRNGKeyArray, step: Int32[Array, ""], images: int, axis: str | None
+) -> Shaped[PRNGKeyArray, " n"]:
+    """Return a key for each image of a step: the same, however many devices the batch is divided over."""
+    first = 0 if axis is None else lax.axis_index(axis) * images
+    step_key = jax.random.fold_in(augment_key, step)
+    return jax.vmap(functools.partial(jax.random.fold_in, step_key))(first + jnp.arange(images))
+
+
+def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], recipe: Recipe) -> PyTree:
+    # Young averages forget faster, or the initial weights would stay in them for long: (1 + t) / (10 + t) is the decay
+    # of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    t = step.astype(jnp.float32)
+    decay = jnp.minimum(recipe.ema_decay, (1 + t) / (10 + t))
+    return optax.incremental_update(params, ema_params, 1 - decay)
+
+
+class Keys(NamedTuple):
+    """The keys that all randomness of a run comes from: of its initial weights, its batches and its augmentation."""
+
+    init_key: Shaped[PRNGKeyArray, ""]
+    order_key: Shaped[PRNGKeyArray, ""]
+    augment_key: Shaped[PRNGKeyArray, ""]
+
+
+def make_keys(seed: Shaped[Array, ""] | int) -> Keys:
+    """Return the keys of a seed."""
     # The generator is named, so that a machine's JAX settings do not change a run.
-    init_key, order_key, augment_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3)
-    return init_key, order_key, augment_key
+    return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3))
 
 
 def create_train_state(
-    init_key: jax.Array, model: nn.Module, image_shape: tuple[int, int, int], recipe: Recipe
+    init_key: Shaped[PRNGKeyArray, ""], model: nn.Module, image_shape: tuple[int, int, int], recipe: Recipe
 ) -> TrainState:
     """Draw the initial weights and set up the recipe's optimiser.
 
@@ -57,143 +193,25 @@ def create_train_state(
       The state before step 0.
     """
     params = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
-    average = params if recipe.ema_decay is not None else None
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=recipe.optimizer, recipe=recipe, average=average)
-    # An array in place of Flax's Python 0, so that the first state and all later ones have one type.
-    return state.replace(step=jnp.zeros((), jnp.int32))
-
-
-@functools.partial(jax.jit, static_argnames="axis")
-def train_step(
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    augment_key: jax.Array | None = None,
-    *,
-    axis: str | None = None,
-) -> tuple[TrainState, jax.Array]:
-    """Take one step down the mean loss of a batch.
-
-    Args:
-      state: The state before the step.
-      images: (N, height, width, channels), uint8.
-      labels: (N,), int32; an image labelled -1 fills the batch up and counts for nothing.
-      augment_key: The key of the run's augmentation, for a recipe that augments.
-      axis: The mesh axis over whose devices the batch is divided, inside `jax.shard_map`; N is one device's share then.
-
-    Returns:
-      The state after the step, and the batch's mean loss before it, float32.
-    """
-    pixels = scale_pixels(images)
-    if state.recipe.augment is not None:
-        pixels = state.recipe.augment(_image_keys(augment_key, state.step, len(labels), axis), pixels)
-
-    def loss_fn(params, pixels, labels):
-        logits = state.apply_fn({"params": params}, pixels)  # (N, num_classes)
-        losses = state.recipe.loss(logits, jnp.maximum(labels, 0))
-        return jnp.where(labels >= 0, losses, 0).sum()
-
-    loss, gradients = _sum_over_parts(jax.value_and_grad(loss_fn), state.params, pixels, labels)
-    # Sums over every part and device, divided once: the mean does not depend on how the batch was divided.
-    sums = (loss, gradients, (labels >= 0).sum(dtype=jnp.float32))
-    loss, gradients, count = sums if axis is None else lax.psum(sums, axis)
-    state = state.apply_gradients(grads=jax.tree.map(lambda leaf: leaf / count, gradients))
-    if state.average is not None:
-        state = state.replace(average=_average(state))
-    return state, loss / count
-
-
-def _image_keys(augment_key, step, images, axis):
-    """Return a key for each image of a step: the same, however many devices the batch is divided over."""
-    first = 0 if axis is None else lax.axis_index(axis) * images
-    step_key = jax.random.fold_in(augment_key, step)
-    return jax.vmap(functools.partial(jax.random.fold_in, step_key))(first + jnp.arange(images))
-
-
-def _average(state):
-    # Young averages forget faster, or the initial weights would stay in them for long: (1 + t) / (10 + t) is the decay
-    # of TensorFlow's ExponentialMovingAverage with `num_updates`.
-    t = state.step.astype(jnp.float32)
-    decay = jnp.minimum(state.recipe.ema_decay, (1 + t) / (10 + t))
-    return optax.incremental_update(state.params, state.average, 1 - decay)
-
-
-def _sum_over_parts(function, params, pixels, labels):
-    """Return `function(params, pixels, labels)`, a sum over a batch; on a CPU, added up over equal parts of it."""
-    parts = 1
-    if jax.default_backend() == "cpu":
-        parts = max(parts for parts in range(1, len(labels) + 1) if _divides_well(parts, len(labels)))
-    if parts == 1:
-        return function(params, pixels, labels)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, function(params, *part)), None
-
-    batch = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (pixels, labels))
-    zero = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, params, pixels, labels)
-    )
-    return lax.scan(add, zero, batch)[0]
-
-
-def _divides_well(parts, images):
-    return parts == 1 or (images % parts == 0 and images // parts >= CPU_PART_IMAGES)
+    ema_params = params if recipe.ema_decay is not None else None
+    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), ema_params)
 
 
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
-def batch_indices(order_key: jax.Array, epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
+def batch_indices(
+    order_key: Shaped[PRNGKeyArray, ""], epoch: Int32[Array, ""] | int, *, num_examples: int, batch_size: int
+) -> Int32[Array, "steps n"]:
     """Return which images make up each batch of an epoch: a function of the seed and the epoch alone.
 
     Args:
-      order_key: The key of all orders of a run.
+      order_key: The key of all batches of a run.
       epoch: Which epoch, from 0.
       num_examples: Size of the training set.
-      batch_size: Images a batch.
+      batch_size: Images per batch.
 
     Returns:
-      (steps, batch_size), int32: the first rows of a permutation; the last incomplete batch is dropped.
+      The first rows of a permutation, one row per step; the last incomplete batch is dropped.
     """
     steps = num_examples // batch_size
     permutation = jax.random.permutation(jax.random.fold_in(order_key, epoch), num_examples)
     return permutation[: steps * batch_size].reshape(steps, batch_size)
-
-
-@functools.partial(jax.jit, static_argnames="axis")
-def run_steps(
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    augment_key: jax.Array | None,
-    first: jax.Array | int,
-    stop: jax.Array | int,
-    *,
-    axis: str | None = None,
-) -> tuple[TrainState, jax.Array]:
-    """Run the steps first..stop-1 of an order in one compiled loop.
-
-    The two ends are arguments, not constants: however an epoch is cut into segments, the same machine code runs, so
-    the cuts leave no trace in the bits. In a loop a step's temporaries are allocated once: one call a step takes 33 ms
-    where the loop takes 20.
-
-    Args:
-      state: The state before step `first`.
-      images: (num_examples, height, width, channels), uint8, on the device.
-      labels: (num_examples,), int32.
-      order: (steps, N), int32: which of them make up each batch; -1 for none.
-      augment_key: As for `train_step`.
-      first: The first row of the order.
-      stop: The row before which to stop.
-      axis: As for `train_step`.
-
-    Returns:
-      The state after the last step, and the steps' losses, (steps,), float32, of which first..stop-1 are filled in.
-    """
-
-    def body(i, carry):
-        state, losses = carry
-        batch_labels = jnp.where(order[i] >= 0, labels[order[i]], -1)
-        state, loss = train_step(state, images[order[i]], batch_labels, augment_key, axis=axis)
-        return state, losses.at[i].set(loss)
-
-    return lax.fori_loop(first, stop, body, (state, jnp.zeros(len(order), jnp.float32)))

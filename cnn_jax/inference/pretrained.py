@@ -94,7 +94,8 @@ def load_trained_run(
     from cnn_jax.runs.restore import restore_run
 
     folder = RunFolder(run)
-    settings, _, states, dataset = restore_run(folder, data_dir, warn)
+    trained = restore_run(folder, data_dir, warn)
+    settings, states, dataset = trained.settings, trained.states, trained.dataset
     seed = settings.seed if seed is None else seed
     i = seed - settings.seed
     if not 0 <= i < settings.seeds:

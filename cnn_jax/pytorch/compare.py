@@ -16,10 +16,10 @@ from cnn_jax.analysis.plots import plot_comparison
 from cnn_jax.core.statistics import difference_interval, mean_interval
 from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.variants import ENVIRONMENT
-from cnn_jax.runs.folder import write_atomically
 from cnn_jax.runtime.devices import describe_machine
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.files import write_atomically
 
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 FASTEST = "PyTorch, channels_last, memory kept"

@@ -5,11 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnn_jax.core.sharding import make_mesh
+from cnn_jax.core.sharding import make_mesh, of_seed
 from cnn_jax.inference.torch_layout import params_from_torch, read_torch_file
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder
-from cnn_jax.runs.restore import describe_run, initial_states, load_run_data
+from cnn_jax.runs.program import Sizes, make_program
+from cnn_jax.runs.restore import describe_run, load_run_data
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -26,12 +27,12 @@ def import_weights(file: Path, run: TrainSettings) -> None:
     tensors = read_torch_file(file)
     start_devices(run.platform)
     dataset = load_run_data(run)
-    train_examples = len(dataset.train_labels)
-    states = jax.device_get(initial_states(run, dataset, train_examples, make_mesh(1)))
-    template = jax.tree.map(lambda leaf: leaf[0], states.params)
+    program = make_program(run, Sizes.of(dataset, run), make_mesh(1, jax.devices()))
+    states = jax.device_get(program.start())
+    template = of_seed(states.params, 0)
     params = params_from_torch(tensors, template, dataset.train_images.shape[1:], source=file)
-    states = states.replace(params=jax.tree.map(lambda leaf: np.asarray(leaf)[np.newaxis], params))
-    losses = np.zeros((1, train_examples // run.batch_size), np.float32)
+    states = states._replace(params=jax.tree.map(lambda leaf: np.asarray(leaf)[np.newaxis], params))
+    losses = np.zeros((1, program.steps_per_epoch), np.float32)
     display, folder = Display(), RunFolder(run.run_folder)
     with folder.locked(), open_checkpoints(folder.checkpoints, writing=True, warn=display.say) as checkpoints:
         if checkpoints.latest_step() is not None:

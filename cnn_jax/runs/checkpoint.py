@@ -4,6 +4,7 @@ import contextlib
 import gc
 import hashlib
 import io
+import itertools
 import json
 import logging
 import textwrap
@@ -16,15 +17,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Float32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from cnn_jax.core.training import TrainState
-from cnn_jax.runs.folder import sync
+from cnn_jax.runtime.distributed import is_process_0, on_process_0
 from cnn_jax.runtime.errors import NoCheckpointError, StorageError
+from cnn_jax.runtime.files import first_free, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STATE, META = "state", "meta"  # the two items of a step
 
 
@@ -32,18 +35,20 @@ class Restored(NamedTuple):
     """What a checkpoint held.
 
     Attributes:
-      state: The training state, of each array one for each seed, on this process's first device.
-      losses: Those of the epoch that it is in, float32, (S, steps per epoch).
+      state: The training state of every seed, on the host.
+      losses: Those of the epoch that it is in, (S, steps per epoch).
       meta: What was saved with them, as it was given to `save`.
     """
 
     state: TrainState
-    losses: jax.Array
+    losses: Float32[np.ndarray, "s steps"]
     meta: dict
 
 
 class Checkpoints:
     """The newest checkpoints in a folder, each a training state and the losses of the epoch it is in.
+
+    Of several processes, all have one and call its methods together; process 0 alone reads and writes.
 
     Orbax's files carry no checksum, and it takes any directory with a number for a name for a step. So each step holds,
     beside the arrays, a SHA-256 of them and of all that was saved with them, and no step is used that has another: it
@@ -53,7 +58,9 @@ class Checkpoints:
       folder: Where they are, one folder a step.
     """
 
-    def __init__(self, folder: Path, manager: ocp.CheckpointManager, *, writing: bool, warn: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, manager: ocp.CheckpointManager | None, *, writing: bool, warn: Callable[[str], None]
+    ):
         self.folder = folder
         self._manager = manager
         self._writing = writing
@@ -66,6 +73,9 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Return the number of steps that the newest checkpoint has behind it, or None without one."""
+        return on_process_0(self._latest_step)
+
+    def _latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, losses: jax.Array, meta: dict) -> None:
@@ -80,7 +90,9 @@ class Checkpoints:
         Raises:
           StorageError: it could not be written; older checkpoints are still there.
         """
-        tree = {"state": state, "losses": losses}
+        on_process_0(self._save, step, {"state": state, "losses": losses}, meta)
+
+    def _save(self, step: int, tree: dict, meta: dict) -> None:
         meta = {"schema": SCHEMA_VERSION, "step": step, **meta}
         meta["digest"] = digest(tree, meta)
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree), META: ocp.args.JsonSave(meta)})
@@ -88,7 +100,7 @@ class Checkpoints:
             try:
                 self._manager.save(step, args=args)
                 # Orbax leaves it to the system when its files reach the disk. A power cut before costs this step.
-                _sync_tree(self.folder / str(step))
+                sync_tree(self.folder / str(step))
                 sync(self.folder)
                 sync(self.folder.parent)
                 return
@@ -113,7 +125,9 @@ class Checkpoints:
         Raises:
           NoCheckpointError: not one is sound.
         """
-        template = jax.tree.map(_abstract, {"state": state, "losses": losses})
+        return on_process_0(self._restore_latest, jax.tree.map(_abstract, {"state": state, "losses": losses}))
+
+    def _restore_latest(self, template: dict) -> Restored | None:
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _quiet_orbax():
                 try:
@@ -131,7 +145,9 @@ class Checkpoints:
 
     def _read(self, step, template):
         meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
-        if meta["schema"] != SCHEMA_VERSION:
+        if meta["schema"] == 2:
+            template = template | {"state": _TrainState2(*template["state"])}
+        elif meta["schema"] != SCHEMA_VERSION:
             raise ValueError(f"it has version {meta['schema']} of the format, not {SCHEMA_VERSION}")
         # Compared first: Orbax notices another shape while it reads several arrays at once, and converts another
         # dtype in silence.
@@ -143,19 +159,28 @@ class Checkpoints:
         saved = meta.pop("digest")
         if meta["step"] != step or digest(tree, meta) != saved:
             raise ValueError("its bytes are not those that were saved")
-        return Restored(tree["state"], tree["losses"], meta)
+        state = TrainState(*tree["state"]) if meta["schema"] == 2 else tree["state"]
+        return Restored(*jax.device_get((state, tree["losses"])), meta)
 
     def _leave_out(self, step, reason):
         if not self._writing:  # it may be another process's, which is writing or deleting it just now
             self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is left out")
             return
         self.quarantine.mkdir(exist_ok=True)
-        number = 0
-        while (aside := self.quarantine / (f"{step}-{number}" if number else str(step))).exists():
-            number += 1
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(1)))
+        aside = first_free(self.quarantine / name for name in names)
         (self.folder / str(step)).rename(aside)
         self._manager.reload()
         self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is now {aside}")
+
+
+class _TrainState2(NamedTuple):
+    """The training state as format 2 named its fields, which the paths in a digest are made of."""
+
+    step: jax.Array
+    params: dict
+    opt_state: object
+    average: dict | None
 
 
 @contextlib.contextmanager
@@ -170,6 +195,9 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
     Raises:
       NoCheckpointError: the folder is missing and not to be made.
     """
+    if not is_process_0():
+        yield Checkpoints(folder, None, writing=writing, warn=warn)
+        return
     if not writing and not folder.is_dir():
         raise NoCheckpointError(f"{folder} holds no checkpoint; train the run first")
     if writing:
@@ -241,9 +269,3 @@ def _shapes(tree: object) -> dict[str, tuple[tuple[int, ...], str]]:
         jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import fcntl
+import itertools
 import json
-import os
 import statistics
 import typing
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
+from cnn_jax.runtime.files import AlreadyLockedError, first_free, locked, sync, write_atomically
 
 # What a run's results depend on. Its other settings may change from one start to the next.
 DECIDING_FIELDS = (
@@ -97,11 +97,17 @@ class RunFolder:
     Attributes:
       path: The folder; it need not exist.
       checkpoints: The folder of its checkpoints.
+      tensorboard: The folder of its TensorBoard files.
+      pictures: The folder of its pictures.
+      report: The page about it.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "steps"
+        self.tensorboard = path / "tensorboard"
+        self.pictures = path / "pictures"
+        self.report = path / "report.html"
 
     def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
@@ -196,9 +202,7 @@ class RunFolder:
         """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""
         if not self.path.exists():
             return None
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
-            number += 1
+        aside = first_free(self.path.with_name(f"{self.path.name}.old-{n}") for n in itertools.count(1))
         self.path.rename(aside)
         return aside
 
@@ -211,44 +215,11 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
-        with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise RunLockedError(
-                    f"process {file.read().strip() or '?'} is writing the run {self.path}; "
-                    "wait for it, stop it, or give another --run-name"
-                ) from error
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            yield
-
-
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace a file so that whoever reads it, whenever the power fails, finds the old content or the new.
-
-    Raises:
-      OSError: naming the file, where it could not be written.
-    """
-    new = file.with_name(file.name + ".new")
-    try:
-        with new.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(file)
-        sync(file.parent)
-    except OSError as error:
-        error.filename = str(file)  # nobody asked for the new one
-        raise
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            with locked(self.path / "lock"):
+                yield
+        except AlreadyLockedError as error:
+            raise RunLockedError(
+                f"process {error.holder} is writing the run {self.path}; "
+                "wait for it, stop it, or give another --run-name"
+            ) from error

@@ -1,7 +1,6 @@
 """A search over settings, scored on held-out training images; the only file that knows Optuna."""
 
 import dataclasses
-import fcntl
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cnn_jax.runs.settings import RecipeName, TrainSettings
-from cnn_jax.runs.train import trained
+from cnn_jax.runs.train import open_run, train_run
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError
+from cnn_jax.runtime.files import locked
 
 # A trial whose process has been silent for so long is taken up again by the next one that starts, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
@@ -78,8 +78,7 @@ def draw_study(study: optuna.Study) -> Iterator[tuple[str, Axes]]:
 def open_study(folder: Path) -> optuna.Study:
     """Open a folder's study, or begin it; several processes may have it open."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # where several begin it at once, one makes the tables and the others wait
+    with locked(folder / "lock", wait=True):  # where several begin it at once, one makes the tables
         storage = RDBStorage(
             f"sqlite:///{folder.resolve() / 'study.db'}",
             engine_kwargs={"connect_args": {"timeout": 60}},
@@ -116,8 +115,8 @@ def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Dis
     if not trial.number:
         display.say("trial 0: training")  # the others begin where one before them is told
     try:
-        with trained(settings, shown=False) as training:
-            accuracy = float(np.mean(training.metrics[-1].accuracy))
+        with open_run(settings, shown=False) as run:
+            accuracy = float(np.mean(train_run(settings, run).metrics[-1].accuracy))
     except StopSignalError:
         # The next process goes on with this trial from its checkpoint.
         RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])

@@ -7,23 +7,14 @@ from typing import Literal
 
 import jax
 
-from cnn_jax.runtime import distributed
 from cnn_jax.runtime.errors import UsageError
 
 
-def start_devices(
-    platform: Literal["cpu", "gpu", "tpu"] | None,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
-    """Start JAX on a platform, together with the other processes of the run if there are any.
+def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> None:
+    """Start JAX on a platform.
 
     Args:
       platform: Where to run; None for an accelerator if there is one, else the CPU.
-      coordinator: As for `distributed.join`, and so the next two.
-      num_processes: How many processes there are.
-      process_id: Which of them this is.
 
     Raises:
       UsageError: this machine or this installation has no such device.
@@ -31,7 +22,6 @@ def start_devices(
     _keep_compiled_code()
     if platform is not None:
         jax.config.update("jax_platforms", platform)
-    distributed.join(coordinator, num_processes, process_id)
     try:
         jax.devices()
     except RuntimeError as error:

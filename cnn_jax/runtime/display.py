@@ -1,7 +1,9 @@
 """What a person sees of a run: everything on stderr but the tutorial's own lines, which are all that stdout gets."""
 
+import collections
 import contextlib
 import statistics
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -122,6 +124,26 @@ class Display:
         self._progress.stop()
         yield
         self._progress.start()
+
+
+class Stopwatch:
+    """Where the time goes.
+
+    Attributes:
+      seconds: The seconds that each named part took, in the order in which the parts began.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
 
 
 def describe_seconds(seconds: float) -> str:

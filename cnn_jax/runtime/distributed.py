@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, leave_by
+from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, describe_failure
 
 T = TypeVar("T")
 
@@ -30,24 +31,42 @@ START_SECONDS = 120
 GRACE_SECONDS = 0.5
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of the run: those that are named, or those of a TPU pod or a SLURM job, if it is in one.
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, *, debug: bool = False
+) -> Iterator[None]:
+    """Train together with the other processes of the run, where there are any, until the block ends.
+
+    They are those that are named, or those of a TPU pod or a SLURM job. Where they do not find each other in
+    `START_SECONDS`, the process ends with 2: JAX itself would abort it. Among several processes a failure in the block
+    ends this one at once, with its line and its exit code: at Python's own end JAX would wait for the others.
 
     Args:
       coordinator: Where process 0 is, `HOST:PORT`; None to look for a cluster.
       num_processes: How many processes there are.
       process_id: Which of them this is.
-
-    Where they do not find each other in `START_SECONDS`, the process ends with 2: JAX itself would abort it.
+      debug: Show a failure's traceback, too.
     """
     if coordinator is None and not _in_a_cluster():
+        yield
         return
+    _join(coordinator, num_processes, process_id)
+    try:
+        with _lost_hosts_reported():
+            yield
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _leave_at_once(*describe_failure(error))
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     watchdog = threading.Timer(START_SECONDS, _give_up, args=(coordinator or "the cluster",))
     watchdog.daemon = True
     watchdog.start()
     # Where no collective fails of it, a thread of JAX notices that another process is gone, and aborts this one: no
     # option prevents that, and a handler of Python's own would run too late, after the abort.
-    ctypes.CDLL(None).signal(signal.SIGABRT, _tell_of_abort)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _report_abort)
     jax.distributed.initialize(
         coordinator,
         num_processes,
@@ -57,11 +76,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     )
     watchdog.cancel()
     _keep_stdout_for_python()
-    leave_by(_leave_at_once)
 
 
 def _give_up(place: str) -> None:
-    _say_last(
+    _write_last_line(
         f"error: the processes of this run do not find each other at {place}; start the same command once for each "
         "--process-id, with a --coordinator that all of them reach"
     )
@@ -69,16 +87,15 @@ def _give_up(place: str) -> None:
 
 
 def _leave_at_once(line: str, exit_code: int) -> NoReturn:
-    # At Python's own end JAX waits for the other processes.
     sys.stdout.flush()
-    _say_last(line)
+    _write_last_line(line)
     with contextlib.suppress(RuntimeError):  # there is no device to ask which process this is
         if is_process_0():
             time.sleep(GRACE_SECONDS)
     os._exit(exit_code)
 
 
-def _say_last(line: str) -> None:
+def _write_last_line(line: str) -> None:
     # In one piece, and with nothing after it: JAX's threads write their own account of a lost process at the same time.
     stderr = os.dup(2)
     _send_nowhere(2)
@@ -86,8 +103,8 @@ def _say_last(line: str) -> None:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _tell_of_abort(signal_number: int) -> None:
-    _say_last(
+def _report_abort(signal_number: int) -> None:
+    _write_last_line(
         "error: JAX ended this process, as it does when another process of this run is gone; start all of them again "
         "to continue from the newest checkpoint"
     )
@@ -119,14 +136,14 @@ def is_process_0() -> bool:
     return jax.process_index() == 0
 
 
-def on_process_0(function: Callable[[], T]) -> T:
+def on_process_0(function: Callable[..., T], *arguments: object) -> T:
     """Call a function in process 0 alone, and return its result, or raise its failure, in every process."""
     if jax.process_count() == 1:
-        return function()
+        return function(*arguments)
     outcome = b""
     if is_process_0():
         try:
-            outcome = pickle.dumps((function(), None))
+            outcome = pickle.dumps((function(*arguments), None))
         except (CnnJaxError, OSError) as error:
             outcome = pickle.dumps((None, error))
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
@@ -143,15 +160,8 @@ def all_gather(*numbers: int) -> np.ndarray:
     return mine[np.newaxis] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
 
 
-def to_host(tree: object) -> object:
-    """Return a tree's arrays on the host, whole in every process, wherever their parts are."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 @contextlib.contextmanager
-def report_lost_hosts() -> Iterator[None]:
+def _lost_hosts_reported() -> Iterator[None]:
     """Say in one line that another process is gone, where a wait for it fails.
 
     Raises:
@@ -161,7 +171,7 @@ def report_lost_hosts() -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # On a CPU the failure of a collective comes as either.
-        if jax.process_count() == 1 or (isinstance(error, ValueError) and "Gloo" not in str(error)):
+        if isinstance(error, ValueError) and "Gloo" not in str(error):
             raise
         raise HostLostError(
             f"another process of this run is gone ({str(error).splitlines()[0][:120]}); start all of them again to "

@@ -3,8 +3,7 @@
 import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
 
 
 class CnnJaxError(Exception):
@@ -87,29 +86,21 @@ def one_line_failures(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, StopSignalError):
-            _end(str(error), error.exit_code)
-        if isinstance(error, CnnJaxError):
-            _end(f"error: {error}", error.exit_code)
-        if isinstance(error, OSError):
-            place = f" {error.filename}" if error.filename else ""
-            _end(f"error: cannot read or write{place}: {error.strerror or error}", StorageError.exit_code)
-        _end(f"error: {type(error).__name__}: {error}; --debug shows where", CnnJaxError.exit_code)
+        line, exit_code = describe_failure(error)
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(exit_code)
 
 
-def _end(line: str, exit_code: int) -> NoReturn:
-    _leave(" ".join(line.split()), exit_code)
-
-
-def _leave_as_python_does(line: str, exit_code: int) -> NoReturn:
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(exit_code)
-
-
-_leave: Callable[[str, int], NoReturn] = _leave_as_python_does
-
-
-def leave_by(leave: Callable[[str, int], NoReturn]) -> None:
-    """Let a function of a failure's line and its exit code end this process, in place of `sys.exit`."""
-    global _leave
-    _leave = leave
+def describe_failure(error: Exception) -> tuple[str, int]:
+    """Return the line that reports a failure, and the exit code that it ends the program with."""
+    exit_code = CnnJaxError.exit_code
+    if isinstance(error, StopSignalError):
+        line, exit_code = str(error), error.exit_code
+    elif isinstance(error, CnnJaxError):
+        line, exit_code = f"error: {error}", error.exit_code
+    elif isinstance(error, OSError):
+        name = f" {error.filename}" if error.filename else ""
+        line, exit_code = f"error: cannot read or write{name}: {error.strerror or error}", StorageError.exit_code
+    else:
+        line = f"error: {type(error).__name__}: {error}; --debug shows where"
+    return " ".join(line.split()), exit_code

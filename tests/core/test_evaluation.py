@@ -8,12 +8,14 @@ import pytest
 from cnn_jax.core.evaluation import evaluate, sum_over_images
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import batch_indices, create_train_state, make_keys, run_steps
+from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys, run_steps
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from tests.conftest import EMBEDDED
 
 pytestmark = pytest.mark.optax_promotes
+
+MODEL, RECIPE = CNN(), tutorial(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +25,17 @@ def test_set():
 
 
 def initial_state():
-    return create_train_state(make_keys(777)[0], CNN(), (28, 28, 1), tutorial(0.001))
+    return create_train_state(make_keys(777).init_key, MODEL, (28, 28, 1), RECIPE)
 
 
 def test_all_10_000_images_count_also_when_they_do_not_divide_into_batches(test_set):
     state = initial_state()
     sums = {
-        batch_size: sum_over_images(
-            state.params, *test_set, jnp.float32(255), apply_fn=state.apply_fn, batch_size=batch_size
-        )
+        batch_size: sum_over_images(state.params, *test_set, jnp.float32(255), model=MODEL, batch_size=batch_size)
         for batch_size in (250, 999)
     }
     logits = jax.lax.map(
-        lambda images: state.apply_fn({"params": state.params}, scale_pixels(images)),
+        lambda images: MODEL.apply({"params": state.params}, scale_pixels(images)),
         test_set[0].reshape(20, 500, 28, 28, 1),
     ).reshape(10_000, 10)
     logits, labels = np.asarray(logits, np.float64), np.asarray(test_set[1])
@@ -44,29 +44,31 @@ def test_all_10_000_images_count_also_when_they_do_not_divide_into_batches(test_
         assert int(count) == 10_000
         assert int(correct) == (logits.argmax(axis=1) == labels).sum()
         assert float(loss_sum) == pytest.approx(losses.sum(), rel=1e-5)
-    assert evaluate(state.apply_fn, state.params, *test_set).count == 10_000
+    assert evaluate(MODEL, state.params, *test_set).count == 10_000
 
 
 def test_unscaled_means_pixels_up_to_255(test_set):
     images, labels = test_set[0][:300], test_set[1][:300]
     state = initial_state()
-    logits = state.apply_fn({"params": state.params}, images.astype(jnp.float32))
-    result = evaluate(state.apply_fn, state.params, images, labels, unscaled=True)
+    logits = MODEL.apply({"params": state.params}, images.astype(jnp.float32))
+    result = evaluate(MODEL, state.params, images, labels, unscaled=True)
     assert result.correct == int((logits.argmax(axis=1) == labels).sum())
-    assert result.loss > 10 * evaluate(state.apply_fn, state.params, images, labels).loss
+    assert result.loss > 10 * evaluate(MODEL, state.params, images, labels).loss
 
 
 def test_evaluating_between_steps_never_changes_training(test_set):
     images, labels = test_set[0][:600], test_set[1][:600]
-    order = batch_indices(make_keys(777)[1], 0, num_examples=600, batch_size=100)
+    order = batch_indices(make_keys(777).order_key, 0, num_examples=600, batch_size=100)
 
     def train(*, evaluating):
         state, losses = initial_state(), []
         for step in range(6):
-            state, some_losses = run_steps(state, images, labels, order, None, step, step + 1)
+            state, some_losses = run_steps(
+                (state, SeedEpoch(order)), images, labels, step, step + 1, model=MODEL, recipe=RECIPE
+            )
             losses.append(some_losses[step])
             if evaluating:
-                evaluate(state.apply_fn, state.params, images, labels)
+                evaluate(MODEL, state.params, images, labels)
         return jax.tree.leaves((state, losses))
 
     for quiet, evaluated in zip(train(evaluating=False), train(evaluating=True), strict=True):

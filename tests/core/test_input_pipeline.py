@@ -6,9 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core import input_pipeline
-from cnn_jax.core.input_pipeline import ResidentFeed, StreamFeed
-from cnn_jax.core.sharding import epoch_orders, make_mesh, seed_keys
+from cnn_jax.core.input_pipeline import resident, streamed
+from cnn_jax.core.sharding import make_mesh
 from cnn_jax.data.dataset import Dataset, RecordedImages, hold_out, load_dataset
+from cnn_jax.runs.program import Sizes, make_program
+from cnn_jax.runs.settings import TrainSettings
 from tests.runs.test_train import assert_same_run
 
 pytestmark = pytest.mark.optax_promotes
@@ -21,13 +23,20 @@ def dataset(real_images):
     return Dataset("some", images, labels, images[:10], labels[:10], 10)
 
 
-def batches_of(feed_, orders, *, first):
+def epoch_of(dataset, seeds):
+    """A mesh for seeds, and what they decide of an epoch of seven steps."""
+    sizes = Sizes(train_examples=len(dataset.train_labels), image_shape=(28, 28, 1), num_classes=10)
+    program = make_program(TrainSettings(seed=0, seeds=seeds), sizes, make_mesh(seeds, jax.devices()))
+    return program.mesh, program.epoch(0)
+
+
+def batches_of(feed, epoch, *, first):
     """Every batch from a step on, as a step would take it, on one device: images and labels, per seed."""
     taken = []
-    for piece in feed_.pieces(orders, first):
-        images, labels, local = np.asarray(piece.images), np.asarray(piece.labels), np.asarray(piece.orders)
-        for step in range(max(first, piece.first), piece.stop):
-            rows = local[:, step - piece.first]
+    for chunk in feed(epoch, first):
+        images, labels, batches = np.asarray(chunk.images), np.asarray(chunk.labels), np.asarray(chunk.epoch.batches)
+        for step in range(max(first, chunk.first), chunk.stop):
+            rows = batches[:, step - chunk.first]
             assert (rows >= 0).all()
             taken.append((images[rows], labels[rows]))
     return taken
@@ -35,22 +44,21 @@ def batches_of(feed_, orders, *, first):
 
 @pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_a_stream_brings_the_images_of_the_order_from_any_step_on(dataset, monkeypatch, seeds, first):
-    monkeypatch.setattr(input_pipeline, "PIECE_BYTES", 3 * seeds * 100 * 784)  # three steps: the last piece is not full
-    mesh = make_mesh(seeds)
-    _, order_keys, _ = seed_keys(np.arange(seeds, dtype=np.uint32), mesh)
-    orders = epoch_orders(order_keys, 0, num_examples=730, batch_size=100, mesh=mesh)
-    resident = batches_of(ResidentFeed(dataset, mesh), orders, first=first)
-    streamed = batches_of(StreamFeed(dataset, mesh), orders, first=first)
-    assert len(resident) == len(streamed) == 7 - first
-    for (images, labels), (streamed_images, streamed_labels) in zip(resident, streamed, strict=True):
-        np.testing.assert_array_equal(images, streamed_images)
-        np.testing.assert_array_equal(labels, streamed_labels)
+def test_a_stream_brings_the_images_of_the_batches_from_any_step_on(dataset, monkeypatch, seeds, first):
+    # Three steps: the last chunk is not full.
+    monkeypatch.setattr(input_pipeline, "CHUNK_BYTES", 3 * seeds * 100 * 784)
+    mesh, epoch = epoch_of(dataset, seeds)
+    expected = batches_of(resident(dataset, mesh), epoch, first=first)
+    read = batches_of(streamed(dataset, mesh), epoch, first=first)
+    assert len(expected) == len(read) == 7 - first
+    for (images, labels), (read_images, read_labels) in zip(expected, read, strict=True):
+        np.testing.assert_array_equal(images, read_images)
+        np.testing.assert_array_equal(labels, read_labels)
 
 
 @pytest.mark.parametrize("options", [(), ("--seeds", "2"), ("--recipe", "accurate")], ids=["one", "seeds", "accurate"])
 def test_a_streamed_run_ends_in_the_bits_of_a_resident_one(command, small_mnist, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(input_pipeline, "PIECE_BYTES", 7 * 100 * 784)
+    monkeypatch.setattr(input_pipeline, "CHUNK_BYTES", 7 * 100 * 784)
     for kind in ("resident", "stream"):
         code, _, err = command(
             "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path / kind, "--run-name", "run",
@@ -85,9 +93,8 @@ def test_a_set_larger_than_its_share_of_memory_stays_on_the_disk(tfds_folder):
 
 
 def test_each_device_gets_its_own_images_and_no_others(dataset):
-    mesh = make_mesh(1)
-    orders = epoch_orders(seed_keys(np.zeros(1, np.uint32), mesh)[1], 0, num_examples=730, batch_size=100, mesh=mesh)
-    (piece,) = StreamFeed(dataset, mesh).pieces(orders, 0)
-    assert piece.examples == P(("seeds", "data"))
-    assert len(piece.labels) == 700
-    assert jax.device_get(piece.orders).max() == 699
+    mesh, epoch = epoch_of(dataset, 1)
+    (chunk,) = streamed(dataset, mesh)(epoch, 0)
+    assert chunk.images.sharding.spec == P(("seeds", "data"))
+    assert len(chunk.labels) == 700
+    assert jax.device_get(chunk.epoch.batches).max() == 699

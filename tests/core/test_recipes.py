@@ -74,10 +74,11 @@ def test_smoothed_labels_give_some_weight_to_every_class():
 
 def test_the_weights_that_are_tested_are_an_average_over_the_steps(batch):
     recipe = Recipe(optax.sgd(0.1), ema_decay=0.5)
-    state = create_train_state(make_keys(0)[0], CNN(), (28, 28, 1), recipe)
+    model = CNN()
+    state = create_train_state(make_keys(0).init_key, model, (28, 28, 1), recipe)
     expected = state.params["fc"]["bias"]
     for step in range(8):
-        state, _ = train_step(state, *batch)
+        state, _ = train_step(state, *batch, model=model, recipe=recipe)
         decay = min(0.5, (2 + step) / (11 + step))
         expected = decay * expected + (1 - decay) * state.params["fc"]["bias"]
     np.testing.assert_allclose(state.eval_params["fc"]["bias"], expected, rtol=1e-5)

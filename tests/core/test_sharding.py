@@ -9,22 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import evaluate
-from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import accurate, tutorial
-from cnn_jax.core.sharding import (
-    choose_group,
-    create_states,
-    epoch_orders,
-    evaluate_seeds,
-    make_mesh,
-    place,
-    place_test_set,
-    run_steps_of_seeds,
-    seed_keys,
-)
-from cnn_jax.runtime.distributed import to_host
+from cnn_jax.core.sharding import count_parts, count_seeds_at_once, make_mesh, of_seed, shard, shard_test_set, to_host
+from cnn_jax.runs.program import Sizes, evaluate_seeds, make_program
+from cnn_jax.runs.settings import TrainSettings
 
 pytestmark = pytest.mark.optax_promotes
+
+SIZES = Sizes(train_examples=1000, image_shape=(28, 28, 1), num_classes=10)
 
 
 @pytest.fixture(scope="module")
@@ -33,106 +24,106 @@ def train_set(real_images):
     return images[:1000, :, :, np.newaxis], labels[:1000].astype(np.int32)
 
 
-def train(train_set, seeds, *, group=None, recipe=None, steps=10):
-    """The states and losses of seeds after an epoch of ten steps."""
-    mesh = make_mesh(len(seeds))
-    init_keys, order_keys, augment_keys = seed_keys(np.array(seeds, np.uint32), mesh)
-    states = create_states(init_keys, CNN(), (28, 28, 1), recipe or tutorial(0.001), mesh)
-    orders = epoch_orders(order_keys, 0, num_examples=1000, batch_size=100, mesh=mesh)
-    examples = place(train_set, mesh, P())
-    states, losses = run_steps_of_seeds(states, *examples, orders, augment_keys, 0, steps, mesh=mesh, group=group)
+def program_of(seed, seeds, *, recipe="tutorial", seeds_at_once=None):
+    """The program of a run of one epoch of ten steps."""
+    settings = TrainSettings(seed=seed, seeds=seeds, recipe=recipe, epochs=1)
+    return make_program(settings, SIZES, make_mesh(seeds, jax.devices()), seeds_at_once=seeds_at_once)
+
+
+def train(train_set, program, *, steps=10):
+    """The states and losses of a program after so many steps."""
+    data = shard(train_set, program.mesh, P())
+    states, losses = program.run_steps(program.start(), program.epoch(0), *data, np.int32(0), np.int32(steps))
     return states, to_host(losses)
 
 
-@pytest.mark.parametrize("recipe", [tutorial(0.001), accurate(0.003, 10)], ids=["tutorial", "accurate"])
+@pytest.mark.parametrize("recipe", ["tutorial", "accurate"])
 def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
-    seeds = (777, 778, 779)
-    states, losses = train(train_set, seeds, recipe=recipe)
-    for place_of, seed in enumerate(seeds):
-        alone, alone_losses = train(train_set, (seed,), recipe=recipe)
-        np.testing.assert_allclose(losses[place_of], alone_losses[0], rtol=1e-5)
+    states, losses = train(train_set, program_of(777, 3, recipe=recipe))
+    for i in range(3):
+        alone, alone_losses = train(train_set, program_of(777 + i, 1, recipe=recipe))
+        np.testing.assert_allclose(losses[i], alone_losses[0], rtol=1e-5)
         for one, other in zip(jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True):
-            np.testing.assert_allclose(one[place_of], other[0], atol=1e-4)
+            np.testing.assert_allclose(one[i], other[0], atol=1e-4)
 
 
 def test_however_many_seeds_are_trained_at_once_they_end_the_same(train_set):
-    seeds = (1, 2, 3, 4, 5)
-    _, expected = train(train_set, seeds, steps=3)
-    for group in (2, 5):
-        _, losses = train(train_set, seeds, group=group, steps=3)
+    _, expected = train(train_set, program_of(1, 5), steps=3)
+    for seeds_at_once in (2, 5):
+        _, losses = train(train_set, program_of(1, 5, seeds_at_once=seeds_at_once), steps=3)
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
-def test_seeds_differ_in_their_weights_and_in_their_order(train_set):
-    mesh = make_mesh(2)
-    init_keys, order_keys, _ = seed_keys(np.array([1, 2], np.uint32), mesh)
-    states = create_states(init_keys, CNN(), (28, 28, 1), tutorial(0.001), mesh)
-    kernels = np.asarray(states.params["fc"]["kernel"])
+def test_seeds_differ_in_their_weights_and_in_their_batches():
+    program = program_of(1, 2)
+    kernels = np.asarray(program.start().params["fc"]["kernel"])
     assert not np.isclose(kernels[0], kernels[1]).any(axis=0).all()
-    orders = np.asarray(epoch_orders(order_keys, 0, num_examples=1000, batch_size=100, mesh=mesh))
-    assert (orders[0] == orders[1]).mean() < 0.02
+    batches = np.asarray(program.epoch(0).batches)
+    assert (batches[0] == batches[1]).mean() < 0.02
 
 
-def test_groups_fill_a_devices_memory_and_no_more():
-    assert choose_group(32, seed_bytes=10**9, device_bytes=80 * 10**9) == 32
-    assert choose_group(32, seed_bytes=10**9, device_bytes=10 * 10**9) == 6
-    assert choose_group(32, seed_bytes=10**11, device_bytes=10 * 10**9) == 1
-    assert choose_group(1, seed_bytes=10**9, device_bytes=10 * 10**9) is None
-    assert choose_group(32, seed_bytes=10**9, device_bytes=None) is None
+def test_the_seeds_trained_at_once_fill_a_devices_memory_and_no_more():
+    assert count_seeds_at_once(32, seed_bytes=10**9, device_bytes=80 * 10**9) == 32
+    assert count_seeds_at_once(32, seed_bytes=10**9, device_bytes=10 * 10**9) == 6
+    assert count_seeds_at_once(32, seed_bytes=10**11, device_bytes=10 * 10**9) == 1
+
+
+def test_on_a_cpu_a_batch_is_cut_into_parts_that_fit_its_cache():
+    mesh = make_mesh(1, jax.devices())
+    assert [count_parts(mesh, images) for images in (1, 49, 50, 100, 101, 128)] == [1, 1, 2, 4, 1, 4]
 
 
 def test_every_seed_is_tested_on_every_image(train_set):
-    mesh = make_mesh(2)
-    init_keys, _, _ = seed_keys(np.array([3, 4], np.uint32), mesh)
-    states = create_states(init_keys, CNN(), (28, 28, 1), tutorial(0.001), mesh)
+    program = program_of(3, 2)
+    states = program.start()
     images, labels = train_set[0][:333], train_set[1][:333]
-    results = evaluate_seeds(states.apply_fn, states.params, *place_test_set(images, labels, mesh), mesh=mesh)
-    for place_of, result in enumerate(results):
-        params = jax.tree.map(lambda leaf, place_of=place_of: leaf[place_of], states.params)
-        alone = evaluate(states.apply_fn, params, images, labels)
+    results = evaluate_seeds(program, states, shard_test_set(images, labels, program.mesh))
+    for i, result in enumerate(results):
+        alone = evaluate(program.model, of_seed(states.params, i), images, labels)
         assert (result.count, result.correct) == (333, alone.correct)
         assert result.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
+def test_a_program_is_lowered_from_shapes_alone():
+    program = program_of(1, 2)
+    states, epoch = jax.eval_shape(program.start), jax.eval_shape(program.epoch, np.int32(0))
+    images, labels = jax.ShapeDtypeStruct((1000, 28, 28, 1), np.uint8), jax.ShapeDtypeStruct((1000,), np.int32)
+    for platform in ("cpu", "cuda", "tpu"):  # none of them is asked whether it is here
+        traced = program.run_steps.trace(states, epoch, images, labels, np.int32(0), np.int32(10))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        # Convolutions are the platform's own but for a CPU, whose convolutions are products of patches.
+        assert ("stablehlo.convolution" in text) == (platform != "cpu")
+
+
 DEVICES = """
-import jax, numpy as np
-from cnn_jax.core.sharding import *
-from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import {recipe}
-from cnn_jax.runtime.distributed import to_host
-from jax.sharding import PartitionSpec as P
-seeds, batch_size = {seeds}, 100
-mesh = make_mesh(seeds)
-assert dict(mesh.shape) == {mesh}, mesh
-generator = np.random.default_rng(0)
+import numpy as np
+from tests.core.test_sharding import evaluate_seeds, program_of, shard_test_set, train
+program = program_of(0, {seeds}, recipe="{recipe}")
+assert dict(program.mesh.shape) == {mesh}, program.mesh
 images, labels = np.load("{images}"), np.load("{labels}")
-init_keys, order_keys, augment_keys = seed_keys(np.arange(seeds, dtype=np.uint32), mesh)
-states = create_states(init_keys, CNN(), (28, 28, 1), {recipe}(*{arguments}), mesh)
-orders = epoch_orders(order_keys, 0, num_examples=len(labels), batch_size=batch_size, mesh=mesh)
-examples = place((images, labels), mesh, P())
-states, losses = run_steps_of_seeds(states, *examples, orders, augment_keys, 0, 10, mesh=mesh, group=None)
-tested = evaluate_seeds(states.apply_fn, states.params, *place_test_set(images[:333], labels[:333], mesh), mesh=mesh)
-assert all(result.count == 333 for result in tested)
-print(repr(to_host(losses).tolist()))
+states, losses = train((images, labels), program)
+tests = evaluate_seeds(program, states, shard_test_set(images[:333], labels[:333], program.mesh))
+assert [test.count for test in tests] == [333] * {seeds}
+print(losses.tolist())
 """
 
 
 @pytest.mark.parametrize(
-    ("recipe", "arguments", "seeds", "mesh"),
+    ("recipe", "seeds", "mesh"),
     [
-        ("tutorial", (0.001,), 1, {"seeds": 1, "data": 8}),
-        ("accurate", (0.003, 10), 1, {"seeds": 1, "data": 8}),
-        ("tutorial", (0.001,), 4, {"seeds": 4, "data": 2}),
+        ("tutorial", 1, {"seeds": 1, "data": 8}),
+        ("accurate", 1, {"seeds": 1, "data": 8}),
+        ("tutorial", 4, {"seeds": 4, "data": 2}),
     ],
 )
-def test_one_device_or_eight_give_the_same_costs(train_set, program, tmp_path, recipe, arguments, seeds, mesh):
+def test_one_device_or_eight_give_the_same_costs(train_set, program, tmp_path, recipe, seeds, mesh):
     """100 images do not divide by 8: each batch is filled up, and what fills it counts for nothing."""
     images, labels = tmp_path / "images.npy", tmp_path / "labels.npy"
     np.save(images, train_set[0])
     np.save(labels, train_set[1])
     costs = []
     for devices, shape in ((8, mesh), (1, {"seeds": 1, "data": 1})):
-        code = DEVICES.format(recipe=recipe, arguments=arguments, seeds=seeds, mesh=shape, images=images, labels=labels)
+        code = DEVICES.format(recipe=recipe, seeds=seeds, mesh=shape, images=images, labels=labels)
         flags = f"--xla_force_host_platform_device_count={devices}"
         process = program("-c", code, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
         out, err = process.communicate(timeout=120)

@@ -1,5 +1,7 @@
 """A step is Adam on the cross-entropy, an epoch sees each image at most once, and bits depend on the seed alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,16 @@ import pytest
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import batch_indices, create_train_state, make_keys, run_steps, train_step
+from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys
+from cnn_jax.core.training import run_steps as run_any_steps
+from cnn_jax.core.training import train_step as take_any_step
 from cnn_jax.data.dataset import scale_pixels
 
 pytestmark = pytest.mark.optax_promotes
+
+MODEL, RECIPE = CNN(), tutorial(0.001)
+train_step = functools.partial(take_any_step, model=MODEL, recipe=RECIPE)
+run_steps = functools.partial(run_any_steps, model=MODEL, recipe=RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +29,11 @@ def train_set(real_images):
 
 
 def initial_state(seed=777):
-    init_key, *_ = make_keys(seed)
-    return create_train_state(init_key, CNN(), (28, 28, 1), tutorial(0.001))
+    return create_train_state(make_keys(seed).init_key, MODEL, (28, 28, 1), RECIPE)
 
 
 def order_of(epoch, *, seed=777, num_examples=2000, batch_size=100):
-    return batch_indices(make_keys(seed)[1], epoch, num_examples=num_examples, batch_size=batch_size)
+    return batch_indices(make_keys(seed).order_key, epoch, num_examples=num_examples, batch_size=batch_size)
 
 
 def train_one_epoch(train_set, *, cuts=(), seed=777):
@@ -34,7 +41,7 @@ def train_one_epoch(train_set, *, cuts=(), seed=777):
     state, losses = initial_state(seed), np.zeros(len(order), np.float32)
     ends = (*cuts, len(order))
     for first, stop in zip((0, *cuts), ends, strict=True):
-        state, some_losses = run_steps(state, *train_set, order, None, first, stop)
+        state, some_losses = run_steps((state, SeedEpoch(order)), *train_set, first, stop)
         losses[first:stop] = some_losses[first:stop]
     return state, losses
 
@@ -53,7 +60,7 @@ def test_pixels_are_scaled_to_between_0_and_1():
 def test_the_loss_is_the_mean_of_minus_the_log_of_the_softmax_at_the_label(train_set):
     images, labels = train_set[0][:8], train_set[1][:8]
     state = initial_state()
-    logits = np.asarray(state.apply_fn({"params": state.params}, scale_pixels(images)), np.float64)
+    logits = np.asarray(MODEL.apply({"params": state.params}, scale_pixels(images)), np.float64)
     softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = -np.log(softmax[np.arange(8), np.asarray(labels)]).mean()
     _, loss = train_step(state, images, labels)
@@ -62,7 +69,7 @@ def test_the_loss_is_the_mean_of_minus_the_log_of_the_softmax_at_the_label(train
 
 def test_the_loss_of_a_network_that_knows_nothing_is_the_log_of_10(train_set):
     state = initial_state()
-    state = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    state = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
     _, loss = train_step(state, train_set[0][:100], train_set[1][:100])
     assert float(loss) == pytest.approx(np.log(10), rel=1e-6)
 
@@ -101,7 +108,7 @@ def test_steps_take_the_batches_of_the_order(train_set):
     for batch in order[:3]:
         one_by_one, loss = train_step(one_by_one, train_set[0][batch], train_set[1][batch])
         expected.append(float(loss))
-    _, losses = run_steps(initial_state(), *train_set, order, None, 0, 3)
+    _, losses = run_steps((initial_state(), SeedEpoch(order)), *train_set, 0, 3)
     np.testing.assert_allclose(np.asarray(losses), [*expected, *[0] * 17], rtol=1e-4)
 
 
@@ -123,7 +130,7 @@ def test_one_epoch_on_a_subset_of_mnist_learns(train_set, real_images):
     images, labels = real_images
     test_images, test_labels = images[2000:3000, :, :, np.newaxis], labels[2000:3000].astype(np.int32)
     untrained = initial_state()
-    before = evaluate(untrained.apply_fn, untrained.params, test_images, test_labels).accuracy
-    after = evaluate(state.apply_fn, state.params, test_images, test_labels).accuracy
+    before = evaluate(MODEL, untrained.params, test_images, test_labels).accuracy
+    after = evaluate(MODEL, state.params, test_images, test_labels).accuracy
     assert before < 0.3
     assert after > 0.75

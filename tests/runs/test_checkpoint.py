@@ -22,10 +22,11 @@ LOSSES = jnp.array([0.1, jnp.pi, 0], jnp.float32)
 
 @pytest.fixture(scope="module")
 def trained():
-    state = create_train_state(make_keys(5)[0], CNN(), (28, 28, 1), tutorial(0.001))
+    model, recipe = CNN(), tutorial(0.001)
+    state = create_train_state(make_keys(5).init_key, model, (28, 28, 1), recipe)
     images = np.random.default_rng(0).integers(0, 256, (10, 28, 28, 1), np.uint8)
     with jax.numpy_dtype_promotion("standard"):
-        return train_step(state, images, np.arange(10, dtype=np.int32))[0]
+        return train_step(state, images, np.arange(10, dtype=np.int32), model=model, recipe=recipe)[0]
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_what_was_saved_comes_back_with_the_same_bits(trained, steps):
     # Six weights, the step, Adam's count and two moments of each weight.
     assert len(jax.tree.leaves(restored.state)) == 6 + 1 + 1 + 12
     assert_same((restored.state, restored.losses), (trained, LOSSES))
-    assert restored.meta == {"schema": 2, "step": 1, "note": 1}
+    assert restored.meta == {"schema": 3, "step": 1, "note": 1}
 
 
 def test_the_newest_three_are_kept(trained, steps):

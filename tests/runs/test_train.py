@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax.runs import train as train_module
+from cnn_jax.runs import program as program_module
 from tests.fault_injection.runs import read_newest
 
 pytestmark = pytest.mark.optax_promotes
@@ -321,10 +321,14 @@ def test_the_result_tells_the_accuracies_the_times_and_what_they_were_measured_o
 
 def test_held_out_images_are_not_trained_on_and_the_test_set_is_looked_at_once(train, tmp_path, monkeypatch):
     tested = []
-    evaluate = train_module.evaluate_seeds
-    monkeypatch.setattr(
-        train_module, "evaluate_seeds", lambda *args, **how: tested.append(len(args[3])) or evaluate(*args, **how)
-    )
+    evaluate = program_module.evaluate_seeds
+
+    def note(program, states, test_set, **how):
+        tested.append(len(test_set.labels))
+        return evaluate(program, states, test_set, **how)
+
+    monkeypatch.setattr("cnn_jax.runs.train.evaluate_seeds", note)
+    monkeypatch.setattr("cnn_jax.runs.restore.evaluate_seeds", note)
     code, _, err = train("--validation", 300)
     assert code == 0
     assert "3 epochs of 17 steps" in err  # 1,730 of 2,030 images
@@ -350,7 +354,7 @@ def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_
 def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
     arguments = ["train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1]
     _, err = program(*arguments, "--log-level", "info").communicate(timeout=60)
-    assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, ResidentFeed" in err
+    assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, images resident" in err
 
 
 def test_a_dry_run_writes_nothing(train, tmp_path):

@@ -128,8 +128,13 @@ def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
-    joined = "import time, jax; from cnn_jax.runtime import distributed; "
-    joined += "distributed.join({!r}, 2, {}); print('joined'); time.sleep(60)"
+    joined = """
+import time
+from cnn_jax.runtime.distributed import joined
+with joined({!r}, 2, {}):
+    print('joined')
+    time.sleep(60)
+"""
     first, second = (program("-c", joined.format(place, number)) for number in range(2))
     assert second.stdout.readline() == "joined\n"
     first.kill()

@@ -1,0 +1,171 @@
+"""A run's compiled functions, made from its settings and the sizes of its data alone."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32
+
+from cnn_jax.core.evaluation import Evaluation, Sums, pixel_scale
+from cnn_jax.core.input_pipeline import RESIDENT, STREAMED, Chunk
+from cnn_jax.core.model import CNN
+from cnn_jax.core.recipes import make_recipe
+from cnn_jax.core.sharding import (
+    DATA,
+    SEEDS,
+    TestSet,
+    count_parts,
+    count_seeds_at_once,
+    jit_over_mesh,
+    run_seeds,
+    seeds_epoch,
+    start_seeds,
+    sum_seeds,
+    to_host,
+)
+from cnn_jax.core.training import SeedEpoch, TrainState
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.runs.settings import TrainSettings
+
+log = logging.getLogger(__name__)
+
+
+class Sizes(NamedTuple):
+    """What a program depends on of a data set.
+
+    Attributes:
+      train_examples: How many images are trained on.
+      image_shape: (height, width, channels).
+      num_classes: How many classes there are.
+    """
+
+    train_examples: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    @classmethod
+    def of(cls, dataset: Dataset, settings: TrainSettings) -> "Sizes":
+        """Return the sizes of a data set, less what is held out for validation."""
+        held_out = settings.validation or 0
+        return cls(len(dataset.train_labels) - held_out, dataset.train_images.shape[1:], dataset.num_classes)
+
+
+class Program(NamedTuple):
+    """A run's functions; the mesh, the model, the recipe and the seeds are bound in them once.
+
+    Each is compiled at its first call. None asks which devices are attached: those of a mesh of devices that are not
+    can be lowered from shapes (`jax.eval_shape(program.start)` has the states') and compiled.
+
+    Attributes:
+      mesh: What it runs on.
+      model: The network.
+      steps_per_epoch: Batches of an epoch.
+      last_step: How many steps the run has.
+      start: Returns the states before step 0, every array with one more axis in front, for the seeds.
+      epoch: Returns what the seeds decide of an epoch, by its number from 0.
+      run_steps: Takes states (whose memory it reuses), epochs, images, labels, and two rows of the epochs' batches;
+        returns the states after the steps from one row to before the other, and their losses, (S, steps).
+      sum_images: Takes weights, a test set's images and labels and the pixel value that becomes 1; returns `Sums`.
+    """
+
+    mesh: Mesh
+    model: nn.Module
+    steps_per_epoch: int
+    last_step: int
+    start: Callable[[], TrainState]
+    epoch: Callable[[np.int32], SeedEpoch]
+    run_steps: Callable[..., tuple[TrainState, Float32[Array, "s steps"]]]
+    sum_images: Callable[..., Sums]
+
+    def end_of_epoch(self, step: int) -> int:
+        """Return the step at which the epoch that a step is in ends; the run's last epoch may be incomplete."""
+        return min(self.last_step, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
+
+
+def make_program(
+    settings: TrainSettings, sizes: Sizes, mesh: Mesh, *, streams: bool = False, seeds_at_once: int | None = None
+) -> Program:
+    """Return a run's program; nothing is compiled yet.
+
+    Args:
+      settings: The run's.
+      sizes: Of its data.
+      mesh: Of `make_mesh`.
+      streams: Whether the images reach the devices in chunks.
+      seeds_at_once: As for `sharding.run_seeds`.
+    """
+    steps_per_epoch = sizes.train_examples // settings.batch_size
+    last_step = max(1, round(settings.epochs * steps_per_epoch))
+    model = CNN(features=settings.features, num_classes=sizes.num_classes, dtype=jnp.dtype(settings.precision).type)
+    recipe = make_recipe(settings.recipe, settings.learning_rate, last_step)
+    seeds = np.arange(settings.seed, settings.seed + settings.seeds, dtype=np.uint32)
+    start = functools.partial(start_seeds, model=model, image_shape=sizes.image_shape, recipe=recipe)
+    epoch = functools.partial(
+        seeds_epoch, num_examples=sizes.train_examples, batch_size=settings.batch_size, shares=mesh.shape[DATA]
+    )
+    train = functools.partial(
+        run_seeds, model=model, recipe=recipe, parts=count_parts(mesh, settings.batch_size), seeds_at_once=seeds_at_once
+    )
+    data, by_seed = STREAMED if streams else RESIDENT, NamedSharding(mesh, P(SEEDS))
+    epoch_spec = SeedEpoch(P(SEEDS, None, DATA), P(SEEDS))
+    epoch_sharding = SeedEpoch(*(NamedSharding(mesh, spec) for spec in epoch_spec))
+    return Program(
+        mesh=mesh,
+        model=model,
+        steps_per_epoch=steps_per_epoch,
+        last_step=last_step,
+        start=functools.partial(jax.jit(start, out_shardings=by_seed), seeds),
+        epoch=functools.partial(jax.jit(epoch, out_shardings=epoch_sharding), seeds),
+        run_steps=jit_over_mesh(
+            train, mesh, (P(SEEDS), epoch_spec, data, data, P(), P()), (P(SEEDS), P(SEEDS)), donate_argnums=0
+        ),
+        sum_images=jit_over_mesh(
+            functools.partial(sum_seeds, model=model), mesh, (P(SEEDS), P(DATA), P(DATA), P()), P(SEEDS)
+        ),
+    )
+
+
+def compile_program(
+    program: Program, settings: TrainSettings, sizes: Sizes, states: TrainState, chunk: Chunk, test_set: TestSet
+) -> Program:
+    """Compile a program for its states, a chunk of its images and a test set: arrays, or their shapes.
+
+    Returns:
+      The program, which trains as many seeds at once as fit the memory of an accelerator.
+    """
+    steps = program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
+    device, seeds_here = program.mesh.devices.flat[0], settings.seeds // program.mesh.shape[SEEDS]
+    if seeds_here > 1 and device.platform != "cpu":
+        seed_bytes = steps.memory_analysis().temp_size_in_bytes
+        seeds_at_once = count_seeds_at_once(seeds_here, seed_bytes, device.memory_stats()["bytes_limit"])
+        streams = chunk.images.sharding.spec == STREAMED
+        program = make_program(settings, sizes, program.mesh, streams=streams, seeds_at_once=seeds_at_once)
+        program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
+        log.info("seeds trained at once: %d", seeds_at_once)
+    program.sum_images.lower(states.eval_params, *test_set, pixel_scale(unscaled=False)).compile()
+    return program
+
+
+def evaluate_seeds(
+    program: Program, states: TrainState, test_set: TestSet, *, unscaled: bool = False
+) -> list[Evaluation]:
+    """Test every seed's network on all images.
+
+    Args:
+      program: The run's.
+      states: On its devices.
+      test_set: On its devices.
+      unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
+    """
+    sums = to_host(program.sum_images(states.eval_params, *test_set, pixel_scale(unscaled=unscaled)))
+    return [
+        Evaluation(correct=int(correct), count=int(count), loss=float(loss) / int(count))
+        for correct, loss, count in zip(*sums, strict=True)
+    ]
