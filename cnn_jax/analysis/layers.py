@@ -91,14 +91,12 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
     trained = restore_run(folder, data_dir, display.say)
-    settings, model, states, dataset = trained.settings, trained.model, trained.states, trained.dataset
-    params = of_seed(states.eval_params, 0)
-    display.result(tabulate(plain_network(params) or model, dataset))
-    pictures = draw_pictures(inspect_network(model, params, dataset), folder.read_metrics(), folder.path / "pictures")
-    of_the_seed = f", of seed {settings.seed}" if settings.seeds > 1 else ""
-    display.say(
-        f"{len(pictures)} pictures{of_the_seed} after {int(states.step[0]):,} steps are in {folder.path / 'pictures'}"
-    )
+    params = of_seed(trained.states.eval_params, 0)
+    display.result(tabulate(plain_network(params) or trained.model, trained.dataset))
+    inspection = inspect_network(trained.model, params, trained.dataset)
+    pictures = draw_pictures(inspection, folder.read_metrics(), folder.pictures)
+    which_seed = f", of seed {trained.settings.seed}" if trained.settings.seeds > 1 else ""
+    display.say(f"{len(pictures)} pictures{which_seed} after {trained.step:,} steps are in {folder.path / 'pictures'}")
 
 
 def plain_network(params: dict) -> PlainCNN | None:

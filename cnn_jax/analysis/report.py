@@ -66,7 +66,7 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
     page = environment.get_template("report.html").render(
         title=folder.path.resolve().name,
         subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
-        of_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
+        which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
         numbers=_numbers(trained, result, accuracies),
         results=result_rows(trained, accuracies, unscaled, metrics) + _last_epoch(metrics),
         times=[(name, describe_seconds(seconds)) for name, seconds in result.get("seconds", {}).items()],

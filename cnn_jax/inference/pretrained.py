@@ -94,26 +94,24 @@ def load_trained_run(
     from cnn_jax.runs.restore import restore_run
 
     folder = RunFolder(run)
-    trained = restore_run(folder, data_dir, warn)
-    settings, states, dataset = trained.settings, trained.states, trained.dataset
+    restored = restore_run(folder, data_dir, warn)
+    settings, dataset = restored.settings, restored.dataset
     seed = settings.seed if seed is None else seed
     i = seed - settings.seed
     if not 0 <= i < settings.seeds:
         last_seed = settings.seed + settings.seeds - 1
         raise UsageError(f"--seed {seed}: the run {folder.path} has the seeds {settings.seed} to {last_seed}")
-    steps = int(states.step[i])
-    accuracies = [
-        epoch.accuracy[i] for epoch in folder.read_metrics() if epoch.step == steps and epoch.tested_on == "test"
-    ]
+    tested = (epoch for epoch in folder.read_metrics() if epoch.tested_on == "test" and epoch.step == restored.step)
+    accuracies = [epoch.accuracy[i] for epoch in tested]
     trained = TrainedModel(
         name=folder.path.name,
-        params=jax.tree.map(np.asarray, of_seed(states.eval_params, i)),
+        params=jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i)),
         features=settings.features,
         num_classes=dataset.num_classes,
         image_shape=tuple(dataset.train_images.shape[1:]),
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
-        training=Provenance(recipe=settings.recipe, epochs=settings.epochs, seed=seed, steps=steps),
+        training=Provenance(recipe=settings.recipe, epochs=settings.epochs, seed=seed, steps=restored.step),
     )
     return trained, dataset
 
