@@ -1,6 +1,7 @@
-"""Digits drawn as people write them: `python -m tests.digits DIR` shows what the tests of the reading are made of.
+"""Digits drawn as people write them, for the tests of reading; `python -m tests.digits DIR` writes them to a folder.
 
-Each is drawn stroke by stroke with a pen that trembles, on paper of some kind, from a seed: no font, and none of MNIST.
+Each is drawn from a seed, stroke by stroke, with a trembling pen on one of several kinds of paper: without a font, and
+without MNIST.
 """
 
 import dataclasses
@@ -132,7 +133,7 @@ DARK_PAPERS = ["board", "slate"]
 
 
 def draw_digit(rng: np.random.Generator, strokes: list[np.ndarray], pen: Pen, paper: str) -> Image.Image:
-    """Draw a digit once, at a place, of a size and at an angle of its own."""
+    """Draw a digit once, with a position, a size and an angle of its own."""
     width, height = (int(side) for side in np.exp(rng.uniform(np.log(64), np.log(1000), size=2)))
     width, height = max(width, height // 3), max(height, width // 3)
     size = rng.uniform(0.35, 0.8) * min(width, height)

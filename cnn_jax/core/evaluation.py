@@ -135,10 +135,11 @@ def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"
         batch = images[start : start + BATCH_SIZE]
         size = min(BATCH_SIZE, 1 << max(0, len(batch) - 1).bit_length())
         filled = np.pad(batch, ((0, size - len(batch)), *((0, 0),) * (images.ndim - 1)))
-        batches.append(_apply(params, filled, model=model))
+        batches.append(batch_logits(params, filled, model=model))
     return np.concatenate(jax.device_get(batches))[: len(images)]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _apply(params: PyTree, images: UInt8[Array, "n h w c"], *, model: nn.Module) -> Float32[Array, "n k"]:
+def batch_logits(params: PyTree, images: UInt8[Array, "n h w c"], *, model: nn.Module) -> Float32[Array, "n k"]:
+    """Return the logits of one batch."""
     return model.apply({"params": params}, scale_pixels(images))

@@ -131,18 +131,18 @@ def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
     file.write_bytes(content.getvalue())
 
 
-def _to_torch(array, image_shape):
+def _to_torch(array: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
     if array.ndim == 4:
         return np.ascontiguousarray(array.transpose(3, 2, 0, 1))  # (h, w, C, F) -> (F, C, h, w)
     if array.ndim == 2:
         # PyTorch flattens channel, height, width; this network height, width, channel.
         height, width = (size // SHRINKING for size in image_shape[:2])
-        by_place = array.reshape(height, width, -1, array.shape[1])  # (H, W, C, K)
-        return np.ascontiguousarray(by_place.transpose(3, 2, 0, 1).reshape(array.shape[1], -1))
+        by_position = array.reshape(height, width, -1, array.shape[1])  # (H, W, C, K)
+        return np.ascontiguousarray(by_position.transpose(3, 2, 0, 1).reshape(array.shape[1], -1))
     return array
 
 
-def _from_torch(tensor, shape, image_shape):
+def _from_torch(tensor: np.ndarray, shape: tuple[int, ...], image_shape: tuple[int, int, int]) -> np.ndarray:
     if tensor.ndim == 4:
         return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
     if tensor.ndim == 2:

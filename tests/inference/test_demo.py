@@ -136,7 +136,7 @@ def test_only_the_address_that_was_asked_for_is_listened_on(port):
         socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
-def test_an_address_that_is_taken_or_of_another_machine_is_told_in_one_line(command):
+def test_an_address_that_is_taken_or_of_another_machine_is_refused_in_one_line(command):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = ("--host", "127.0.0.1", "--port", listener.getsockname()[1])
         for address in (
@@ -259,7 +259,7 @@ def ink_on_board(driver):
     ink = driver.execute_script(
         "const board = document.querySelector('#board canvas');"
         "const colours = board.getContext('2d').getImageData(0, 0, board.width, board.height).data;"
-        "return Array.from(colours).filter((_, place) => place % 4 == 3)"
+        "return Array.from(colours).filter((_, i) => i % 4 == 3)"
     )
     return np.array(ink, np.uint8).reshape(demo.BOARD, demo.BOARD)
 

@@ -201,12 +201,12 @@ def test_logits_that_are_no_numbers_do_not_pass(odd_run, command, tmp_path, monk
     assert "its logits by up to nan" in err
 
 
-@pytest.mark.parametrize("place", ["no/network", "folder"])
-def test_where_the_file_cannot_be_written_it_is_told(place, odd_run, command, tmp_path):
+@pytest.mark.parametrize("name", ["no/network", "folder"])
+def test_a_file_that_cannot_be_written_is_named(name, odd_run, command, tmp_path):
     (tmp_path / "folder").mkdir()
-    code, _, err = command("export", odd_run, "--to", "stablehlo", "--output", tmp_path / place)
+    code, _, err = command("export", odd_run, "--to", "stablehlo", "--output", tmp_path / name)
     assert code == 4
-    assert f"error: cannot write {tmp_path / place} (" in err
+    assert f"error: cannot write {tmp_path / name} (" in err
     assert err.endswith("; give another --output\n")
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 

@@ -52,7 +52,8 @@ def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path)
 def three(drawn):
     """Three of the drawn files, not in the order of their names, and the digits that are read in them."""
     _, files = drawn
-    return [str(files[place][0]) for place in (70, 13, 40)], [files[place][1] for place in (70, 13, 40)]
+    chosen = [files[i] for i in (70, 13, 40)]
+    return [str(file) for file, _ in chosen], [digit for _, digit in chosen]
 
 
 def test_stdout_gets_a_line_a_file_in_the_order_given(three, command):
@@ -119,7 +120,7 @@ def test_a_folder_stands_for_its_images_by_name(three, command, tmp_path):
     ]
 
 
-def test_files_that_cannot_be_read_are_told_last_and_the_others_are_read(three, command, tmp_path):
+def test_files_that_cannot_be_read_are_reported_last_and_the_others_are_read(three, command, tmp_path):
     files, digits = three
     (tmp_path / "empty.png").touch()
     given = (files[0], tmp_path / "missing.png", files[1], tmp_path / "empty.png", files[0])
@@ -141,7 +142,7 @@ def test_at_least_one_image_must_be_named(command):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_a_name_that_is_no_text_is_told_with_its_bytes(three, program, tmp_path):
+def test_a_name_that_is_not_text_is_printed_with_its_bytes(three, program, tmp_path):
     files, digits = three
     file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
     shutil.copy(files[0], file)

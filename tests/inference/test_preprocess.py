@@ -45,7 +45,7 @@ def on_a_table(page):
 
 def half_of_the_digit_in_shadow(page):
     rows, columns = np.indices(page.shape)
-    middle = [places.mean() for places in np.nonzero(page < 128)]
+    middle = [indices.mean() for indices in np.nonzero(page < 128)]
     return np.maximum(page, 110) * np.where((rows > middle[0]) & (columns > middle[1]), 0.6, 1)
 
 

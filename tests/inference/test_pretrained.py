@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save_file
 
+from cnn_jax.core.evaluation import batch_logits
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.pretrained import PACKAGED, load_trained, load_trained_run, read_trained, write_trained
 from cnn_jax.runtime.errors import InputFileError
@@ -32,6 +33,13 @@ def test_logits_do_not_depend_on_how_many_images_come_at_once(count, packaged, r
     logits = packaged.logits(images)
     assert (logits.shape, logits.dtype) == ((count, 10), np.float32)
     np.testing.assert_allclose(logits, np.reshape(one_by_one, (count, 10)), rtol=1e-5, atol=1e-5)
+
+
+def test_few_sizes_are_compiled_however_many_images_come_at_once(packaged, real_images):
+    compiled = batch_logits._cache_size()
+    for count in range(1, 17):
+        packaged.logits(real_images[0][:count, ..., np.newaxis])
+    assert batch_logits._cache_size() <= compiled + 5  # 1, 2, 4, 8 and 16
 
 
 def test_a_network_comes_back_from_its_file_with_the_same_bits(packaged, tmp_path):
