@@ -1,6 +1,8 @@
 """What a trained network does with its test images, layer by layer and mistake by mistake, and the pictures of it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,45 +172,40 @@ def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
 def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: Path) -> dict[str, Picture]:
     """Draw an inspection, and the run's epochs if it has any, to a folder; return the pictures by name."""
     correct, count = int(inspection.confusion.trace()), int(inspection.confusion.sum())
-    # By name: the caption, the function that draws the picture, and its arguments but for the file.
-    drawings = {
+    drawings: dict[str, tuple[str, Callable[[Path], None]]] = {
         "confusion": (
-            f"{correct:,} of {count:,} test images are right; the others by their class and the predicted class.",
-            plots.plot_confusion,
-            inspection.confusion,
+            f"{correct:,} of {count:,} test images are classified correctly; the others by class and predicted class.",
+            functools.partial(plots.plot_confusion, inspection.confusion),
         ),
         "mistakes": (
             "The most confident mistakes: each image's class, the predicted class, and its probability.",
-            plots.plot_mistakes,
-            inspection.mistakes,
+            functools.partial(plots.plot_mistakes, inspection.mistakes),
         ),
     }
     if metrics:
-        tested_on = metrics[-1].tested_on
-        drawings["cost"] = ("The cost of each epoch: the mean loss of its batches.", plots.plot_costs, metrics)
-        drawings["accuracy"] = (f"The {tested_on} accuracy after each epoch.", plots.plot_accuracies, metrics)
+        drawings["cost"] = (
+            "The cost of each epoch: the mean loss of its batches.",
+            functools.partial(plots.plot_costs, metrics),
+        )
+        drawings["accuracy"] = (
+            f"The {metrics[-1].tested_on} accuracy after each epoch.",
+            functools.partial(plots.plot_accuracies, metrics),
+        )
     outputs = {layer.name: layer.output for layer in inspection.layers}
     for number, (name, kernels) in enumerate(inspection.kernels.items(), start=1):
         height, width, ins, outs = kernels.shape
         drawings[f"kernels{number}"] = (
             f"The {height}x{width} kernels of {name}, from {ins} to {outs} channels.",
-            plots.plot_kernels,
-            kernels,
-            name,
+            functools.partial(plots.plot_kernels, kernels, name),
         )
+        maps = {"convolution": outputs[name], "ReLU": outputs[f"relu{number}"], "pooling": outputs[f"pool{number}"]}
         drawings[f"maps{number}"] = (
             f"The first test image, of class {inspection.label}, on its way through block {number}.",
-            plots.plot_feature_maps,
-            inspection.image,
-            {
-                "convolution": outputs[name],
-                "ReLU": outputs[f"relu{number}"],
-                "pooling": outputs[f"pool{number}"],
-            },
+            functools.partial(plots.plot_feature_maps, inspection.image, maps),
         )
     folder.mkdir(exist_ok=True)
     pictures = {}
-    for name, (caption, plot, *arguments) in drawings.items():
+    for name, (caption, draw) in drawings.items():
         pictures[name] = Picture(folder / f"{name}.png", caption)
-        plot(*arguments, pictures[name].file)
+        draw(pictures[name].file)
     return pictures

@@ -63,6 +63,7 @@ def plot_comparison(report: dict, file: Path) -> None:
 def save_axes(axes: Axes, file: Path) -> None:
     """Write the figure of axes that another library has drawn, and close it."""
     figure = axes.figure
+    assert isinstance(figure, Figure)
     figure.set_size_inches(9, 5)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)

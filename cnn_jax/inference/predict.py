@@ -44,8 +44,8 @@ def predict(
     if files:
         _classify(files, np.stack(digits), run, as_json=as_json, data_dir=data_dir, platform=platform)
     if failures:
-        for error in failures[:-1]:
-            Display().say(f"error: {error}")
+        for failure in failures[:-1]:
+            Display().say(f"error: {failure}")
         raise failures[-1]
 
 

@@ -129,8 +129,9 @@ def _digit_mask(mask: np.ndarray) -> np.ndarray:
     boxes = np.array([[[side.start, side.stop] for side in sides] for sides in ndimage.find_objects(labels)])
     sizes = np.bincount(labels.ravel())[1:]
     largest = int(sizes.argmax())
-    candidates = np.nonzero(sizes >= SMALLEST_PART * sizes[largest])[0]
-    parts, box = [], boxes[largest]
+    candidates = np.nonzero(sizes >= SMALLEST_PART * sizes[largest])[0].tolist()
+    parts: list[int] = []
+    box = boxes[largest]
     while len(found := [part for part in candidates if _is_close(boxes[part], box)]) > len(parts):
         parts = found
         box = np.stack([boxes[parts, :, 0].min(axis=0), boxes[parts, :, 1].max(axis=0)], axis=1)
@@ -152,14 +153,14 @@ def _trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
     scale = FITTED_SIZE * DETAIL / longer
     size = [max(1, round(scale * side)) for side in padded.shape]
     resized = Image.fromarray(padded.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
-    widest = round(STROKE_WIDTHS[1] * DETAIL)
-    shape = ndimage.binary_closing(np.pad(np.asarray(resized) > threshold, widest), np.ones((HOLE, HOLE)))
+    narrowest, widest = (DETAIL * width for width in STROKE_WIDTHS)
+    shape = ndimage.binary_closing(np.pad(np.asarray(resized) > threshold, round(widest)), np.ones((HOLE, HOLE)))
     if not shape.any():
         return shape
     inside, outside = ndimage.distance_transform_edt(shape), ndimage.distance_transform_edt(~shape)
     # A stroke's pixels are on average a quarter of its width away from its edge.
     width = 4 * inside[shape].mean()
-    growth = (np.clip(width, *(DETAIL * limit for limit in STROKE_WIDTHS)) - width) / 2
+    growth = (np.clip(width, narrowest, widest) - width) / 2
     return inside - outside > -growth
 
 

@@ -287,7 +287,7 @@ def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(brow
     release(browser)
     # However fast it was drawn, the last answer is of the whole drawing.
     expected = demo.render_answer(packaged, ink_on_board(browser))
-    wait_until(lambda: all(picture in expected for picture in maps(browser)), seconds=10)
+    wait_until(lambda: all(picture in expected for picture in maps(browser)))
     assert len(browser.find_elements("css selector", ".answer meter")) == 10
     assert browser.find_element("css selector", ".answer .most").text.split()[0] == "7"
     if picture := os.environ.get("DEMO_PICTURE"):

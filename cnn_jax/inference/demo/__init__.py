@@ -141,8 +141,8 @@ def read_drawing(drawing: object) -> np.ndarray:
       gr.Error: it is anything else; the browser shows the message, without a traceback.
     """
     try:
-        ink = base64.b64decode(drawing, validate=True)
-    except (TypeError, ValueError):
+        ink = base64.b64decode(drawing, validate=True) if isinstance(drawing, str) else b""
+    except ValueError:
         ink = b""
     if len(ink) != BOARD**2:
         raise gr.Error(f"a drawing is {BOARD}x{BOARD} bytes in base64; load the page again", print_exception=False)
