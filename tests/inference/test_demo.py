@@ -225,9 +225,9 @@ def browser(tmp_path, port):
         driver.quit()
 
 
-def wait_until(condition, seconds=30):
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
+def wait_until(condition):
+    """Wait until a condition holds, at most 30 seconds."""
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end, "it did not come in time"
         time.sleep(0.1)
