@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,12 +11,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cnn_jax import __version__
 from cnn_jax.core import evaluation
 from cnn_jax.core.model import CNN
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runtime.devices import versions
 from cnn_jax.runtime.errors import InputFileError, UsageError
 
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
@@ -123,7 +122,7 @@ def write_trained(trained: TrainedModel, file: Path) -> None:
       OSError: it could not be written.
     """
     metadata = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
-    metadata["versions"] = {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
+    metadata["versions"] = versions("cnn-jax", "jax", "jaxlib", "flax")
     # All under one key, because safetensors writes several in an order that varies from one time to the next.
     content = save(params_to_torch(trained.params, trained.image_shape), metadata={"network": json.dumps(metadata)})
     file.write_bytes(content)

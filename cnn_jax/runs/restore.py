@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from cnn_jax import __version__
 from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set
 from cnn_jax.core.training import TrainState
@@ -20,7 +18,7 @@ from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder, deciding_settings
 from cnn_jax.runs.program import Program, Sizes, evaluate_seeds, make_program
 from cnn_jax.runs.settings import Platform, TrainSettings
-from cnn_jax.runtime.devices import device_bytes, start_devices
+from cnn_jax.runtime.devices import device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import NoCheckpointError, UsageError
 
@@ -120,7 +118,7 @@ def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
     """Return what a run's results depend on, as JSON's types: what each of its checkpoints records."""
     return {
         "settings": deciding_settings(settings),
-        "versions": {"cnn-jax": __version__} | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "versions": versions("cnn-jax", "jax", "jaxlib", "flax", "optax"),
         "data": fingerprint(dataset),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }

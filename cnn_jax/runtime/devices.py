@@ -2,11 +2,13 @@
 
 import os
 import platform as system
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import jax
 
+from cnn_jax import __version__
 from cnn_jax.runtime.errors import UsageError
 
 
@@ -49,6 +51,12 @@ def describe_machine() -> str:
         lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = lines[0] if lines else name
     return f"{name}, {_cores()} cores"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the version of each package; `cnn-jax` is this program's, and `python` the interpreter's."""
+    own = {"cnn-jax": __version__, "python": system.python_version()}
+    return {name: own.get(name) or version(name) for name in packages}
 
 
 def _cores() -> int:

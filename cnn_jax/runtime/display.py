@@ -4,7 +4,7 @@ import collections
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from rich import box
@@ -144,6 +144,12 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def describe_seconds(seconds: float) -> str:
