@@ -15,7 +15,7 @@ from cnn_jax.cli.commands import train
 from cnn_jax.cli.parser import parameters_of
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.inference.pictures import read_digit
-from cnn_jax.inference.torch_layout import read_torch_file
+from cnn_jax.pytorch.import_weights import read_torch_file
 from cnn_jax.runtime.errors import InputFileError
 from tests.digits import DARK_PENS, SHAPES, draw_digit
 

@@ -1,8 +1,6 @@
-"""The network's weights as PyTorch names and lays them out, and the files that hold them."""
+"""The network's weights as PyTorch names and lays them out, there and back, and the file that PyTorch reads."""
 
-import contextlib
 import io
-import zipfile
 from pathlib import Path
 
 import jax
@@ -19,16 +17,15 @@ NAMES = {
     "fc.weight": ("fc", "kernel"),
     "fc.bias": ("fc", "bias"),
 }
-# What the two blocks leave of an image's height and width.
+# The two blocks divide an image's height and width by this.
 SHRINKING = 4
-MAXIMUM_BYTES = 2**30  # of a file, packed or not; the tutorial's has 0.2 MiB
 
 
 def params_to_torch(params: dict, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """Lay out the network's weights as the tutorial's `state_dict` does.
 
     Args:
-      params: Of `CNN`: kernels (3, 3, C, F), a dense kernel (H * W * C, K), biases.
+      params: The weights of `CNN`: kernels (3, 3, C, F), a dense kernel (H * W * C, K), biases.
       image_shape: (height, width, channels) of the images that the network takes.
 
     Returns:
@@ -44,12 +41,12 @@ def params_from_torch(
 
     Args:
       tensors: Arrays under PyTorch's names.
-      template: Weights of the shapes that are wanted.
+      template: Weights with the shapes that are wanted.
       image_shape: (height, width, channels) of the images that the network takes.
-      source: Where they come from, to name it.
+      source: The file they come from, for messages.
 
     Raises:
-      InputFileError: naming each tensor that is missing, not known, of another shape or dtype, or not finite.
+      InputFileError: naming each tensor that is missing, unknown, of another shape or dtype, or not finite.
     """
     expected = params_to_torch(template, image_shape)
     complaints = [f"{name} is missing" for name in expected if name not in tensors]
@@ -68,51 +65,6 @@ def params_from_torch(
     for name, (layer, kind) in NAMES.items():
         params[layer][kind] = _from_torch(tensors[name], params[layer][kind].shape, image_shape)
     return params
-
-
-def read_torch_file(file: Path) -> dict[str, np.ndarray]:
-    """Read a PyTorch `state_dict`, or a safetensors file where its name ends in `.safetensors`.
-
-    Raises:
-      InputFileError: the file is missing, damaged, too large, or holds something else; nothing in it is ever
-        executed.
-      UsageError: the extra `torch` is not installed.
-    """
-    if not file.is_file():
-        raise InputFileError(f"{file} is not a file; give a PyTorch state_dict or a .safetensors file")
-    try:
-        _check_size_and_checksums(file)
-        if file.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return load_file(file)
-        import torch
-
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise InputFileError(f"{file} holds no state_dict; save one with torch.save(model.state_dict(), ...)")
-        return {name: tensor.detach().numpy() for name, tensor in content.items()}
-    except ImportError as error:
-        raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
-    except InputFileError:
-        raise
-    except Exception as error:  # a damaged file comes as any of a dozen types
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise InputFileError(
-            f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
-            "save them with torch.save(model.state_dict(), ...)"
-        ) from error
-
-
-def _check_size_and_checksums(file: Path) -> None:
-    with contextlib.ExitStack() as held:
-        archive = held.enter_context(zipfile.ZipFile(file)) if zipfile.is_zipfile(file) else None
-        size = file.stat().st_size if archive is None else sum(entry.file_size for entry in archive.infolist())
-        if size > MAXIMUM_BYTES:
-            raise InputFileError(f"{file} unpacks to {size:,} bytes, more than 1 GiB; give the weights of this network")
-        # PyTorch writes a CRC-32 of each part of its archives and does not look at it.
-        if archive is not None and (part := archive.testzip()) is not None:
-            raise InputFileError(f"{file} is damaged: its part {part} does not have its CRC-32; copy it again")
 
 
 def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:

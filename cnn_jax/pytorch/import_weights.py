@@ -1,12 +1,14 @@
-"""Runs made of PyTorch's weights."""
+"""A file of PyTorch's weights, read with every check, and the run that is made from it."""
 
+import contextlib
+import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from cnn_jax.core.sharding import make_mesh, of_seed
-from cnn_jax.inference.torch_layout import params_from_torch, read_torch_file
+from cnn_jax.inference.torch_layout import params_from_torch
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.program import Sizes, make_program
@@ -14,15 +16,17 @@ from cnn_jax.runs.restore import describe_run, load_run_data
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import UsageError
+from cnn_jax.runtime.errors import InputFileError, UsageError
+
+MAXIMUM_BYTES = 2**30  # of a file, compressed or not; the tutorial's has 0.2 MiB
 
 
 def import_weights(file: Path, run: TrainSettings) -> None:
-    """Make a run of a file of PyTorch's weights: its checkpoint is at step 0, with a new optimiser.
+    """Make a run from a file of PyTorch's weights; its checkpoint is at step 0, with a new optimiser.
 
     Raises:
-      InputFileError: the file is not what it should be, naming each tensor that is wrong.
-      UsageError: the run is there already.
+      InputFileError: the file does not hold this network's weights, naming each tensor that is wrong.
+      UsageError: the run exists already.
     """
     tensors = read_torch_file(file)
     start_devices(run.platform)
@@ -40,3 +44,49 @@ def import_weights(file: Path, run: TrainSettings) -> None:
         folder.write_settings(run)
         checkpoints.save(0, states, losses, describe_run(run, dataset))
     display.say(f"{file} is now the run {folder.path}")
+
+
+def read_torch_file(file: Path) -> dict[str, np.ndarray]:
+    """Read a PyTorch `state_dict`, or a safetensors file where its name ends in `.safetensors`.
+
+    Raises:
+      InputFileError: the file is missing, damaged, too large, or holds something else; nothing in it is ever
+        executed.
+      UsageError: the extra `torch` is not installed.
+    """
+    if not file.is_file():
+        raise InputFileError(f"{file} is not a file; give a PyTorch state_dict or a .safetensors file")
+    try:
+        _check_size_and_checksums(file)
+        if file.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return load_file(file)
+        import torch
+
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+            raise InputFileError(f"{file} holds no state_dict; save one with torch.save(model.state_dict(), ...)")
+        return {name: tensor.detach().numpy() for name, tensor in content.items()}
+    except ImportError as error:
+        raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
+    except InputFileError:
+        raise
+    except Exception as error:  # a damaged file comes as any of a dozen types
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputFileError(
+            f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
+            "save them with torch.save(model.state_dict(), ...)"
+        ) from error
+
+
+def _check_size_and_checksums(file: Path) -> None:
+    """Refuse a file that unpacks to too much, or whose parts do not have their checksums."""
+    with contextlib.ExitStack() as stack:
+        archive = stack.enter_context(zipfile.ZipFile(file)) if zipfile.is_zipfile(file) else None
+        size = file.stat().st_size if archive is None else sum(entry.file_size for entry in archive.infolist())
+        if size > MAXIMUM_BYTES:
+            raise InputFileError(f"{file} unpacks to {size:,} bytes, more than 1 GiB; give the weights of this network")
+        # PyTorch writes a CRC-32 of each part of its archives and never checks it.
+        if archive is not None and (part := archive.testzip()) is not None:
+            raise InputFileError(f"{file} is damaged: its part {part} does not have its CRC-32; copy it again")
