@@ -36,7 +36,7 @@ def recipe_table() -> str:
 
 def fault_injection_table() -> str:
     """Return a table of how often each thing was done to the program, and how often it went wrong."""
-    return "\n".join(trials_table(json.loads((RESULTS / "fault_injection" / "result.json").read_text())))
+    return trials_table(json.loads((RESULTS / "fault_injection" / "result.json").read_text()))
 
 
 TABLES = {

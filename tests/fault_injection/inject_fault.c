@@ -1,12 +1,13 @@
-/* Strikes a process at its Nth change to a folder: kills it there, or lets it find the disk full from there on.
+/* Injects a fault into a process at its Nth operation that changes a folder: kills the process there, or makes the disk
+ * appear full from there on.
  *
- * It is preloaded (LD_PRELOAD), so that it sees every change in the order in which the threads make them. Of a write at
- * which the process is killed, the first half is written.
+ * It is preloaded (LD_PRELOAD), so that it counts the operations of all threads in their order. A process that is killed
+ * at a write has written the first half of it.
  *
  *   FAULT_FOLDER  the folder, an absolute path
- *   FAULT_AT      the number of the change, from 1
+ *   FAULT_AT      the number of the operation, from 1
  *   FAULT_HOW     kill, or full
- *   FAULT_MARK    a file that is made when the change is reached
+ *   FAULT_MARK    a file that is created when the operation is reached
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,26 +26,26 @@
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-static atomic_int changes;
+static atomic_int operations;
 
 static int is_inside(int folder, const char *path) {
-  const char *struck = getenv("FAULT_FOLDER");
-  if (struck == NULL) return 0;
-  char link[64], place[PATH_MAX];
-  if (path == NULL || path[0] != '/') { /* a descriptor, or a path that begins at one */
+  const char *watched = getenv("FAULT_FOLDER");
+  if (watched == NULL) return 0;
+  char link[64], target[PATH_MAX];
+  if (path == NULL || path[0] != '/') { /* a descriptor, or a path relative to one */
     if (folder == AT_FDCWD) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
-    ssize_t length = readlink(link, place, sizeof place - 1);
+    ssize_t length = readlink(link, target, sizeof target - 1);
     if (length < 0) return 0;
-    place[length] = 0;
-    path = place;
+    target[length] = 0;
+    path = target;
   }
-  return strncmp(path, struck, strlen(struck)) == 0;
+  return strncmp(path, watched, strlen(watched)) == 0;
 }
 
 static int is_reached(int folder, const char *path) {
   if (!is_inside(folder, path)) return 0;
-  int number = atomic_fetch_add(&changes, 1) + 1, at = atoi(getenv("FAULT_AT"));
+  int number = atomic_fetch_add(&operations, 1) + 1, at = atoi(getenv("FAULT_AT"));
   if (number == at) close(REAL(open)(getenv("FAULT_MARK"), O_CREAT | O_WRONLY, 0644));
   return number >= at;
 }
@@ -56,7 +57,7 @@ static void die(void) {
   for (;;) pause();
 }
 
-/* A change that needs room on the disk fails; true if it must. */
+/* True if an operation that needs space on the disk must fail. */
 static int fails(int folder, const char *path) {
   if (!is_reached(folder, path)) return 0;
   if (kills()) die();
@@ -64,7 +65,7 @@ static int fails(int folder, const char *path) {
   return 1;
 }
 
-/* A change that needs no room on the disk is made even when that is full. */
+/* An operation that needs no space on the disk also succeeds on a full one. */
 static void frees(int folder, const char *path) {
   if (is_reached(folder, path) && kills()) die();
 }

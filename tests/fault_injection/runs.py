@@ -1,4 +1,4 @@
-"""Real trainings on a few real images, in processes of their own, and whether two of them ended in the same bits."""
+"""Starts real trainings on a few real images as processes, and tells whether two of them ended in the same bits."""
 
 import dataclasses
 import hashlib
@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 STEPS_PER_EPOCH = 20
-# A checkpoint every second step: a kill at a random time then often meets a save.
-STEPS_A_CHECKPOINT = 2
+# A checkpoint every second step, so that a kill at a random time often hits a save.
+STEPS_PER_CHECKPOINT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Trainer:
 
     Attributes:
       data: A folder of four IDX files.
-      mutant: What is broken in the program on purpose: a name that `tests.fault_injection.mutants` knows, or None.
+      mutant: The part of the program that is broken on purpose, a key of `mutants.MUTANTS`; None for the whole program.
     """
 
     data: Path
@@ -32,7 +32,7 @@ class Trainer:
         program = ["-m", "cnn_jax"] if self.mutant is None else ["-m", "tests.fault_injection.mutants", self.mutant]
         arguments = [
             "train", "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
-            "--checkpoint-every-steps", STEPS_A_CHECKPOINT, "--platform", "cpu", *options,
+            "--checkpoint-every-steps", STEPS_PER_CHECKPOINT, "--platform", "cpu", *options,
         ]  # fmt: skip
         return subprocess.Popen(
             [sys.executable, *program, *map(str, arguments)],
@@ -51,7 +51,7 @@ class Trainer:
 
 
 def run_fingerprint(folder: Path) -> str:
-    """Return a digest of all that a finished run holds: its metrics without times, and its newest checkpoint's bits."""
+    """Return a digest of a finished run's metrics, without their times, and of its newest checkpoint's bits."""
     run = folder / "run"
     sha256 = hashlib.sha256()
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -64,7 +64,7 @@ def run_fingerprint(folder: Path) -> str:
 
 
 def read_newest(steps: Path) -> dict:
-    """Return every array of the newest checkpoint under its path, read by Orbax without this program's own checks."""
+    """Return every array of the newest checkpoint by its path, read with Orbax alone, without this program's checks."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp

@@ -1,6 +1,6 @@
-"""Save one checkpoint in a full folder, so that the oldest goes: `python -m tests.fault_injection.save_once FOLDER`.
+"""Save one checkpoint where the oldest must then be deleted: `python -m tests.fault_injection.save_once FOLDER`.
 
-The process that is killed, or finds the disk full, at each of its file operations in turn.
+This is the process that is killed, or whose disk is filled, at each of its file operations in turn.
 """
 
 import sys
@@ -18,7 +18,7 @@ SAVED = 40
 
 
 def content(step: int) -> tuple[dict, jax.Array]:
-    """Return a state and losses that tell which step they are of."""
+    """Return a state and losses that differ from step to step."""
     generator = np.random.default_rng(step)
     kernel, losses = (jnp.asarray(generator.normal(size=size), jnp.float32) for size in ((300, 10), (20,)))
     return {"params": {"kernel": kernel}, "step": jnp.int32(step)}, losses

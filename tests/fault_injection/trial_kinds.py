@@ -1,76 +1,67 @@
-"""Every kind of trial by its name, and the programs with one thing broken, which must fail."""
+"""Every kind of trial with its arguments, and the trials of programs with one thing broken, which must fail."""
 
 import argparse
-import dataclasses
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 from cnn_jax.runs import checkpoint
-from cnn_jax.runtime.display import Display
 from tests.fault_injection import trials
-from tests.fault_injection.mutants import digest_off
+from tests.fault_injection.mutants import MUTANTS, digest_off
 from tests.fault_injection.runs import Trainer
 
-# So many that some of them meet a run with a checkpoint: one killed before its first one starts anew, broken or not.
+# Enough that some of them kill a run which has a checkpoint. Any other run starts anew, whether the program is broken
+# or not.
 CONTROL_KILLS = 12
 
+Trial = Callable[[], trials.Tally]
 
-@dataclasses.dataclass(frozen=True)
-class FaultInjection:
-    """What every kind of trial needs.
 
-    Attributes:
-      arguments: Of the command line.
+def all_trials(arguments: argparse.Namespace, data: Path, reference: str) -> list[Trial]:
+    """Return every kind of trial, the longest ones first.
+
+    Args:
+      arguments: The command line's.
       data: A folder of four IDX files.
       reference: The fingerprint of the run that nothing interrupted.
     """
 
-    arguments: argparse.Namespace
-    data: Path
-    reference: str
+    def rng(kind: str) -> random.Random:
+        # One generator per kind, so that what is drawn does not depend on what else runs.
+        return random.Random(f"{arguments.seed} {kind}")
 
-    def run(self, kind: str) -> trials.Tally:
-        """Do one kind of trial."""
-        # Each kind draws from numbers of its own: what is chosen does not depend on what else runs.
-        choose = random.Random(f"{self.arguments.seed} {kind}")
-        return KINDS[kind](self.arguments, Trainer(self.data), self.reference, choose, Display().say)
-
-    def run_broken(self, name: str) -> trials.Tally:
-        """Inject faults into the program with one thing broken: this must fail."""
-        choose, say = random.Random(f"{self.arguments.seed} {name}"), Display().say
-        if name == "digest off":
-            with mock.patch.object(checkpoint, "digest"):  # puts it back
-                digest_off()
-                tally = trials.damaged_checkpoints(flips=20, choose=choose, say=say)
-        else:
-            tally = trials.random_kills(
-                Trainer(self.data, name), self.reference, kills=CONTROL_KILLS, choose=choose, say=say
-            )
-        tally.name = f"{name}: {tally.name}"
-        return tally
+    on_runs = {"trainer": Trainer(data), "reference": reference}
+    a, partial = arguments, functools.partial
+    return [
+        partial(trials.random_kills, **on_runs, kills=a.kills, rng=rng("kills")),
+        partial(trials.random_signals, **on_runs, count=a.signals, rng=rng("signals")),
+        partial(trials.damaged_data, flips=a.flips, rng=rng("data")),
+        partial(trials.killed_saves, every=a.every),
+        partial(trials.full_disk, every=a.every),
+        partial(trials.full_disk_runs, **on_runs, count=a.full_disks, rng=rng("full disk of a training")),
+        partial(trials.two_writers, **on_runs, count=a.races),
+        partial(trials.killed_preparations, count=a.preparations, rng=rng("preparations")),
+        partial(trials.damaged_checkpoints, flips=a.flips, rng=rng("checkpoints")),
+        partial(trials.fuzz, examples=a.examples),
+    ]
 
 
-# The longest ones first.
-KINDS = {
-    "kills": lambda a, trainer, reference, choose, say: trials.random_kills(
-        trainer, reference, kills=a.kills, choose=choose, say=say
-    ),
-    "signals": lambda a, trainer, reference, choose, say: trials.random_signals(
-        trainer, reference, count=a.signals, choose=choose, say=say
-    ),
-    "data": lambda a, trainer, reference, choose, say: trials.damaged_data(flips=a.flips, choose=choose, say=say),
-    "saves killed": lambda a, trainer, reference, choose, say: trials.killed_saves(every=a.every, say=say),
-    "full disk": lambda a, trainer, reference, choose, say: trials.full_disk(every=a.every, say=say),
-    "full disk of a training": lambda a, trainer, reference, choose, say: trials.full_disk_runs(
-        trainer, reference, count=a.full_disks, choose=choose, say=say
-    ),
-    "races": lambda a, trainer, reference, choose, say: trials.two_writers(trainer, reference, count=a.races, say=say),
-    "preparations": lambda a, trainer, reference, choose, say: trials.killed_preparations(
-        count=a.preparations, choose=choose, say=say
-    ),
-    "checkpoints": lambda a, trainer, reference, choose, say: trials.damaged_checkpoints(
-        flips=a.flips, choose=choose, say=say
-    ),
-    "fuzz": lambda a, trainer, reference, choose, say: trials.fuzz(examples=a.examples, say=say),
-}
+def negative_controls(arguments: argparse.Namespace, data: Path, reference: str) -> list[Trial]:
+    """Return a trial of each program with one thing broken; the arguments are those of `all_trials`."""
+    return [
+        functools.partial(_try_mutant, name, data, reference, random.Random(f"{arguments.seed} {name}"))
+        for name in MUTANTS
+    ]
+
+
+def _try_mutant(name: str, data: Path, reference: str, rng: random.Random) -> trials.Tally:
+    if MUTANTS[name] is digest_off:
+        with mock.patch.object(checkpoint, "digest"):  # puts it back
+            digest_off()
+            tally = trials.damaged_checkpoints(flips=20, rng=rng)
+    else:
+        tally = trials.random_kills(Trainer(data, name), reference, kills=CONTROL_KILLS, rng=rng)
+    tally.name = f"{name}: {tally.name}"
+    return tally
