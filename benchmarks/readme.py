@@ -1,25 +1,39 @@
-"""The committed results' tables in the README: `python -m benchmarks.readme` writes them from their JSON."""
+"""The README's tables of recorded results, made from their JSON: `python -m benchmarks.readme`.
+
+It also writes the reports of the recorded benchmarks and of the comparison anew.
+"""
 
 import json
 import re
 import statistics
 from pathlib import Path
 
-from cnn_jax.pytorch.benchmark import speed_table
-from cnn_jax.pytorch.compare import accuracy_table
-from cnn_jax.runtime.display import describe_seconds, describe_values
+from cnn_jax.pytorch import benchmark, compare
+from cnn_jax.runtime.display import describe_seconds, describe_values, markdown_table
 from tests.fault_injection.__main__ import trials_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks"
+COMPARISON = RESULTS / "comparison" / "report.json"
+BENCHMARK = RESULTS / "results" / "amd-epyc-2-cores-2026-11-25.json"
+
+
+def comparison_table() -> str:
+    """Return the table of the recorded comparison."""
+    return compare.accuracy_table(compare.read_report(COMPARISON))
+
+
+def benchmark_table() -> str:
+    """Return the table of the newest recorded benchmark."""
+    return benchmark.speed_table(benchmark.read_result(BENCHMARK))
 
 
 def recipe_table() -> str:
-    """Return a table of the recorded recipes; the tutorial's row is that of the comparison."""
-    runs = json.loads((RESULTS / "comparison" / "report.json").read_text())["frameworks"]["cnn-jax"]["runs"]
-    tutorial = [run["accuracy"] for run in runs]
-    seconds = statistics.median(run["seconds"]["training"] for run in runs)
-    rows = [("tutorial", "15", len(runs), "", describe_values(tutorial), seconds)]
+    """Return the table of the recorded recipes; the tutorial's row comes from the comparison."""
+    runs = compare.read_report(COMPARISON).frameworks["cnn-jax"].runs
+    seconds = statistics.median(run.seconds["training"] for run in runs)
+    accuracy = describe_values([run.accuracy for run in runs])
+    rows = [("tutorial", "15", len(runs), "", accuracy, describe_seconds(seconds))]
     for recipe in ("fast", "accurate"):
         folder = RESULTS / "runs" / recipe
         result = json.loads((folder / "result.json").read_text())
@@ -28,36 +42,43 @@ def recipe_table() -> str:
         validation = describe_values(lines[-1]["seeds"]["validation_accuracy"])
         seconds = sum(line["seconds"] for line in lines) / len(accuracies)
         epochs = f"{lines[-1]['step'] / lines[0]['step']:.3g}"
-        rows.append((recipe, epochs, len(accuracies), validation, describe_values(accuracies), seconds))
-    table = ["| recipe | epochs | seeds | validation accuracy | test accuracy | training, a seed |", "|" + " --- |" * 6]
-    table += [f"| {' | '.join(map(str, row[:-1]))} | {describe_seconds(row[-1])} |" for row in rows]
-    return "\n".join(table)
+        rows.append(
+            (recipe, epochs, len(accuracies), validation, describe_values(accuracies), describe_seconds(seconds))
+        )
+    header = ("recipe", "epochs", "seeds", "validation accuracy", "test accuracy", "training per seed")
+    return markdown_table(header, rows)
 
 
 def fault_injection_table() -> str:
-    """Return a table of how often each thing was done to the program, and how often it went wrong."""
+    """Return the table of how often each fault was injected, and how often a promise was broken."""
     return trials_table(json.loads((RESULTS / "fault_injection" / "result.json").read_text()))
 
 
 TABLES = {
-    "comparison": lambda: accuracy_table(json.loads((RESULTS / "comparison" / "report.json").read_text())),
-    "benchmark": lambda: speed_table(
-        json.loads((RESULTS / "results" / "amd-epyc-2-cores-2026-11-25.json").read_text())
-    ),
+    "comparison": comparison_table,
+    "benchmark": benchmark_table,
     "recipes": recipe_table,
     "fault injection": fault_injection_table,
 }
 
 
-def fill_tables(readme: str) -> str:
-    """Return a README's text with each table between its two markers made anew from its JSON."""
+def fill_tables(page: str) -> str:
+    """Return a page's text with each table between its two markers made anew from its JSON."""
     for name, to_table in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         table = f"{begin}\n{to_table()}\n{end}"
-        readme = re.sub(f"{begin}.*{end}", lambda _, table=table: table, readme, flags=re.S)
-    return readme
+        page = re.sub(f"{begin}.*{end}", lambda _, table=table: table, page, flags=re.S)
+    return page
+
+
+def write_reports() -> None:
+    """Write the recorded benchmarks' and the comparison's Markdown and pictures from their JSON."""
+    compare.write_report(compare.read_report(COMPARISON), COMPARISON.with_suffix(".md"))
+    for file in sorted((RESULTS / "results").glob("*.json")):
+        benchmark.write_report(benchmark.read_result(file), file.with_suffix(".md"))
 
 
 if __name__ == "__main__":
+    write_reports()
     path = ROOT / "README.md"
     path.write_text(fill_tables(path.read_text()))

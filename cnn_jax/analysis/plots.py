@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -28,35 +28,48 @@ NARROW = 5
 COUNTED_CLASSES = 20
 
 
-def plot_comparison(report: dict, file: Path) -> None:
-    """Draw a comparison's costs and accuracies, a line or a point a seed, and its distance from equal weights."""
-    figure, (costs, accuracies, apart) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for place, (framework, side) in enumerate(report["frameworks"].items()):
-        for run in side["runs"]:
-            epochs = range(1, len(run["costs"]) + 1)
-            label = framework if run is side["runs"][0] else None
-            costs.semilogy(epochs, run["costs"], color=COLOURS[framework], alpha=0.7, label=label)
-        values = [run["accuracy"] for run in side["runs"]]
-        accuracies.plot([place] * len(values), values, "o", color=COLOURS[framework], alpha=0.7)
-        mean, deviation = side["accuracy"]["mean"], side["accuracy"]["standard_deviation"]
-        accuracies.errorbar(place + 0.15, mean, deviation, fmt="s", color=COLOURS[framework], capsize=4)
-    costs.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training")
-    costs.legend()
-    accuracies.set(ylabel="test accuracy", title="Test: each seed, mean and standard deviation", xlim=(-0.5, 1.5))
-    accuracies.set_xticks(range(len(report["frameworks"])), list(report["frameworks"]))
-    steps = range(1, len(report["agreement"]["costs"]) + 1)
-    apart.semilogy(steps, report["agreement"]["distances"], color="#555555", label="weights, relative to their way")
-    apart.semilogy(steps, report["agreement"]["costs"], ".", color="#d1495b", markersize=2, label="cost")
-    apart.semilogy(
-        steps,
-        report["agreement"]["pytorch_costs"],
-        ".",
-        color="#30638e",
-        markersize=2,
-        label="cost, PyTorch and itself",
+def plot_comparison(
+    costs: Mapping[str, Sequence[Sequence[float]]],
+    accuracies: Mapping[str, Sequence[float]],
+    file: Path,
+    *,
+    distances: Sequence[float],
+    cost_differences: Sequence[float],
+    pytorch_cost_differences: Sequence[float],
+) -> None:
+    """Draw a comparison: each seed's costs and accuracy, and how far both frameworks drift from equal weights.
+
+    Args:
+      costs: By framework, for each seed, the cost of each epoch.
+      accuracies: By framework, each seed's test accuracy.
+      file: Where the picture goes.
+      distances: After each step from equal weights, the distance between the weights relative to how far they moved.
+      cost_differences: At each step, the difference of the costs.
+      pytorch_cost_differences: The same between PyTorch and PyTorch in another memory format.
+    """
+    figure, (cost_axes, accuracy_axes, drift_axes) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for i, (framework, of_seeds) in enumerate(accuracies.items()):
+        colour = COLOURS[framework]
+        lines = np.transpose(costs[framework])
+        epochs = range(1, len(lines) + 1)
+        labels = [framework] + [None] * (lines.shape[1] - 1)
+        cost_axes.semilogy(epochs, lines, color=colour, alpha=0.7, label=labels)
+        accuracy_axes.plot([i] * len(of_seeds), of_seeds, "o", color=colour, alpha=0.7)
+        mean, deviation = np.mean(of_seeds), np.std(of_seeds, ddof=1)
+        accuracy_axes.errorbar(i + 0.15, mean, deviation, fmt="s", color=colour, capsize=4)
+    cost_axes.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training")
+    cost_axes.legend()
+    accuracy_axes.set(ylabel="test accuracy", title="Test: each seed, mean and standard deviation", xlim=(-0.5, 1.5))
+    accuracy_axes.set_xticks(range(len(accuracies)), list(accuracies))
+    steps = range(1, len(distances) + 1)
+    points = {"marker": ".", "linestyle": "none", "markersize": 2}
+    drift_axes.semilogy(steps, distances, color="#555555", label="weights, relative to how far they moved")
+    drift_axes.semilogy(steps, cost_differences, color=COLOURS["cnn-jax"], label="cost", **points)
+    drift_axes.semilogy(
+        steps, pytorch_cost_differences, color=COLOURS["PyTorch"], label="cost, PyTorch against itself", **points
     )
-    apart.set(xlabel="step", ylabel="difference", title="From equal weights and order")
-    apart.legend()
+    drift_axes.set(xlabel="step", ylabel="difference", title="From equal weights and order")
+    drift_axes.legend()
     _save(figure, file)
 
 
@@ -69,22 +82,29 @@ def save_axes(axes: Axes, file: Path) -> None:
     plt.close(figure)
 
 
-def plot_benchmark(result: dict, file: Path) -> None:
-    """Draw a benchmark's milliseconds a step, a bar a form with its quartiles, and the machine's floor."""
-    measured = {name: form for name, form in result["forms"].items() if "error" not in form}
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(measured) + 1.5), layout="constrained")
-    for place, (name, form) in enumerate(measured.items()):
-        spread = [[form["milliseconds"] - form["low"]], [form["high"] - form["milliseconds"]]]
-        colour = next((COLOURS[side] for side in COLOURS if name.startswith(side)), "#8d99ae")
-        bar = axes.barh(place, form["milliseconds"], xerr=spread, color=colour, capsize=3)
+def plot_benchmark(
+    timings: Sequence[tuple[str, str, float, float, float]], file: Path, *, floor: float, title: str
+) -> None:
+    """Draw the milliseconds per step of each variant as a bar with its quartiles, and the machine's floor.
+
+    Args:
+      timings: For each variant its name, its framework, and the first quartile, median and third quartile.
+      file: Where the picture goes.
+      floor: The least milliseconds that a step can take.
+      title: What the steps ran on.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(timings) + 1.5), layout="constrained")
+    for i, (_, framework, low, median, high) in enumerate(timings):
+        colour = COLOURS.get(framework, "#8d99ae")
+        bar = axes.barh(i, median, xerr=[[median - low], [high - median]], color=colour, capsize=3)
         axes.bar_label(bar, fmt="%.3g", padding=6)
-    # One form takes thirty times as long as the others: on a linear scale it alone would be seen.
+    # On a linear scale, one slow variant would make all the others look alike.
     axes.set_xscale("log")
     axes.margins(x=0.1)
-    axes.axvline(result["floor"]["milliseconds"], color="#555555", linestyle="--", label="floor, float32")
-    axes.set_yticks(range(len(measured)), list(measured))
+    axes.axvline(floor, color="#555555", linestyle="--", label="floor, float32")
+    axes.set_yticks(range(len(timings)), [name for name, *_ in timings])
     axes.invert_yaxis()
-    axes.set(xlabel="milliseconds a step of 100 images, logarithmic", title=result["device"])
+    axes.set(xlabel="milliseconds per step of 100 images, logarithmic", title=title)
     axes.legend()
     _save(figure, file)
 

@@ -1,14 +1,13 @@
-"""A training step of this network in every form, measured in turn within one run, and what the machine allows."""
+"""A training step of this network in each variant, all measured in turn within one run, and the machine's limit."""
 
-import importlib.metadata
+import contextlib
+import dataclasses
 import json
 import os
-import platform
 import random
 import re
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,168 +17,263 @@ import numpy as np
 from cnn_jax.analysis.plots import plot_benchmark
 from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
-from cnn_jax.pytorch.variants import BATCH_SIZE, ENVIRONMENT, FORMS, is_torch
-from cnn_jax.runtime.devices import describe_machine
-from cnn_jax.runtime.display import Display, describe_seconds
-from cnn_jax.runtime.errors import StorageError
+from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_worker, time_variant
+from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
+from cnn_jax.runtime.devices import describe_machine, versions
+from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
 
-STEPS_A_ROUND = 16
+STEPS_PER_ROUND = 16
 STEPS_OF_15_EPOCHS = 9000
-# Bytes that a step moves at least, a weight: it is read and written with Adam's two moments, its gradient is both.
-BYTES_A_WEIGHT = 4 * 8
+# Bytes that a step moves per weight, at least: it reads and writes the weight and Adam's two moments, and writes and
+# reads the gradient.
+BYTES_PER_WEIGHT = 4 * 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """The least time that a step in float32 takes on this machine.
+
+    Attributes:
+      flops: Floating-point operations of a step's matrix products.
+      bytes: Bytes that a step moves at least.
+      flops_per_second: Measured on float32 matrix products, the best of three shapes.
+      bytes_per_second: Measured on a copy.
+      milliseconds: The larger of the two quotients.
+    """
+
+    flops: int
+    bytes: int
+    flops_per_second: float
+    bytes_per_second: float
+    milliseconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What was measured of one variant.
+
+    Attributes:
+      framework: As in `Variant`, and so `dtype`.
+      dtype: The operands' type.
+      import_seconds: As in `Startup`, and so the next two.
+      load_seconds: Loading the data set.
+      first_step_seconds: The first step, compilation included.
+      peak_bytes: The process's peak memory.
+      milliseconds: Per step, the median of the rounds.
+      low: Their first quartile.
+      high: Their third quartile.
+      all: Each round's.
+    """
+
+    framework: str
+    dtype: str
+    import_seconds: float
+    load_seconds: float
+    first_step_seconds: float
+    peak_bytes: int
+    milliseconds: float
+    low: float
+    high: float
+    all: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkResult:
+    """A whole benchmark, as its JSON file holds it.
+
+    Attributes:
+      date: The day, such as 2026-11-25.
+      machine: The processor and its cores.
+      device: What the steps ran on.
+      versions: The version of each package.
+      rounds: How often each variant was measured.
+      steps_per_round: Steps per measurement.
+      floor: The machine's limit.
+      variants: The measurements of each variant by its name.
+      left_out: Why a variant could not run here, by its name.
+    """
+
+    date: str
+    machine: str
+    device: str
+    versions: dict[str, str]
+    rounds: int
+    steps_per_round: int
+    floor: Floor
+    variants: dict[str, Timing]
+    left_out: dict[str, str]
 
 
 def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> None:
-    """Measure every form and write the table, the JSON and the plot."""
+    """Measure every variant and write the table, the JSON and the plot."""
     display = Display()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared by all the processes
-    load_dataset("mnist", None, data_dir)  # prepares it: loading is timed as it is ever after
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share a GPU's memory
+    load_dataset("mnist", None, data_dir)  # prepares it, so that each process only loads it
     floor = measure_floor()
-    display.say(f"floor: {floor['milliseconds']:.2f} ms a step")
-    forms = [form for form in FORMS if "CUDA" not in form or jax.default_backend() == "gpu"]
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(),
-        "device": _device_name(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "rounds": rounds,
-        "steps_a_round": STEPS_A_ROUND,
-        "floor": floor,
-        "forms": _measure_in_turn(forms, rounds, data_dir, display),
-    }
-    name = re.sub(r"[^\w]+", "-", f"{result['device']}-{result['date']}").strip("-").lower()
+    display.say(f"floor: {floor.milliseconds:.2f} ms per step")
+    has_gpu = jax.default_backend() == "gpu"
+    timings, left_out = _measure_in_turn(
+        [variant for variant in VARIANTS if has_gpu or not variant.needs_gpu], rounds, data_dir, display
+    )
+    result = BenchmarkResult(
+        date=time.strftime("%Y-%m-%d"),
+        machine=describe_machine(),
+        device=_device_name(),
+        versions=versions(*PACKAGES),
+        rounds=rounds,
+        steps_per_round=STEPS_PER_ROUND,
+        floor=floor,
+        variants=timings,
+        left_out=left_out,
+    )
+    name = re.sub(r"[^\w]+", "-", f"{result.device}-{result.date}").strip("-").lower()
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (output / f"{name}.md").write_text(to_markdown(result, plot=f"{name}.png"))
-    plot_benchmark(result, output / f"{name}.png")
-    display.say(to_markdown(result, plot=f"{name}.png"))
+    (output / f"{name}.json").write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    display.say(write_report(result, output / f"{name}.md"))
     display.say(f"written to {output / name}.md")
 
 
-def measure_floor() -> dict[str, float]:
-    """Return what this machine needs at the least for a step in float32.
+def read_result(file: Path) -> BenchmarkResult:
+    """Read the JSON file of a benchmark."""
+    content = json.loads(file.read_text())
+    content["floor"] = Floor(**content["floor"])
+    content["variants"] = {name: Timing(**timing) for name, timing in content["variants"].items()}
+    return BenchmarkResult(**content)
 
-    Returns:
-      `flops` and `bytes` of a step, the measured `flops_per_second` of float32 matrix products (the best of three
-      shapes) and `bytes_per_second` of a copy, and `milliseconds`, the larger of the two quotients.
-    """
+
+def measure_floor() -> Floor:
+    """Measure the least time that this machine needs for a step in float32."""
     block_1, block_2, fc = (2 * BATCH_SIZE * n for n in (28 * 28 * 9 * 32, 14 * 14 * 288 * 64, 3136 * 10))
     flops = 2 * block_1 + 3 * block_2 + 3 * fc  # block 1 needs no gradient with respect to the images
-    moved = BYTES_A_WEIGHT * 50_186 + BATCH_SIZE * 28 * 28
+    moved = BYTES_PER_WEIGHT * 50_186 + BATCH_SIZE * 28 * 28
     multiply = jax.jit(lambda left, right: jnp.matmul(left, right, precision="highest"))
     rates = []
     for m, k, n in ((19_600, 288, 64), (19_600, 64, 288), (2048, 2048, 2048)):
         left, right = jnp.ones((m, k), jnp.float32), jnp.ones((k, n), jnp.float32)
-        rates.append(2 * m * k * n / _fastest(lambda left=left, right=right: multiply(left, right).block_until_ready()))
+        rates.append(2 * m * k * n / _fastest(multiply, left, right))
     source = jnp.ones(2**26, jnp.float32)
-    copy = jax.jit(lambda array: array + 1)
-    bandwidth = 2 * source.nbytes / _fastest(lambda: copy(source).block_until_ready())
-    return {
-        "flops": flops,
-        "bytes": moved,
-        "flops_per_second": max(rates),
-        "bytes_per_second": bandwidth,
-        "milliseconds": 1e3 * max(flops / max(rates), moved / bandwidth),
-    }
+    bandwidth = 2 * source.nbytes / _fastest(jax.jit(lambda array: array + 1), source)
+    return Floor(
+        flops=flops,
+        bytes=moved,
+        flops_per_second=max(rates),
+        bytes_per_second=bandwidth,
+        milliseconds=1e3 * max(flops / max(rates), moved / bandwidth),
+    )
 
 
-def _fastest(function, repeats=10):
-    function()
+def _fastest(function, *arguments, repeats: int = 10) -> float:
+    """Return the seconds of the fastest call; the first one, which compiles, does not count."""
+    function(*arguments).block_until_ready()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        function()
+        function(*arguments).block_until_ready()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def _measure_in_turn(forms, rounds, data_dir, display):
-    processes, measured = {}, {}
-    try:
-        for form in forms:
-            display.say(f"starting: {form}")
-            processes[form] = _start(form, data_dir)
-            measured[form] = _answer_of(processes[form], form)
-            if "error" in measured[form]:
-                display.say(f"left out: {form} ({measured[form]['error']})")
-                processes.pop(form).wait()
-        times = {form: [] for form in processes}
+def _measure_in_turn(
+    variants: Sequence[Variant], rounds: int, data_dir: Path | None, display: Display
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Return each variant's timing by its name, and of those that cannot run here, why."""
+    started, left_out = [], {}
+    with contextlib.ExitStack() as stack:
+        for variant in variants:
+            display.say(f"starting: {variant.name}")
+            # Without JAX's cache: what is measured is the first start of all, when nothing has been compiled yet.
+            environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **variant.environment}
+            name = f"the process of {variant.name}"
+            worker = stack.enter_context(
+                start_worker(time_variant, variant, data_dir, name=name, environment=environment)
+            )
+            startup = worker.receive()
+            if isinstance(startup, StartupFailure):
+                left_out[variant.name] = startup.error
+                display.say(f"left out: {variant.name} ({startup.error})")
+            else:
+                started.append((variant, worker, startup, []))
         for number in range(rounds):
             display.say(f"round {number + 1} of {rounds}")
-            # In another order each time: no form always follows the same one.
-            for form in random.sample(list(processes), len(processes)):
-                processes[form].stdin.write(f"{STEPS_A_ROUND}\n")
-                processes[form].stdin.flush()
-                answer = _answer_of(processes[form], form)
-                times[form].append(answer["milliseconds"])
-                measured[form]["peak_bytes"] = answer["peak_bytes"]
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
-    for form, values in times.items():
-        low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-        measured[form] |= {"milliseconds": median, "low": low, "high": high, "all": values}
-    return measured
+            # In a new order each time, so that no variant always follows the same one.
+            for _, worker, _, measured in random.sample(started, len(started)):
+                worker.send(STEPS_PER_ROUND)
+                measured.append(worker.receive())
+    return {variant.name: _timing(variant, startup, measured) for variant, _, startup, measured in started}, left_out
 
 
-def _start(form, data_dir):
-    call = f"from cnn_jax.pytorch.variants import serve; serve({form!r}, {data_dir and str(data_dir)!r})"
-    # Without JAX's cache: what is measured is the first start of all.
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"} | ENVIRONMENT.get(form, {})
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", call], **pipes, env=environment)
+def _timing(variant: Variant, startup: Startup, measured: Sequence[Round]) -> Timing:
+    milliseconds = [each.milliseconds for each in measured]
+    low, median, high = np.quantile(milliseconds, (0.25, 0.5, 0.75)).tolist()
+    return Timing(
+        framework=variant.framework,
+        dtype=variant.dtype,
+        **startup._asdict(),
+        peak_bytes=measured[-1].peak_bytes,
+        milliseconds=median,
+        low=low,
+        high=high,
+        all=milliseconds,
+    )
 
 
-def _answer_of(process, form):
-    line = process.stdout.readline()
-    if not line:
-        raise StorageError(f"the process of {form} ended with exit code {process.wait()}; its own message is above")
-    return json.loads(line)
-
-
-def _device_name():
+def _device_name() -> str:
     device = jax.devices()[0]
     return describe_machine() if device.platform == "cpu" else device.device_kind
 
 
-def to_markdown(result: dict, *, plot: str) -> str:
+def write_report(result: BenchmarkResult, file: Path) -> str:
+    """Write the benchmark as Markdown, and its plot under the same name; return the Markdown."""
+    plot = file.with_suffix(".png")
+    text = to_markdown(result, plot=plot.name)
+    file.write_text(text)
+    timings = [(name, each.framework, each.low, each.milliseconds, each.high) for name, each in result.variants.items()]
+    plot_benchmark(timings, plot, floor=result.floor.milliseconds, title=result.device)
+    return text
+
+
+def to_markdown(result: BenchmarkResult, *, plot: str) -> str:
     """Return the benchmark as Markdown; `plot` is the picture's file name."""
-    floor = result["floor"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    left_out = [f"Left out: {name} ({form['error']})." for name, form in result["forms"].items() if "error" in form]
+    floor = result.floor
+    package_versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return "\n".join(
         [
-            f"# A training step of {BATCH_SIZE} images",
+            f"# Time of a training step of {BATCH_SIZE} images",
             "",
             speed_table(result),
             "",
-            *left_out,
-            f"Median and quartiles of {result['rounds']} rounds of {result['steps_a_round']} steps, all forms in turn "
-            "within one run, each in a process of its own. Memory kept: glibc's allocator is told not to give memory "
-            "back to the system after each step, the best that we found for PyTorch on a CPU. The floor is "
-            f"{floor['milliseconds']:.1f} ms: {floor['flops'] / 1e9:.2f} GFLOP at the "
-            f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s that a float32 matrix product reaches here (memory, at "
-            f"{floor['bytes_per_second'] / 1e9:.0f} GB/s, is no limit). Import: PyTorch alone, or all of cnn-jax. "
-            "First step: in a new process, compiling included, nothing cached. 15 epochs: import, loading, first step "
-            "and 8,999 medians. Memory is the process's peak. One of 8 seeds: a step of one where a program trains 8.",
+            *[f"Left out: {name} ({error})." for name, error in result.left_out.items()],
+            f"Median and quartiles of {result.rounds} rounds of {result.steps_per_round} steps. Each variant runs in "
+            "its own process, and all are measured in turn within one run. *Memory kept* means that two environment "
+            "variables keep glibc's allocator from returning memory to the system after each step, the fastest setting "
+            "that we found for PyTorch on a CPU. *One of 8 seeds* is the time per seed in a program that trains 8.",
             "",
-            f"![milliseconds a step of each form]({plot})",
+            f"The floor, {floor.milliseconds:.1f} ms, is the time that the step's matrix products alone would take: "
+            f"{floor.flops / 1e9:.2f} GFLOP at {floor.flops_per_second / 1e9:.0f} GFLOP/s, the speed measured here for "
+            f"float32 matrix products. Memory, at {floor.bytes_per_second / 1e9:.0f} GB/s, is not the limit.",
             "",
-            f"{result['device']}; {versions}; {result['date']}.",
+            "Import is that of PyTorch alone, or of all of cnn-jax. The first step is that of a new process, with "
+            "compilation and without a cache. 15 epochs are import, loading, the first step and 8,999 median steps. "
+            "Memory is the process's peak.",
+            "",
+            f"![milliseconds per step of each variant]({plot})",
+            "",
+            f"{result.device}; {package_versions}; {result.date}.",
             "",
         ]
     )
 
 
-def speed_table(result: dict) -> str:
-    """Return the table of the forms, as Markdown."""
-    measured = {form: values for form, values in result["forms"].items() if "error" not in values}
-    best = min(values["milliseconds"] for form, values in measured.items() if is_torch(form) and "bfloat16" not in form)
+def speed_table(result: BenchmarkResult) -> str:
+    """Return the table of the variants, as Markdown."""
+    best = min(
+        timing.milliseconds
+        for timing in result.variants.values()
+        if timing.framework == "PyTorch" and timing.dtype == "float32"
+    )
     header = (
-        "form",
-        "ms a step",
+        "variant",
+        "ms per step",
         "images/s",
         "best float32 PyTorch = 1",
         "floor",
@@ -188,21 +282,20 @@ def speed_table(result: dict) -> str:
         "15 epochs",
         "memory",
     )
-    rows = [header, ("---",) * len(header)]
-    for form, values in measured.items():
-        milliseconds = values["milliseconds"]
-        start = values["import_seconds"] + values["load_seconds"] + values["first_step_seconds"]
+    rows = []
+    for name, timing in result.variants.items():
+        start = timing.import_seconds + timing.load_seconds + timing.first_step_seconds
         rows.append(
             (
-                form,
-                f"{milliseconds:.1f} ({values['low']:.1f} to {values['high']:.1f})",
-                f"{1e3 * BATCH_SIZE / milliseconds:,.0f}",
-                f"{best / milliseconds:.2f}",
-                f"{result['floor']['milliseconds'] / milliseconds:.0%}",
-                describe_seconds(values["import_seconds"]),
-                describe_seconds(values["first_step_seconds"]),
-                describe_seconds(start + (STEPS_OF_15_EPOCHS - 1) * milliseconds / 1e3),
-                f"{values['peak_bytes'] / 2**20:,.0f} MiB",
+                name,
+                f"{timing.milliseconds:.1f} ({timing.low:.1f} to {timing.high:.1f})",
+                f"{1e3 * BATCH_SIZE / timing.milliseconds:,.0f}",
+                f"{best / timing.milliseconds:.2f}",
+                f"{result.floor.milliseconds / timing.milliseconds:.0%}",
+                describe_seconds(timing.import_seconds),
+                describe_seconds(timing.first_step_seconds),
+                describe_seconds(start + (STEPS_OF_15_EPOCHS - 1) * timing.milliseconds / 1e3),
+                f"{timing.peak_bytes / 2**20:,.0f} MiB",
             )
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(header, rows)

@@ -1,6 +1,7 @@
 """How closely both frameworks compute the same function, from equal weights and an equal order of the images."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +16,21 @@ from cnn_jax.core.training import batch_indices, create_train_state, make_keys, 
 from cnn_jax.data.dataset import Dataset, scale_pixels
 from cnn_jax.inference.torch_layout import params_to_torch
 from cnn_jax.pytorch.tutorial import TutorialCNN, make_step
-
-BATCH_SIZE = 100
-LEARNING_RATE = 0.001
+from cnn_jax.pytorch.variants import BATCH_SIZE, LEARNING_RATE, make_flax_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Differences between the two frameworks, in float32 unless said.
+    """Differences between the two frameworks, in float32 unless stated otherwise.
 
     Attributes:
-      logits: The largest of a batch, absolute.
-      gradients: For each weight, the largest of its gradient, relative to the gradient's largest entry.
-      costs: Of each Adam step's loss, absolute.
-      distances: After each step, the L2 distance between all weights relative to the way they have come from the
-        start.
-      pytorch_costs: Of each Adam step's loss between PyTorch and PyTorch in another memory format: how far rounding
-        alone parts two runs.
-      float64_costs: Of each Adam step's loss where both compute in float64, in which rounding is too small to show.
+      logits: The largest absolute difference in a batch.
+      gradients: For each weight, the largest difference relative to the gradient's largest entry.
+      costs: At each Adam step, the absolute difference of the losses.
+      distances: After each step, the L2 distance between all weights, relative to their distance from the initial ones.
+      pytorch_costs: At each Adam step, the absolute difference of the losses between PyTorch and PyTorch in another
+        memory format: how far rounding alone separates two runs.
+      float64_costs: At each Adam step, the absolute difference of the losses in float64, where rounding is negligible.
     """
 
     logits: float
@@ -48,8 +46,8 @@ def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps:
 
     Args:
       dataset: MNIST.
-      seed: Of the weights that both start from and of the order in which both see the images.
-      steps: Adam steps in float32, at most an epoch.
+      seed: Seeds the initial weights and the shuffling, which both frameworks share.
+      steps: Adam steps in float32, at most one epoch.
       float64_steps: Adam steps in float64, at most as many.
     """
     init_key, order_key, _ = make_keys(seed)
@@ -77,7 +75,11 @@ def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps:
     )
 
 
-def _logits_and_gradients(params, model, images, labels):
+def _logits_and_gradients(
+    params: dict, model: TutorialCNN, images: np.ndarray, labels: np.ndarray
+) -> tuple[float, dict[str, float]]:
+    """Return the largest difference of the logits, and of each weight's gradient, as in `Agreement`."""
+
     @jax.jit
     def forward_and_backward(params, images, labels):
         def loss_fn(params):
@@ -96,21 +98,13 @@ def _logits_and_gradients(params, model, images, labels):
     }
 
 
-def _float64_costs(params, start, batches):
+def _float64_costs(
+    params: dict, start: dict[str, np.ndarray], batches: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[float]:
+    """Return the differences of the losses in float64, from the same weights in Flax's and in PyTorch's layout."""
     torch_step = make_step(make_torch_network(start).double(), "eager", torch.device("cpu"), LEARNING_RATE)
     optimizer = optax.adam(LEARNING_RATE)
-    model = CNN(dtype=jnp.float64)
-
-    @jax.jit
-    def step(params, opt_state, images, labels):
-        def loss_fn(params):
-            logits = model.apply({"params": params}, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        loss, gradients = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = optimizer.update(gradients, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
-
+    step = make_flax_step(CNN(dtype=jnp.float64), optimizer)
     differences = []
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
@@ -125,19 +119,20 @@ def _float64_costs(params, start, batches):
 
 
 def make_torch_network(tensors: dict[str, np.ndarray]) -> TutorialCNN:
-    """Return the tutorial's network with the given weights, which are copied."""
+    """Return the tutorial's network with a copy of the given weights."""
     model = TutorialCNN()
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
     return model
 
 
 def to_torch_images(images: np.ndarray) -> torch.Tensor:
-    """Turn images (N, H, W, C), uint8, into what the tutorial feeds: (N, C, H, W), float32 in [0, 1]."""
+    """Convert images (N, H, W, C), uint8, to the tutorial's input, (N, C, H, W), float32 in [0, 1]."""
     return torch.from_numpy(scale_pixels(images).transpose(0, 3, 1, 2).copy())
 
 
-def _distance(ours, model, start):
+def _distance(ours: dict[str, np.ndarray], model: TutorialCNN, start: dict[str, np.ndarray]) -> float:
+    """Return the L2 distance between our weights and the model's, relative to the model's from the initial ones."""
     theirs = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
-    apart = sum(float(np.sum((ours[name] - theirs[name]) ** 2, dtype=np.float64)) for name in start)
-    come = sum(float(np.sum((start[name] - theirs[name]) ** 2, dtype=np.float64)) for name in start)
-    return (apart / come) ** 0.5
+    difference = sum(float(np.sum((ours[name] - theirs[name]) ** 2, dtype=np.float64)) for name in start)
+    movement = sum(float(np.sum((start[name] - theirs[name]) ** 2, dtype=np.float64)) for name in start)
+    return (difference / movement) ** 0.5

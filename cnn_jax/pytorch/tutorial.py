@@ -1,9 +1,9 @@
-"""The tutorial's network and its training in PyTorch, in the forms that it is compared in."""
+"""The tutorial's network and its training in PyTorch, in each variant that is compared."""
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import nn
 
 from cnn_jax.data.dataset import Dataset
 
-Form = Literal["eager", "channels_last", "bfloat16", "compiled", "cuda_graph"]
+StepVariant = Literal["eager", "channels_last", "bfloat16", "compiled", "cuda_graph"]
 
 
 class TutorialCNN(nn.Module):
@@ -58,46 +58,46 @@ def default_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def make_step(
-    model: nn.Module, form: Form, device: torch.device, learning_rate: float = 0.001
+    model: nn.Module, variant: StepVariant, device: torch.device, learning_rate: float = 0.001
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the tutorial's training step in a form.
+    """Return the tutorial's training step in a variant.
 
     Args:
       model: The network, on the device.
-      form: `eager` as written; `channels_last` the same in that memory format; `bfloat16` with autocast too;
-        `compiled` by torch.compile; `cuda_graph` replays one recorded step, on a GPU only.
-      device: Where it runs.
-      learning_rate: Adam's step size.
+      variant: `eager` is the step as written; the others use the channels_last memory format, and in addition
+        `bfloat16` uses autocast, `compiled` torch.compile, and `cuda_graph`, on a GPU only, replays a recorded step.
+      device: Where the step runs.
+      learning_rate: Adam's.
 
     Returns:
-      A function of images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64, that takes one step and returns
-      the batch's mean loss before it.
+      A function of images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64. It takes one step and returns the
+      batch's mean loss before it.
     """
-    if form != "eager":
+    if variant != "eager":
         model.to(memory_format=torch.channels_last)
-    capturable = form == "cuda_graph"
+    capturable = variant == "cuda_graph"
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=capturable)
     criterion = nn.CrossEntropyLoss()
-    forward = torch.compile(model) if form == "compiled" else model
+    forward = torch.compile(model) if variant == "compiled" else model
 
     def step(images, labels):
         optimizer.zero_grad(set_to_none=not capturable)
-        with torch.autocast(device.type, torch.bfloat16) if form == "bfloat16" else contextlib.nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if variant == "bfloat16" else contextlib.nullcontext():
             cost = criterion(forward(images), labels)
         cost.backward()
         optimizer.step()
         return cost.detach()
 
-    return _record_step(step, device) if form == "cuda_graph" else step
+    return _record_step(step, device) if variant == "cuda_graph" else step
 
 
-def _record_step(step, device):
+def _record_step(step: Callable, device: torch.device) -> Callable:
     """Record a step of 100 images as a CUDA graph and return a function that replays it."""
     images = torch.zeros(100, 1, 28, 28, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(100, dtype=torch.int64, device=device)
@@ -121,7 +121,7 @@ def _record_step(step, device):
 
 
 def make_loop_as_written(dataset: Dataset, batch_size: int) -> Callable[[int], None]:
-    """Return a function that runs a number of steps of the tutorial's own loop, a DataLoader in front of each."""
+    """Return a function that runs a number of steps of the tutorial's own loop, with its DataLoader."""
     device = default_device()
     torch.manual_seed(0)
     step = make_step(TutorialCNN().to(device), "eager", device)
@@ -138,15 +138,15 @@ def make_loop_as_written(dataset: Dataset, batch_size: int) -> Callable[[int], N
     return run
 
 
-def make_loop(dataset: Dataset, form: Form, batch_size: int) -> Callable[[int], None]:
-    """Return a function that runs a number of steps in a form of `make_step`, with nothing in front of them.
+def make_loop(dataset: Dataset, variant: StepVariant, batch_size: int) -> Callable[[int], None]:
+    """Return a function that runs a number of steps in a variant of `make_step`, without a data loader.
 
-    The images are scaled beforehand and kept on the device: no loader stands between PyTorch and its fastest.
+    The images are scaled beforehand and kept on the device, so that nothing slows PyTorch down.
     """
     device = default_device()
     torch.manual_seed(0)
-    step = make_step(TutorialCNN().to(device), form, device)
-    memory_format = torch.contiguous_format if form == "eager" else torch.channels_last
+    step = make_step(TutorialCNN().to(device), variant, device)
+    memory_format = torch.contiguous_format if variant == "eager" else torch.channels_last
     images = _scaled(dataset.train_images).to(device)
     labels = torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device)
     batches = _endlessly(lambda: _shuffled_batches(len(labels), batch_size, device))
@@ -160,20 +160,20 @@ def make_loop(dataset: Dataset, form: Form, batch_size: int) -> Callable[[int], 
     return run
 
 
-def _endlessly(make_epoch):
+def _endlessly(make_epoch: Callable[[], Iterable]) -> Iterator:
     while True:
         yield from make_epoch()
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchRun:
-    """How a training in PyTorch went.
+    """The results of a training in PyTorch.
 
     Attributes:
       costs: Mean of the batch losses of each epoch.
-      accuracy: Of the test images on pixels in [0, 1], a fraction.
-      unscaled_accuracy: The same on pixels in 0..255, as the tutorial tests.
-      seconds: Spent on the first step (`starting`), on the others (`training`) and on both tests (`testing`).
+      accuracy: On the test images with pixels in [0, 1], a fraction.
+      unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
+      seconds: Time of the first step (`compiling`), of the others (`training`) and of both tests (`testing`).
     """
 
     costs: list[float]
@@ -183,36 +183,34 @@ class TorchRun:
 
 
 def train_torch(
-    dataset: Dataset, *, seed: int, epochs: int, batch_size: int, learning_rate: float, say: Callable[[str], None]
+    dataset: Dataset, *, seed: int, epochs: int, batch_size: int, learning_rate: float, report: Callable[[str], None]
 ) -> TorchRun:
-    """Train the tutorial's network in PyTorch's channels_last form, from its own seed, and test it both ways.
+    """Train the tutorial's network in PyTorch with channels_last, and test it on scaled and on unscaled pixels.
 
     Args:
       dataset: MNIST.
-      seed: For PyTorch's generator: the initial weights and the order of the images.
+      seed: Seeds PyTorch's generator, which draws the initial weights and the shuffling.
       epochs: Passes over the training set.
-      batch_size: Images a step.
-      learning_rate: Adam's step size.
-      say: Takes a line after each epoch.
+      batch_size: Images per step.
+      learning_rate: Adam's.
+      report: Gets one line after each epoch.
     """
     device = default_device()
     torch.manual_seed(seed)
     model = TutorialCNN().to(device)
     step = make_step(model, "channels_last", device, learning_rate)
-    images, labels = (
-        _scaled(dataset.train_images).to(device),
-        torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device),
-    )
-    costs, seconds = [], {"starting": 0.0, "training": 0.0, "testing": 0.0}
+    images = _scaled(dataset.train_images).to(device)
+    labels = torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device)
+    costs, seconds = [], {"compiling": 0.0, "training": 0.0, "testing": 0.0}
     for epoch in range(epochs):
         epoch_costs = []
         for batch in _shuffled_batches(len(labels), batch_size, device):
             start = time.perf_counter()
             epoch_costs.append(step(images[batch].contiguous(memory_format=torch.channels_last), labels[batch]).item())
-            part = "starting" if epoch == 0 and len(epoch_costs) == 1 else "training"
+            part = "compiling" if epoch == 0 and len(epoch_costs) == 1 else "training"
             seconds[part] += time.perf_counter() - start
         costs.append(float(np.mean(epoch_costs)))
-        say(f"pytorch, seed {seed}, epoch {epoch + 1}/{epochs}: cost {costs[-1]:.6f}")
+        report(f"pytorch, seed {seed}, epoch {epoch + 1}/{epochs}: cost {costs[-1]:.6f}")
     start = time.perf_counter()
     accuracy = torch_accuracy(model, dataset)
     unscaled_accuracy = torch_accuracy(model, dataset, maximum=1)
@@ -222,18 +220,21 @@ def train_torch(
 
 @torch.no_grad()
 def torch_accuracy(model: nn.Module, dataset: Dataset, *, maximum: int = 255) -> float:
-    """Return the fraction of the test images that a network gets right; `maximum` is the pixel value that becomes 1."""
+    """Return the fraction of the test images that a network classifies correctly.
+
+    `maximum` is the pixel value that becomes 1.
+    """
     device = next(model.parameters()).device
     images = _scaled(dataset.test_images, maximum).to(device)
     predicted = torch.cat([model(part).argmax(dim=1) for part in images.split(1000)]).cpu()
     return float((predicted.numpy() == dataset.test_labels).mean())
 
 
-def _scaled(images, maximum=255):
+def _scaled(images: np.ndarray, maximum: int = 255) -> torch.Tensor:
     return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(torch.float32) / maximum
 
 
 def _shuffled_batches(num_examples: int, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """The order of a DataLoader with shuffle=True and drop_last=True, from PyTorch's generator."""
+    """Yield each batch's indices as a DataLoader with shuffle=True and drop_last=True does."""
     order = torch.randperm(num_examples, device=device)
     yield from order[: num_examples // batch_size * batch_size].split(batch_size)

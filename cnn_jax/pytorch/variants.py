@@ -1,121 +1,172 @@
-"""A training step in every form that is compared, and the process that runs steps of one form when it is told to."""
+"""Each variant of a training step that is timed, in PyTorch, in plain Flax and in cnn-jax.
 
-import contextlib
-import json
-import resource
-import signal
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+The functions that make a variant import its framework: a process that times one framework has not loaded the other.
+"""
 
-from cnn_jax.data.dataset import Dataset, load_dataset
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from cnn_jax.data.dataset import Dataset, scale_pixels
+
+if TYPE_CHECKING:
+    from cnn_jax.pytorch.tutorial import StepVariant
 
 BATCH_SIZE = 100
+LEARNING_RATE = 0.001
 
-# What makes torch forms; `cnn_jax.pytorch.tutorial.make_step` describes each.
-TORCH_FORMS = {
-    "PyTorch, eager": "eager",
-    "PyTorch, channels_last": "channels_last",
-    "PyTorch, channels_last, memory kept": "channels_last",
-    "PyTorch, bfloat16 autocast": "bfloat16",
-    "PyTorch, torch.compile": "compiled",
-    "PyTorch, CUDA graph": "cuda_graph",
-}
-LOOP_AS_WRITTEN = "the tutorial's loop as written"
-PLAIN_FLAX = "plain Flax model"
-# The operands' dtype, and how many seeds are trained in one program.
-OUR_FORMS = {
-    "cnn-jax, float32": ("float32", 1),
-    "cnn-jax, bfloat16": ("bfloat16", 1),
-    "cnn-jax, one of 8 seeds": ("float32", 8),
-}
-FORMS = (LOOP_AS_WRITTEN, *TORCH_FORMS, PLAIN_FLAX, *OUR_FORMS)
+# glibc returns the memory of large arrays to the system after every step, and each page of it faults in the next one.
+# PyTorch's tuning guide advises another allocator against that; these two settings have the same effect. channels_last
+# then takes 20 ms per step in place of 25.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
-# glibc gives the memory of large arrays back to the system at every step and faults it in again at the next. Told to
-# keep it, as PyTorch's tuning guide advises by way of another allocator, channels_last takes 20 ms a step, not 25.
-ENVIRONMENT = {
-    "PyTorch, channels_last, memory kept": {
-        "MALLOC_TRIM_THRESHOLD_": str(2**32),
-        "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    }
-}
-
-Run = Callable[[int], None]
+RunSteps = Callable[[int], None]
 
 
-def is_torch(form: str) -> bool:
-    """Whether a form is PyTorch's."""
-    return form == LOOP_AS_WRITTEN or form in TORCH_FORMS
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to compute a training step of 100 images.
+
+    Attributes:
+      name: Its row in the table.
+      framework: What computes it.
+      make: Returns a function that runs a number of steps on a data set to their end, and continues in the data where
+        it stopped. It raises any exception where the machine lacks what the variant needs, such as a compiler.
+      environment: Environment variables that its process starts with.
+      needs_gpu: Whether it exists on a GPU only.
+      dtype: The operands of its convolutions.
+    """
+
+    name: str
+    framework: Literal["PyTorch", "Flax", "cnn-jax"]
+    make: Callable[[Dataset], RunSteps]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs_gpu: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def make_form(form: str, dataset: Dataset) -> Run:
-    """Return a function that runs a number of a form's steps to their end, going on in the data where it stopped.
+def make_tutorial_loop(dataset: Dataset) -> RunSteps:
+    """Make the tutorial's own loop, a DataLoader in front of each step."""
+    from cnn_jax.pytorch.tutorial import make_loop_as_written
+
+    return make_loop_as_written(dataset, BATCH_SIZE)
+
+
+def make_torch_loop(variant: "StepVariant", dataset: Dataset) -> RunSteps:
+    """Make a loop of PyTorch's step in a variant of `tutorial.make_step`."""
+    from cnn_jax.pytorch.tutorial import make_loop
+
+    return make_loop(dataset, variant, BATCH_SIZE)
+
+
+def make_flax_loop(dataset: Dataset) -> RunSteps:
+    """Make a loop as one first writes it in Flax: one jitted step after another."""
+    import jax
+    import optax
+
+    from cnn_jax.core.model import PlainCNN
+
+    model, optimizer = PlainCNN(), optax.adam(LEARNING_RATE)
+    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
+    params = jax.jit(model.init)(jax.random.key(0), scale_pixels(images[:1]))["params"]
+    opt_state = optimizer.init(params)
+    step = make_flax_step(model, optimizer)
+    order = np.random.default_rng(0).permutation(len(labels))
+    batches = order[: len(order) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
+    taken = 0
+
+    def run(steps: int) -> None:
+        nonlocal params, opt_state, taken
+        for _ in range(steps):
+            batch = batches[taken % len(batches)]
+            taken += 1
+            params, opt_state, loss = step(params, opt_state, scale_pixels(images[batch]), labels[batch])
+        loss.block_until_ready()
+
+    return run
+
+
+def make_flax_step(model, optimizer) -> Callable:
+    """Return the tutorial's training step for a Flax model and an Optax optimiser.
+
+    It is a jitted function of the weights, the optimiser's state, pixels (N, H, W, C) in [0, 1] and labels (N,), and
+    returns the new weights and state, and the batch's mean loss before the step.
+    """
+    import jax
+    import optax
+
+    @jax.jit
+    def step(params, opt_state, pixels, labels):
+        def loss_fn(params):
+            logits = model.apply({"params": params}, pixels)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, gradients = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def make_cnn_jax_loop(dtype: str, seeds: int, dataset: Dataset) -> RunSteps:
+    """Make a loop of cnn-jax's steps in one compiled program, as a training runs them.
 
     Args:
-      form: One of `FORMS`.
+      dtype: The operands' type, `float32` or `bfloat16`.
+      seeds: How many seeds the program trains; the steps are divided among them.
       dataset: MNIST.
-
-    Raises:
-      Exception: of whatever kind, where this machine lacks what the form needs: a compiler, a GPU.
     """
-    # Imported here: a process that measures one framework has not loaded the other.
-    if is_torch(form):
-        from cnn_jax.pytorch.tutorial import make_loop, make_loop_as_written
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
 
-        if form == LOOP_AS_WRITTEN:
-            return make_loop_as_written(dataset, BATCH_SIZE)
-        return make_loop(dataset, TORCH_FORMS[form], BATCH_SIZE)
-    from cnn_jax.pytorch.jax_loops import make_compiled_loop, make_plain_loop
+    from cnn_jax.core.model import CNN
+    from cnn_jax.core.recipes import tutorial
+    from cnn_jax.core.sharding import create_states, epoch_orders, make_mesh, place, run_steps_of_seeds, seed_keys
 
-    if form == PLAIN_FLAX:
-        return make_plain_loop(dataset, BATCH_SIZE)
-    dtype, seeds = OUR_FORMS[form]
-    return make_compiled_loop(dataset, dtype, BATCH_SIZE, seeds)
+    mesh = make_mesh(seeds)
+    init_keys, order_keys, augment_keys = seed_keys(np.arange(seeds, dtype=np.uint32), mesh)
+    images, labels = place((dataset.train_images, dataset.train_labels), mesh, P())
+    orders = epoch_orders(order_keys, 0, num_examples=len(labels), batch_size=BATCH_SIZE, mesh=mesh)
+    states = create_states(init_keys, CNN(dtype=jnp.dtype(dtype)), (28, 28, 1), tutorial(LEARNING_RATE), mesh)
+    group = None if jax.default_backend() == "cpu" else seeds
+    first = 0
 
+    def run(steps: int) -> None:
+        nonlocal states, first
+        steps = max(1, steps // seeds)
+        if first + steps > orders.shape[1]:
+            first = 0
+        states, losses = run_steps_of_seeds(
+            states, images, labels, orders, augment_keys, first, first + steps, mesh=mesh, group=group
+        )
+        first += steps
+        losses.block_until_ready()
 
-def serve(form: str, data_dir: str | None) -> None:
-    """Run a form's steps: what a process that `benchmark` starts does.
-
-    Prints, each as a line of JSON, how it started (`import_seconds`, `load_seconds`, `first_step_seconds`), or the
-    `error` that kept it from starting; then, for each number read from stdin, the `milliseconds` a step of so many
-    steps and the process's `peak_bytes` until then.
-    """
-    # A terminal's Ctrl-C reaches every process: the one that asks ends, and with it the pipe that this one reads.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
-        begin = time.perf_counter()
-        __import__("torch" if is_torch(form) else "cnn_jax.runs.train")
-        imported = time.perf_counter()
-        dataset = load_dataset("mnist", None, data_dir and Path(data_dir))
-        loaded = time.perf_counter()
-        try:
-            run = make_form(form, dataset)
-            run(1)
-        except Exception as error:  # torch.compile needs a C++ compiler, a CUDA graph its driver: others still count
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        else:
-            failure = None
-        stepped = time.perf_counter()
-    if failure is not None:
-        _answer(error=failure)
-        return
-    _answer(import_seconds=imported - begin, load_seconds=loaded - imported, first_step_seconds=stepped - loaded)
-    for line in sys.stdin:
-        steps = int(line)
-        run(8)  # wakes the threads up and fills the caches
-        start = time.perf_counter()
-        run(steps)
-        _answer(milliseconds=1e3 * (time.perf_counter() - start) / steps, peak_bytes=_peak_bytes())
+    return run
 
 
-def _answer(**values):
-    print(json.dumps(values), flush=True)
+def _torch(name: str, variant: "StepVariant", **properties) -> Variant:
+    return Variant(name, "PyTorch", functools.partial(make_torch_loop, variant), **properties)
 
 
-def _peak_bytes():
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: on Linux its peak includes that of the process which started this one.
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+def _ours(name: str, dtype: str, seeds: int) -> Variant:
+    return Variant(name, "cnn-jax", functools.partial(make_cnn_jax_loop, dtype, seeds), dtype=dtype)
+
+
+VARIANTS = (
+    Variant("the tutorial's loop as written", "PyTorch", make_tutorial_loop),
+    _torch("PyTorch, eager", "eager"),
+    _torch("PyTorch, channels_last", "channels_last"),
+    _torch("PyTorch, channels_last, memory kept", "channels_last", environment=KEEP_MEMORY),
+    _torch("PyTorch, bfloat16 autocast", "bfloat16", dtype="bfloat16"),
+    _torch("PyTorch, torch.compile", "compiled"),
+    _torch("PyTorch, CUDA graph", "cuda_graph", needs_gpu=True),
+    Variant("plain Flax model", "Flax", make_flax_loop),
+    _ours("cnn-jax, float32", "float32", seeds=1),
+    _ours("cnn-jax, bfloat16", "bfloat16", seeds=1),
+    _ours("cnn-jax, one of 8 seeds", "float32", seeds=8),
+)

@@ -1,16 +1,20 @@
 """What the benchmark compares does the same work, and its table says what was measured."""
 
+import os
+import signal
+
 import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="needs the extra torch")
 
-from cnn_jax.core.model import CNN
+from cnn_jax.core.model import CNN, PlainCNN
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.pytorch.benchmark import measure_floor, speed_table
-from cnn_jax.pytorch.jax_loops import PlainCNN
-from cnn_jax.pytorch.variants import make_form
+from cnn_jax.pytorch.benchmark import BenchmarkResult, Floor, Timing, measure_floor, speed_table
+from cnn_jax.pytorch.processes import start_worker
+from cnn_jax.pytorch.variants import KEEP_MEMORY, VARIANTS
+from cnn_jax.runtime.errors import StorageError
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -24,39 +28,73 @@ def test_the_plain_flax_model_computes_what_ours_does():
 
 
 @pytest.mark.parametrize(
-    "name", ["the tutorial's loop as written", "PyTorch, channels_last", "cnn-jax, one of 8 seeds"]
+    "name", ["the tutorial's loop as written", "PyTorch, channels_last", "plain Flax model", "cnn-jax, one of 8 seeds"]
 )
-def test_a_form_runs_as_many_steps_as_asked_over_the_end_of_an_epoch(name, real_images):
+def test_a_variant_runs_as_many_steps_as_asked_over_the_end_of_an_epoch(name, real_images):
     images, labels = real_images
     small = Dataset("mnist", images[:500, :, :, np.newaxis], labels[:500].astype(np.int32), None, None, 10)
-    run = make_form(name, small)
+    (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    run = variant.make(small)
     for steps in (3, 3, 16, 24):
         run(steps)
 
 
+def send_environment(pipe, *names):
+    pipe.send([os.environ.get(name) for name in names])
+    pipe.send(pipe.recv() + 1)
+
+
+def test_a_measured_process_has_loaded_neither_framework_before_its_clock_starts(program):
+    code = "import sys, cnn_jax.pytorch.processes; print(sorted({'jax', 'torch', 'flax'} & sys.modules.keys()))"
+    out, err = program("-c", code).communicate(timeout=60)
+    assert out == "[]\n", err
+
+
+def test_a_process_starts_with_its_environment_and_answers_until_the_block_ends():
+    names = sorted(KEEP_MEMORY)
+    with start_worker(send_environment, *names, name="the process", environment=KEEP_MEMORY) as worker:
+        assert worker.receive() == [KEEP_MEMORY[name] for name in names]
+        worker.send(1)
+        assert worker.receive() == 2
+    assert not KEEP_MEMORY.keys() & os.environ.keys()
+    assert worker.process.exitcode is not None
+
+
+def die(pipe):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_ends_the_command_in_one_line_that_names_it():
+    with start_worker(die, name="the process of PyTorch, eager") as worker:
+        with pytest.raises(StorageError, match=r"^the process of PyTorch, eager ended with exit code -9; ") as raised:
+            worker.receive()
+        assert len(str(raised.value).splitlines()) == 1
+        with pytest.raises(StorageError, match="exit code -9"):
+            worker.send(16)
+
+
 def test_the_floor_counts_the_products_of_a_step():
     floor = measure_floor()
-    assert floor["flops"] == pytest.approx(2.277e9, rel=1e-3)
-    assert 0 < floor["milliseconds"] == pytest.approx(1e3 * floor["flops"] / floor["flops_per_second"])
+    assert floor.flops == pytest.approx(2.277e9, rel=1e-3)
+    assert 0 < floor.milliseconds == pytest.approx(1e3 * floor.flops / floor.flops_per_second)
 
 
-def test_the_table_holds_each_form_against_pytorchs_best_and_the_floor():
-    def form(milliseconds):
-        return {"milliseconds": milliseconds, "low": milliseconds, "high": milliseconds,
-                "import_seconds": 1.0, "load_seconds": 1.0, "first_step_seconds": 2.0, "peak_bytes": 2**30}  # fmt: skip
+def test_the_table_compares_each_variant_with_pytorchs_best_and_the_floor():
+    def timing(framework, milliseconds, dtype="float32"):
+        return Timing(framework, dtype, import_seconds=1.0, load_seconds=1.0, first_step_seconds=2.0, peak_bytes=2**30,
+                      milliseconds=milliseconds, low=milliseconds, high=milliseconds, all=[])  # fmt: skip
 
-    table = speed_table(
-        {
-            "floor": {"milliseconds": 5.0},
-            "forms": {
-                "PyTorch, eager": form(20.0),
-                "PyTorch, channels_last": form(15.0),
-                "PyTorch, bfloat16 autocast": form(1.0),
-                "PyTorch, torch.compile": {"error": "no compiler"},
-                "cnn-jax, float32": form(10.0),
-            },
-        }
-    )
+    floor = Floor(flops=1, bytes=1, flops_per_second=1.0, bytes_per_second=1.0, milliseconds=5.0)
+    result = BenchmarkResult("2026-11-25", "a machine", "a device", {}, rounds=1, steps_per_round=16, floor=floor,
+        variants={
+            "PyTorch, eager": timing("PyTorch", 20.0),
+            "PyTorch, channels_last": timing("PyTorch", 15.0),
+            "PyTorch, bfloat16 autocast": timing("PyTorch", 1.0, "bfloat16"),
+            "cnn-jax, float32": timing("cnn-jax", 10.0),
+        },
+        left_out={"PyTorch, torch.compile": "no compiler"},
+    )  # fmt: skip
+    table = speed_table(result)
     assert "torch.compile" not in table
     ours = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
     assert ours == [

@@ -1,5 +1,6 @@
 """Both frameworks compute the same function, and weights move between them unharmed or not at all."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,13 +15,9 @@ from cnn_jax.core.training import create_train_state, make_keys  # noqa: E402
 from cnn_jax.data.dataset import Dataset  # noqa: E402
 from cnn_jax.data.idx import read_idx  # noqa: E402
 from cnn_jax.inference.torch_layout import NAMES, params_from_torch, params_to_torch  # noqa: E402
-from cnn_jax.pytorch.compare import (  # noqa: E402
-    SeedResult,
-    accuracy_table,
-    summarize,
-    to_markdown,
-)
+from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_markdown  # noqa: E402
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
+from cnn_jax.pytorch.processes import SeedResult  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
 from tests.conftest import EMBEDDED  # noqa: E402
 
@@ -202,14 +199,14 @@ def test_the_tutorials_images_are_what_its_transform_makes(mnist):
 def test_training_in_pytorch_learns_and_repeats(mnist):
     small = Dataset("mnist", mnist.train_images[:2000], mnist.train_labels[:2000],
                     mnist.test_images[:500], mnist.test_labels[:500], 10)  # fmt: skip
-    arguments = {"seed": 1, "epochs": 2, "batch_size": 100, "learning_rate": 0.001, "say": lambda line: None}
+    arguments = {"seed": 1, "epochs": 2, "batch_size": 100, "learning_rate": 0.001, "report": lambda line: None}
     run = train_torch(small, **arguments)
     assert run.accuracy > 0.8
     assert run.costs[1] < run.costs[0] < 2
     assert train_torch(small, **arguments).costs == pytest.approx(run.costs, rel=1e-3)
 
 
-def test_the_report_says_what_was_found(mnist):
+def test_the_report_says_what_was_found(tmp_path):
     def results(*accuracies):
         seconds = {"starting": 1.0, "compiling": 2.0, "training": 65.0, "testing": 3.0}
         return [SeedResult(seed, [0.2, 0.1], value, value - 0.01, seconds) for seed, value in enumerate(accuracies)]
@@ -221,4 +218,5 @@ def test_the_report_says_what_was_found(mnist):
     other = summarize({"cnn-jax": results(0.98, 0.981), "PyTorch": results(0.991, 0.99)}, agreement, epochs=2)
     assert "accuracies differ: cnn-jax minus PyTorch is -0.0100" in to_markdown(other)
     assert "| of seeds 0 / 1 | 0.9800 / 0.9810 | 0.9910 / 0.9900 |" in accuracy_table(other)
-    assert json.loads(json.dumps(other)) == other
+    (tmp_path / "report.json").write_text(json.dumps(dataclasses.asdict(other)))
+    assert read_report(tmp_path / "report.json") == other

@@ -1,0 +1,226 @@
+"""What runs in new processes: how one is started, and the functions that the benchmark and the comparison run in them.
+
+A process that measures one framework must not have loaded the other, so everything imported at the top here is light.
+A process started by `python -m cnn_jax` imports only what unpickling its function needs; one started by the installed
+script `cnn-jax` also imports the command line, 0.05 s that are then missing from its measured import.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cnn_jax.data.dataset import load_dataset
+from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
+from cnn_jax.runtime.errors import StorageError
+
+
+class Startup(NamedTuple):
+    """How long a variant's process took for what comes before its second step, in seconds.
+
+    Attributes:
+      import_seconds: Importing PyTorch alone, or all of cnn-jax.
+      load_seconds: Loading the data set.
+      first_step_seconds: The first step, compilation included.
+    """
+
+    import_seconds: float
+    load_seconds: float
+    first_step_seconds: float
+
+
+class StartupFailure(NamedTuple):
+    """Why a variant cannot run on this machine."""
+
+    error: str
+
+
+class Round(NamedTuple):
+    """A number of steps.
+
+    Attributes:
+      milliseconds: Their mean time per step.
+      peak_bytes: The process's peak memory until their end.
+    """
+
+    milliseconds: float
+    peak_bytes: int
+
+
+def time_variant(pipe: Connection, variant: Variant, data_dir: Path | None) -> None:
+    """Start a variant and send its `Startup`, or its `StartupFailure`; then time steps on request.
+
+    Each number received asks for that many steps and is answered by a `Round`.
+    """
+    begin = time.perf_counter()
+    if variant.framework == "PyTorch":
+        import torch  # noqa: F401
+    else:
+        import cnn_jax.runs.train  # noqa: F401
+    imported = time.perf_counter()
+    dataset = load_dataset("mnist", None, data_dir)
+    loaded = time.perf_counter()
+    try:
+        run = variant.make(dataset)
+        run(1)
+    except (
+        Exception
+    ) as error:  # torch.compile needs a C++ compiler, a CUDA graph a driver: the other variants still run
+        pipe.send(StartupFailure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
+        return
+    pipe.send(Startup(imported - begin, loaded - imported, time.perf_counter() - loaded))
+    while True:
+        steps = pipe.recv()
+        run(8)  # wakes the threads up and fills the caches
+        start = time.perf_counter()
+        run(steps)
+        pipe.send(Round(1e3 * (time.perf_counter() - start) / steps, _peak_bytes()))
+
+
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: on Linux its peak includes that of the process which started this one.
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedResult:
+    """One training.
+
+    Attributes:
+      seed: The seed of its initial weights and its shuffling.
+      costs: Mean of the batch losses of each epoch.
+      accuracy: On the test images with pixels in [0, 1], a fraction.
+      unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
+      seconds: The process's time for `starting` (imports and data), `compiling`, `training` and `testing`.
+    """
+
+    seed: int
+    costs: list[float]
+    accuracy: float
+    unscaled_accuracy: float
+    seconds: dict[str, float]
+
+
+def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | None) -> None:
+    """Train one seed in PyTorch and send its `SeedResult`."""
+    begin = time.perf_counter()
+    from cnn_jax.pytorch.tutorial import train_torch
+
+    dataset = load_dataset("mnist", None, data_dir)
+    starting = time.perf_counter() - begin
+    run = train_torch(dataset, seed=seed, epochs=epochs, batch_size=BATCH_SIZE, learning_rate=0.001, report=_report)
+    seconds = {"starting": starting, **run.seconds}
+    pipe.send(SeedResult(seed, run.costs, run.accuracy, run.unscaled_accuracy, seconds))
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Worker(NamedTuple):
+    """A process that runs a function.
+
+    Attributes:
+      name: What it is, for messages, such as "the training pytorch-seed777".
+      process: The process itself.
+      pipe: This end of its pipe; the function has the other.
+    """
+
+    name: str
+    process: BaseProcess
+    pipe: Connection
+
+    def send(self, value: Any) -> None:
+        """Send an object to the function.
+
+        Raises:
+          StorageError: the process has ended.
+        """
+        with self._alive():
+            self.pipe.send(value)
+
+    def receive(self) -> Any:
+        """Return the next object that the function sends.
+
+        Raises:
+          StorageError: the process ended without sending it.
+        """
+        with self._alive():
+            return self.pipe.recv()
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            code = self.process.exitcode
+            raise StorageError(f"{self.name} ended with exit code {code}; its own message is above") from error
+
+
+@contextlib.contextmanager
+def start_worker(
+    function: Callable[..., None], *arguments: Any, name: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Worker]:
+    """Run `function(pipe, *arguments)` in a new process until the block ends, which kills it.
+
+    Args:
+      function: A function at the top level of a module; it and its arguments are pickled.
+      arguments: What it gets after the pipe.
+      name: What the process is, for messages.
+      environment: Variables that are set before the process starts, besides this one's.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, other_end = context.Pipe()
+    process = context.Process(target=_run, args=(function, other_end, *arguments))
+    with _environment(environment or {}):
+        process.start()
+    other_end.close()  # the process's copy is then the only one, and its death the end of the pipe
+    try:
+        yield Worker(name, process, pipe)
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    # A terminal's Ctrl-C reaches every process. The parent is the one that answers it, and this one ends with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # stdout belongs to the command. A pipe without a parent ends the function, and there is nobody to tell.
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EOFError, BrokenPipeError):
+        function(pipe, *arguments)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block; a process that starts there finds them set from its first moment."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
