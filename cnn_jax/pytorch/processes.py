@@ -24,6 +24,9 @@ from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
 from cnn_jax.runtime.errors import StorageError
 
+# For a function whose pipe has closed; PyTorch's and JAX's own threads end in it.
+SECONDS_TO_END = 2
+
 
 class Startup(NamedTuple):
     """How long a variant's process took for what comes before its second step, in seconds.
@@ -175,7 +178,7 @@ class Worker(NamedTuple):
 def start_worker(
     function: Callable[..., None], *arguments: Any, name: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Worker]:
-    """Run `function(pipe, *arguments)` in a new process until the block ends, which kills it.
+    """Run `function(pipe, *arguments)` in a new process, which is gone when the block has ended.
 
     Args:
       function: A function at the top level of a module; it and its arguments are pickled.
@@ -191,6 +194,8 @@ def start_worker(
     other_end.close()  # the process's copy is then the only one, and its death the end of the pipe
     try:
         yield Worker(name, process, pipe)
+        pipe.close()  # ends a function that waits for more
+        process.join(SECONDS_TO_END)
     finally:
         process.kill()
         process.join()
@@ -201,6 +206,8 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
     # A terminal's Ctrl-C reaches every process. The parent is the one that answers it, and this one ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Libraries start processes and make locks as in any other program, not as a spawned process does by default.
+    multiprocessing.set_start_method(None, force=True)
     # stdout belongs to the command. A pipe without a parent ends the function, and there is nobody to tell.
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EOFError, BrokenPipeError):
         function(pipe, *arguments)
@@ -208,6 +215,7 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
+    time.sleep(SECONDS_TO_END)  # a function that waits for its pipe has ended by then, and one that computes has not
     os._exit(1)
 
 
