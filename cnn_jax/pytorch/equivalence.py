@@ -50,13 +50,13 @@ def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps:
       steps: Adam steps in float32, at most one epoch.
       float64_steps: Adam steps in float64, at most as many.
     """
-    init_key, order_key, _ = make_keys(seed)
+    keys, model, recipe = make_keys(seed), CNN(), tutorial(LEARNING_RATE)
     image_shape = dataset.train_images.shape[1:]
-    state = create_train_state(init_key, CNN(), image_shape, tutorial(LEARNING_RATE))
+    state = create_train_state(keys.init_key, model, image_shape, recipe)
     params = jax.tree.map(np.asarray, state.params)
     start = params_to_torch(params, image_shape)
-    order = batch_indices(order_key, 0, num_examples=len(dataset.train_labels), batch_size=BATCH_SIZE)
-    batches = [(dataset.train_images[batch], dataset.train_labels[batch]) for batch in np.asarray(order)[:steps]]
+    indices = batch_indices(keys.order_key, 0, num_examples=len(dataset.train_labels), batch_size=BATCH_SIZE)
+    batches = [(dataset.train_images[batch], dataset.train_labels[batch]) for batch in np.asarray(indices)[:steps]]
     logits, gradients = _logits_and_gradients(params, make_torch_network(start), *batches[0])
 
     torch_network = make_torch_network(start)
@@ -64,7 +64,7 @@ def measure_agreement(dataset: Dataset, *, seed: int, steps: int, float64_steps:
     other_step = make_step(make_torch_network(start), "channels_last", torch.device("cpu"), LEARNING_RATE)
     costs, distances, pytorch_costs = [], [], []
     for images, labels in batches:
-        state, cost = train_step(state, images, labels)
+        state, cost = train_step(state, images, labels, model=model, recipe=recipe)
         torch_batch = to_torch_images(images), torch.from_numpy(labels.astype(np.int64))
         torch_cost = torch_step(*torch_batch).item()
         costs.append(abs(float(cost) - torch_cost))

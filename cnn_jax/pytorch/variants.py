@@ -111,7 +111,7 @@ def make_flax_step(model, optimizer) -> Callable:
     return step
 
 
-def make_cnn_jax_loop(dtype: str, seeds: int, dataset: Dataset) -> RunSteps:
+def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset: Dataset) -> RunSteps:
     """Make a loop of cnn-jax's steps in one compiled program, as a training runs them.
 
     Args:
@@ -120,29 +120,25 @@ def make_cnn_jax_loop(dtype: str, seeds: int, dataset: Dataset) -> RunSteps:
       dataset: MNIST.
     """
     import jax
-    import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
 
-    from cnn_jax.core.model import CNN
-    from cnn_jax.core.recipes import tutorial
-    from cnn_jax.core.sharding import create_states, epoch_orders, make_mesh, place, run_steps_of_seeds, seed_keys
+    from cnn_jax.core.sharding import make_mesh, shard
+    from cnn_jax.runs.program import Sizes, make_program
+    from cnn_jax.runs.settings import TrainSettings
 
-    mesh = make_mesh(seeds)
-    init_keys, order_keys, augment_keys = seed_keys(np.arange(seeds, dtype=np.uint32), mesh)
-    images, labels = place((dataset.train_images, dataset.train_labels), mesh, P())
-    orders = epoch_orders(order_keys, 0, num_examples=len(labels), batch_size=BATCH_SIZE, mesh=mesh)
-    states = create_states(init_keys, CNN(dtype=jnp.dtype(dtype)), (28, 28, 1), tutorial(LEARNING_RATE), mesh)
-    group = None if jax.default_backend() == "cpu" else seeds
-    first = 0
+    settings, devices = TrainSettings(seed=0, seeds=seeds, precision=dtype), jax.devices()
+    seeds_at_once = None if devices[0].platform == "cpu" else seeds
+    mesh = make_mesh(seeds, devices)
+    program = make_program(settings, Sizes.of(dataset, settings), mesh, seeds_at_once=seeds_at_once)
+    data = shard((dataset.train_images, dataset.train_labels), mesh, P())
+    states, epoch, first = program.start(), program.epoch(np.int32(0)), 0
 
     def run(steps: int) -> None:
         nonlocal states, first
         steps = max(1, steps // seeds)
-        if first + steps > orders.shape[1]:
+        if first + steps > program.steps_per_epoch:
             first = 0
-        states, losses = run_steps_of_seeds(
-            states, images, labels, orders, augment_keys, first, first + steps, mesh=mesh, group=group
-        )
+        states, losses = program.run_steps(states, epoch, *data, np.int32(first), np.int32(first + steps))
         first += steps
         losses.block_until_ready()
 
@@ -153,7 +149,7 @@ def _torch(name: str, variant: "StepVariant", **properties) -> Variant:
     return Variant(name, "PyTorch", functools.partial(make_torch_loop, variant), **properties)
 
 
-def _ours(name: str, dtype: str, seeds: int) -> Variant:
+def _ours(name: str, dtype: Literal["float32", "bfloat16"], seeds: int) -> Variant:
     return Variant(name, "cnn-jax", functools.partial(make_cnn_jax_loop, dtype, seeds), dtype=dtype)
 
 

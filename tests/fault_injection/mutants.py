@@ -8,7 +8,7 @@ import sys
 import jax
 
 from cnn_jax.cli.commands import main
-from cnn_jax.runs import checkpoint, train
+from cnn_jax.runs import checkpoint, program
 from cnn_jax.runtime.signals import end_on_signals
 
 
@@ -24,15 +24,15 @@ def optimizer_left_out() -> None:
     def read_without_optimizer(self, step, template):
         restored = read(self, step, template)
         blank = jax.tree.map(lambda leaf: leaf * 0, restored.state.opt_state)
-        return restored._replace(state=restored.state.replace(opt_state=blank))
+        return restored._replace(state=restored.state._replace(opt_state=blank))
 
     checkpoint.Checkpoints._read = read_without_optimizer
 
 
 def epoch_left_out() -> None:
-    """Give every epoch the same order."""
-    order = train.epoch_orders
-    train.epoch_orders = lambda key, epoch, **sizes: order(key, 0, **sizes)
+    """Give every epoch the same batches."""
+    seeds_epoch = program.seeds_epoch
+    program.seeds_epoch = lambda seeds, epoch, **sizes: seeds_epoch(seeds, 0, **sizes)
 
 
 MUTANTS = {"digest off": digest_off, "optimizer left out": optimizer_left_out, "epoch left out": epoch_left_out}

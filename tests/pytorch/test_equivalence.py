@@ -36,7 +36,7 @@ def mnist(real_images):
 
 @pytest.fixture(scope="module")
 def params():
-    return create_train_state(make_keys(3)[0], CNN(), IMAGE_SHAPE, tutorial(0.001)).params
+    return create_train_state(make_keys(3).init_key, CNN(), IMAGE_SHAPE, tutorial(0.001)).params
 
 
 @pytest.fixture(scope="module")
