@@ -1,21 +1,17 @@
 """What holds for every test, and the real data that they share."""
 
-import lzma
+import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
-import numpy as np
+import jaxtyping
 import pytest
 
-from cnn_jax.cli.commands import main
-from cnn_jax.data.idx import idx_header, read_idx
-
-ROOT = Path(__file__).parents[1]
-EMBEDDED = ROOT / "cnn_jax" / "data" / "mnist"
-
+# Every call's shapes and dtypes are held against its signature. What is imported before this line is not checked, so
+# the package is imported by the fixtures.
+jaxtyping.install_import_hook(["cnn_jax.data"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -44,36 +40,43 @@ def tfds_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_images():
     """MNIST's 60,000 training images, (60000, 28, 28) uint8, and their labels, (60000,) uint8."""
+    from cnn_jax.data.idx import read_idx
+    from tests.helpers import EMBEDDED
+
     images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
     return images, read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)
 
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
-    """A folder as `write_small_mnist` fills it."""
+    """A folder of four IDX files: 2,030 real training images, 510 real test images."""
+    from tests.helpers import write_small_mnist
+
     folder = tmp_path_factory.mktemp("small-mnist")
     write_small_mnist(folder)
     return folder
 
 
-def write_small_mnist(folder):
-    """Write four IDX files with 2,030 real training images and 510 real test images."""
-    images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
-    labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)
-    for prefix, part in (("train", slice(0, 2030)), ("t10k", slice(2030, 2540))):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.xz", labels[part])
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, small_mnist):
+    """Train on the small set by the command, once for the same options; tests leave the run's folder as it is."""
+    from cnn_jax.cli.commands import main
 
+    @functools.cache
+    def train(*options, epochs, data=small_mnist):
+        folder = tmp_path_factory.mktemp("trained")
+        arguments = ["--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", epochs]
+        with jax.numpy_dtype_promotion("standard"):
+            main(["train", *map(str, [*arguments, *options])])
+        return folder / "run"
 
-def write_idx(path, array):
-    """Write an IDX file, compressed if its name ends in .xz."""
-    content = idx_header(array.shape) + np.ascontiguousarray(array).tobytes()
-    path.write_bytes(lzma.compress(content) if path.suffix == ".xz" else content)
+    return train
 
 
 @pytest.fixture
 def command(capsys):
     """Run a command in this process and return its exit code, stdout and stderr."""
+    from cnn_jax.cli.commands import main
 
     def run(*arguments):
         capsys.readouterr()
@@ -91,6 +94,8 @@ def command(capsys):
 @pytest.fixture
 def program():
     """Start `python ...` in a process of its own, from the repository's root; it is killed when the test ends."""
+    from tests.helpers import ROOT
+
     started = []
 
     def start(*arguments, **options):

@@ -14,7 +14,7 @@ import yaml
 from cnn_jax.cli.commands import COMMANDS, train
 from cnn_jax.cli.parser import parameters_of, parse, parse_command
 from cnn_jax.runtime.errors import CnnJaxError, UsageError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()

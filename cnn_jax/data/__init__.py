@@ -1,6 +1,7 @@
 """Images and labels as arrays.
 
-dataset.py  image classification sets as arrays
-idx.py      the IDX format
+dataset.py  image classification sets: what they are, how they are split, identified and scaled
+tfds.py     a tfds set, MNIST among them, as arrays
+idx.py      the IDX format, and a folder of four IDX files
 mnist/      MNIST itself, its licence and its tfds builder
 """

@@ -1,23 +1,69 @@
-"""IDX, the file format in which MNIST and its successors are published, plain or compressed."""
+"""IDX, the file format in which MNIST and its successors are published, and a folder of four such files."""
 
 import gzip
 import hashlib
+import io
 import lzma
 import math
+import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
+from jaxtyping import UInt8
 
-from cnn_jax.runtime.errors import InputFileError
+from cnn_jax.runtime.errors import InputFileError, UsageError
 
 UNSIGNED_BYTE = 0x08
 MAXIMUM_BYTES = 2**32  # of the values; EMNIST, the largest set of the kind, has 0.6 GiB
+FourArrays = tuple[
+    UInt8[np.ndarray, "n h w"], UInt8[np.ndarray, " n"], UInt8[np.ndarray, "m h w"], UInt8[np.ndarray, " m"]
+]
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> np.ndarray:
+def read_idx_folder(folder: Path) -> FourArrays:
+    """Read a folder of four IDX files; return the training images and labels, then the test images and labels.
+
+    The test labels are not above the highest training label.
+
+    Raises:
+      UsageError: there is no such folder.
+      InputFileError: a file is missing, there twice, damaged, or disagrees with another.
+    """
+    files = _find_idx_files(folder)
+    arrays = {(split, kind): read_idx(path, ndim=3 if kind == "images" else 1) for (split, kind), path in files.items()}
+    for split in ("train", "test"):
+        images, labels = arrays[split, "images"], arrays[split, "labels"]
+        if len(images) != len(labels) or len(images) == 0:
+            raise InputFileError(
+                f"{files[split, 'images']} has {len(images):,} images but {files[split, 'labels']} has "
+                f"{len(labels):,} labels; give two files that belong together"
+            )
+    train_size, test_size = arrays["train", "images"].shape[1:], arrays["test", "images"].shape[1:]
+    if train_size != test_size:
+        raise InputFileError(
+            f"{folder}: the training images are {train_size}, the test images {test_size}; "
+            "give four files of one data set"
+        )
+    highest, highest_test = arrays["train", "labels"].max(), arrays["test", "labels"].max()
+    if highest_test > highest:
+        raise InputFileError(
+            f"{files['test', 'labels']} has the label {highest_test}, but the training labels end at "
+            f"{highest}; give four files of one data set"
+        )
+    return (
+        arrays["train", "images"], arrays["train", "labels"], arrays["test", "images"], arrays["test", "labels"],
+    )  # fmt: skip
+
+
+def count_idx_examples(folder: Path) -> int:
+    """Return the number of training images in a folder of IDX files, from the header alone; raises as above."""
+    return _read_idx_shape(_find_idx_files(folder)["train", "images"], ndim=3)[0]
+
+
+def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.ndarray, "..."]:
     """Read one IDX file of unsigned bytes; a name ending in .gz or .xz is decompressed.
 
     The format is described on the MNIST page: two zero bytes, the type code, the number of dimensions, each
@@ -29,7 +75,7 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> np.ndarray:
       sha256: What the SHA-256 of the uncompressed file must be, in hexadecimal, where that is known.
 
     Returns:
-      A read-only array, uint8, of the shape in the file's header.
+      A read-only array of the shape in the file's header.
 
     Raises:
       InputFileError: the file is missing, truncated, too long, damaged, or not such an IDX file.
@@ -53,17 +99,12 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> np.ndarray:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _read_up_to(file: IO[bytes], size: int) -> bytes:
-    """Read so many bytes, or all where there are fewer: one more than announced shows a file that is too long."""
-    # Piece by piece: asked for all at once, Python reserves what a header announces before it looks for it.
-    pieces, left = [], size
-    while left > 0 and (piece := file.read(min(left, 2**24))):
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
+def idx_header(shape: tuple[int, ...]) -> bytes:
+    """Return the header of an IDX file of unsigned bytes with this shape."""
+    return bytes([0, 0, UNSIGNED_BYTE, len(shape)]) + np.array(shape, ">u4").tobytes()
 
 
-def read_idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:
+def _read_idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:
     """Return the shape that an IDX file's header announces, without reading its values; raises as `read_idx`."""
     with _open(path) as file:
         try:
@@ -72,18 +113,37 @@ def read_idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:
             raise InputFileError(f"{path} is damaged ({error}); fetch or copy it again") from error
 
 
-def idx_header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of an IDX file of unsigned bytes with this shape."""
-    return bytes([0, 0, UNSIGNED_BYTE, len(shape)]) + np.array(shape, ">u4").tobytes()
+def _find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
+    """Find the four files by their published names, such as t10k-labels-idx1-ubyte.gz or emnist-...-test-images-..."""
+    if not folder.is_dir():
+        raise UsageError(f"--dataset-dir {folder}: there is no such folder")
+    found = {}
+    for split, kind, name in _idx_names():
+        matches = sorted(path for path in folder.iterdir() if re.fullmatch(name, path.name))
+        if not matches:
+            wanted = f"{'train' if split == 'train' else 't10k'}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+            raise InputFileError(f"{folder} has no {wanted} (plain, .gz or .xz); put the four IDX files there")
+        if len(matches) > 1:
+            raise InputFileError(
+                f"{folder} has both {matches[0].name} and {matches[1].name}; keep one data set's four files in a folder"
+            )
+        found[split, kind] = matches[0]
+    return found
 
 
-def _open(path: Path) -> IO[bytes]:
+def _idx_names() -> Iterator[tuple[str, str, str]]:
+    for split, prefix in (("train", "train"), ("test", "(t10k|test)")):
+        for kind, ndim in (("images", 3), ("labels", 1)):
+            yield split, kind, rf"(.*[-_])?{prefix}-{kind}[-.]idx{ndim}-ubyte(\.gz|\.xz)?"
+
+
+def _open(path: Path) -> io.BufferedIOBase:
     if not path.is_file():
         raise InputFileError(f"{path} is not a file; give an IDX file, plain, .gz or .xz")
     return _OPENERS.get(path.suffix, open)(path, "rb")
 
 
-def _read_header(file: IO[bytes], path: Path, *, ndim: int) -> tuple[tuple[int, ...], bytes]:
+def _read_header(file: io.BufferedIOBase, path: Path, *, ndim: int) -> tuple[tuple[int, ...], bytes]:
     header = file.read(4 + 4 * ndim)
     if len(header) < 4 + 4 * ndim or header[:2] != b"\0\0":
         raise InputFileError(f"{path} is not an IDX file (plain, .gz or .xz); give one")
@@ -94,3 +154,13 @@ def _read_header(file: IO[bytes], path: Path, *, ndim: int) -> tuple[tuple[int, 
             f"{UNSIGNED_BYTE:#04x} {ndim:#04x}; give a file of {kind}"
         )
     return tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4)), header
+
+
+def _read_up_to(file: io.BufferedIOBase, size: int) -> bytes:
+    """Read so many bytes, or all where there are fewer: one more than announced shows a file that is too long."""
+    # Piece by piece: asked for all at once, Python reserves what a header announces before it looks for it.
+    pieces, left = [], size
+    while left > 0 and (piece := file.read(min(left, 2**24))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)

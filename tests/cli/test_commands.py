@@ -17,7 +17,7 @@ from cnn_jax.cli.parser import parse, parse_command
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.settings import RECIPE_DEFAULTS, TrainSettings
 from cnn_jax.runtime.errors import StorageError, UsageError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 def read(*arguments):

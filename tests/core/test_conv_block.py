@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from cnn_jax.core.conv_block import _convolve_natively, _convolve_pixels, _convolve_windows, _pool, conv_block
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 def reference_block(images, kernel, bias, pool):

@@ -11,7 +11,7 @@ from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys, run_steps
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
-from tests.conftest import EMBEDDED
+from tests.helpers import EMBEDDED
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -11,7 +11,7 @@ from cnn_jax.core.sharding import make_mesh
 from cnn_jax.data.dataset import Dataset, RecordedImages, hold_out, load_dataset
 from cnn_jax.runs.program import Sizes, make_program
 from cnn_jax.runs.settings import TrainSettings
-from tests.runs.test_train import assert_same_run
+from tests.helpers import assert_same_run
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -10,7 +10,7 @@ from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import Recipe, accurate, fast, make_recipe, shift_turn_and_scale, smoothed, tutorial
 from cnn_jax.core.training import create_train_state, make_keys, train_step
 from cnn_jax.runs.settings import RECIPE_DEFAULTS
-from tests.runs.test_train import metrics_of
+from tests.helpers import metrics_of
 
 pytestmark = pytest.mark.optax_promotes
 

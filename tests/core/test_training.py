@@ -14,6 +14,7 @@ from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, 
 from cnn_jax.core.training import run_steps as run_any_steps
 from cnn_jax.core.training import train_step as take_any_step
 from cnn_jax.data.dataset import scale_pixels
+from tests.helpers import assert_same_bits
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -44,11 +45,6 @@ def train_one_epoch(train_set, *, cuts=(), seed=777):
         state, some_losses = run_steps((state, SeedEpoch(order)), *train_set, first, stop)
         losses[first:stop] = some_losses[first:stop]
     return state, losses
-
-
-def assert_same_bits(left, right):
-    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_pixels_are_scaled_to_between_0_and_1():

@@ -13,7 +13,7 @@ from cnn_jax.data.dataset import count_train_examples, load_dataset
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
 from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
-from tests.conftest import EMBEDDED, write_idx
+from tests.helpers import EMBEDDED, flip_a_bit, write_idx
 
 
 @pytest.mark.parametrize("name", SHA256)
@@ -65,9 +65,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_option_to_change_it(tm
 def test_damaged_prepared_files_are_refused(tmp_path):
     load_dataset("mnist", None, tmp_path)
     (file,) = (tmp_path / "embedded_mnist" / "1.0.0").glob("*test.array_record*")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_a_bit(file)
     with pytest.raises(InputFileError, match=r"embedded_mnist/1\.0\.0 is damaged .*prepare it anew"):
         load_dataset("mnist", None, tmp_path)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cnn_jax.runtime.devices import versions
 from cnn_jax.runtime.display import Display, markdown_table
-from tests.conftest import write_small_mnist
 from tests.fault_injection.runs import Trainer, run_fingerprint
 from tests.fault_injection.trial_kinds import all_trials, negative_controls
+from tests.helpers import write_small_mnist
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "python")
 

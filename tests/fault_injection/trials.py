@@ -25,9 +25,9 @@ from cnn_jax.data.idx import read_idx
 from cnn_jax.data.mnist.builder import SHA256
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runtime.errors import InputFileError, NoCheckpointError
-from tests.conftest import EMBEDDED
 from tests.fault_injection.runs import ROOT, Trainer, run_fingerprint
 from tests.fault_injection.save_once import SAVED, STEPS, content
+from tests.helpers import EMBEDDED
 
 PYTHON_HAS_STARTED = 0.8  # seconds; before that, Python's own signal handlers are in place
 

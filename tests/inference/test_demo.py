@@ -24,7 +24,7 @@ import gradio as gr
 
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference import demo
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 def free_port():

@@ -12,7 +12,7 @@ from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import export
 from cnn_jax.inference.pretrained import read_trained
-from tests.conftest import EMBEDDED, write_idx
+from tests.helpers import EMBEDDED, write_idx
 
 FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
 

@@ -14,8 +14,8 @@ from PIL import Image
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.pictures import read_digit
 from cnn_jax.inference.pretrained import load_trained
-from tests.conftest import EMBEDDED
 from tests.digits import draw_digits
+from tests.helpers import EMBEDDED
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from cnn_jax.core.evaluation import batch_logits
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.pretrained import PACKAGED, load_trained, load_trained_run, read_trained, write_trained
 from cnn_jax.runtime.errors import InputFileError
-from tests.conftest import EMBEDDED, ROOT
+from tests.helpers import EMBEDDED, ROOT
 
 
 def test_the_packaged_network_has_the_test_accuracy_that_it_states(packaged):

@@ -19,7 +19,7 @@ from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_m
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
 from cnn_jax.pytorch.processes import SeedResult  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
-from tests.conftest import EMBEDDED  # noqa: E402
+from tests.helpers import EMBEDDED  # noqa: E402
 
 pytestmark = pytest.mark.optax_promotes
 IMAGE_SHAPE = (28, 28, 1)

@@ -10,6 +10,7 @@ from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.training import create_train_state, make_keys, train_step
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runtime.errors import NoCheckpointError
+from tests.helpers import assert_same_bits, damage_newest
 
 pytestmark = [
     pytest.mark.optax_promotes,
@@ -48,12 +49,6 @@ def restore(folder, state, *, writing=True):
     return restored and restored.meta["step"], told
 
 
-def assert_same(one, other):
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
 def test_what_was_saved_comes_back_with_the_same_bits(trained, steps):
     save(steps, trained, 1)
     blank = create_train_state(make_keys(6)[0], CNN(), (28, 28, 1), tutorial(0.001))
@@ -61,7 +56,7 @@ def test_what_was_saved_comes_back_with_the_same_bits(trained, steps):
         restored = checkpoints.restore_latest(blank, jnp.zeros(3, jnp.float32))
     # Six weights, the step, Adam's count and two moments of each weight.
     assert len(jax.tree.leaves(restored.state)) == 6 + 1 + 1 + 12
-    assert_same((restored.state, restored.losses), (trained, LOSSES))
+    assert_same_bits((restored.state, restored.losses), (trained, LOSSES))
     assert restored.meta == {"schema": 3, "step": 1, "note": 1}
 
 
@@ -78,17 +73,9 @@ def test_an_empty_folder_has_nothing_to_restore_and_a_missing_one_is_refused(tra
         restore(tmp_path / "nowhere", trained, writing=False)
 
 
-def flip_a_bit_of_the_weights(step):
-    # The largest file of the arrays; nothing that Orbax checks is in its middle.
-    file = max((path for path in (step / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(trained, steps, tmp_path):
     save(steps, trained, 1, 2)
-    flip_a_bit_of_the_weights(steps / "2")
+    damage_newest(steps)
     step, told = restore(steps, trained)
     assert step == 1
     (line,) = told
@@ -97,14 +84,14 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(trained,
     assert (tmp_path / "quarantine" / "2" / "state").is_dir()
     # It is trained and saved again, and damaged again: both are kept.
     save(steps, trained, 2)
-    flip_a_bit_of_the_weights(steps / "2")
+    damage_newest(steps)
     assert restore(steps, trained)[0] == 1
     assert sorted(path.name for path in (tmp_path / "quarantine").iterdir()) == ["2", "2-1"]
 
 
 def test_who_only_reads_moves_nothing(trained, steps, tmp_path):
     save(steps, trained, 1, 2)
-    flip_a_bit_of_the_weights(steps / "2")
+    damage_newest(steps)
     step, (line,) = restore(steps, trained, writing=False)
     assert step == 1
     assert line.endswith("; it is left out")
@@ -114,7 +101,7 @@ def test_who_only_reads_moves_nothing(trained, steps, tmp_path):
 
 def test_without_a_sound_checkpoint_the_run_ends_with_3(trained, steps):
     save(steps, trained, 1)
-    flip_a_bit_of_the_weights(steps / "1")
+    damage_newest(steps)
     for _ in range(2):  # now, and when the same command runs again
         with pytest.raises(NoCheckpointError, match=r"no checkpoint of .* is sound; .*quarantine; start anew"):
             restore(steps, trained)

@@ -12,11 +12,11 @@ import pytest
 
 from cnn_jax.runs import program as program_module
 from tests.fault_injection.runs import read_newest
+from tests.helpers import TIMES, assert_same_run, damage_newest, metrics_of, wait_for_step
 
 pytestmark = pytest.mark.optax_promotes
 
 EPOCHS, STEPS_PER_EPOCH = 3, 20
-TIMES = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
 
 
 @pytest.fixture
@@ -32,30 +32,10 @@ def train(command, small_mnist, tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, small_mnist):
+@pytest.fixture(scope="session")
+def uninterrupted(trained_run):
     """The folder of a run that nothing interrupted."""
-    from cnn_jax.cli.commands import main
-
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    with jax.numpy_dtype_promotion("standard"):
-        main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
-              "--epochs", str(EPOCHS)])  # fmt: skip
-    return folder / "run"
-
-
-def metrics_of(folder):
-    """The run's metrics without its times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def assert_same_run(folder, reference):
-    assert metrics_of(folder) == metrics_of(reference)
-    arrays, expected = read_newest(folder / "steps"), read_newest(reference / "steps")
-    assert arrays.keys() == expected.keys()
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+    return trained_run(epochs=EPOCHS)
 
 
 def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(train, tmp_path):
@@ -165,17 +145,9 @@ with listen_for_stop():
     assert err.startswith("stopped by a second SIGINT; the newest checkpoint is as it was")
 
 
-def damage_newest(run):
-    newest = max((run / "steps").iterdir(), key=lambda step: int(step.name))
-    file = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(train, tmp_path, uninterrupted):
     assert train(epochs=2)[0] == 0
-    damage_newest(tmp_path / "run")
+    damage_newest(tmp_path / "run" / "steps")
     code, out, err = train()
     assert (code, out.count("[Epoch:")) == (0, EPOCHS)
     assert "the checkpoint of step 40 is damaged" in err
@@ -186,7 +158,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits
 
 def test_a_run_without_a_sound_checkpoint_ends_with_3_and_says_what_to_do(train, tmp_path):
     assert train(epochs=1)[0] == 0
-    damage_newest(tmp_path / "run")
+    damage_newest(tmp_path / "run" / "steps")
     for _ in range(2):
         code, out, err = train(epochs=1)
         assert (code, out) == (3, "")
@@ -217,13 +189,6 @@ def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_dif
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.count("[Epoch:")) == (0, 2), err
     assert "saved with device 1 x cpu and continues with 2 x cpu: bits may differ" in err
-
-
-def wait_for_step(run, step):
-    deadline = time.monotonic() + 60
-    while not any(int(f.name) >= step for f in (run / "steps").glob("*") if f.name.isdigit()):
-        assert time.monotonic() < deadline, "the run never got there"
-        time.sleep(0.02)
 
 
 def test_a_finished_run_is_reported_and_not_trained_again(train, tmp_path):

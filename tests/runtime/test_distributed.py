@@ -9,9 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from tests.runs.test_train import EPOCHS, assert_same_run, metrics_of, wait_for_step
+from tests.helpers import assert_same_run, metrics_of, wait_for_step
 
 pytestmark = pytest.mark.optax_promotes
+
+EPOCHS = 3
 
 
 @pytest.fixture
@@ -41,15 +43,10 @@ def finish(processes):
     return [(code, out, err) for (out, err), code in ended]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, small_mnist):
+@pytest.fixture(scope="session")
+def alone(trained_run):
     """The folder of the same run by one process."""
-    from cnn_jax.cli.commands import main
-
-    folder = tmp_path_factory.mktemp("alone")
-    main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
-          "--epochs", str(EPOCHS)])  # fmt: skip
-    return folder / "run"
+    return trained_run(epochs=EPOCHS)
 
 
 @pytest.mark.parametrize("processes", [2, 4])

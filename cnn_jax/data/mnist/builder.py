@@ -1,10 +1,12 @@
 """MNIST as a tfds data set that is made from the embedded files, without TensorFlow and without a network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import UInt8
 
 from cnn_jax.data.idx import read_idx
 
@@ -31,7 +33,7 @@ class EmbeddedMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             citation="Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits. CC BY-SA 3.0.",
             features=tfds.features.FeaturesDict(
                 {
-                    # As bytes, not as one integer a pixel: 3 s instead of 8 to prepare.
+                    # As bytes, not as one integer per pixel: 3 s instead of 8 to prepare.
                     "image": tfds.features.Tensor(
                         shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
                     ),
@@ -43,15 +45,15 @@ class EmbeddedMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterable[tuple[int, dict[str, Any]]]]:
         return {split: self._generate_examples(prefix) for split, prefix in SPLITS.items()}
 
-    def _generate_examples(self, prefix: str) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, prefix: str) -> Iterable[tuple[int, dict[str, Any]]]:
         images = _read_embedded(f"{prefix}-images-idx3-ubyte", ndim=3)
         labels = _read_embedded(f"{prefix}-labels-idx1-ubyte", ndim=1)
         for index, (image, label) in enumerate(zip(images[..., np.newaxis], labels, strict=True)):
             yield index, {"image": image, "label": int(label)}
 
 
-def _read_embedded(name: str, *, ndim: int) -> np.ndarray:
+def _read_embedded(name: str, *, ndim: int) -> UInt8[np.ndarray, "..."]:
     return read_idx(Path(__file__).parent / f"{name}.xz", ndim=ndim, sha256=SHA256[name])

@@ -1,0 +1,230 @@
+"""A tfds set as arrays; no other file knows tfds, but for MNIST's builder."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
+from tensorflow_datasets.proto import tf_example_pb2
+
+from cnn_jax.data.dataset import EXAMPLES_PER_READ, Dataset, Images, Labels, RecordedImages, contiguous_parts
+from cnn_jax.data.idx import idx_header
+from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
+from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
+
+_KNOWN_SETS = "mnist needs no network, tensorflow.org/datasets lists the others, --dataset-dir takes IDX files"
+_NEEDED = "choose a set of uint8 images of one size with one class label each"
+
+
+def load_tfds(name: str, data_dir: Path | None, resident_bytes: int | None) -> Dataset:
+    """Load a tfds set, which is prepared first where that has not been done; arguments and errors of `load_dataset`."""
+    builder = _find_builder(name, data_dir)
+    _prepare(builder, name)
+    return _load(builder, name, resident_bytes)
+
+
+def load_mnist(data_dir: Path | None, resident_bytes: int | None) -> Dataset:
+    """Load MNIST, prepared from the embedded files, as `load_tfds` loads others, and check its published SHA-256."""
+    try:
+        with _reading_tfds("mnist", data_dir):
+            builder = EmbeddedMnist(data_dir=data_dir, file_format="array_record")
+    except OSError as error:
+        raise _cannot_prepare("mnist", data_dir, error) from error
+    _prepare(builder, "mnist")
+    try:
+        dataset = _load(builder, "mnist", resident_bytes)
+    except UsageError as error:  # this set is never one that cannot be used
+        raise _damaged(builder.data_dir, str(error)) from error
+    # The published files can be rebuilt from what was read, so damage to the prepared ones cannot pass.
+    for name, array in {
+        "train-images-idx3-ubyte": dataset.train_images,
+        "train-labels-idx1-ubyte": dataset.train_labels.astype(np.uint8),
+        "t10k-images-idx3-ubyte": dataset.test_images,
+        "t10k-labels-idx1-ubyte": dataset.test_labels.astype(np.uint8),
+    }.items():
+        sha256 = hashlib.sha256(idx_header(array.shape[:3]))
+        for part in contiguous_parts(array):
+            sha256.update(part)
+        if sha256.hexdigest() != SHA256[name]:
+            raise _damaged(builder.data_dir, f"{name} does not have its published SHA-256")
+    return dataset
+
+
+def count_tfds_examples(name: str, data_dir: Path | None) -> int | None:
+    """Return the size of a tfds set's training set, None where it is not yet known.
+
+    Raises:
+      UsageError: tfds does not know the set, or it is not an image classification set.
+    """
+    splits = _find_builder(name, data_dir).info.splits
+    return splits["train"].num_examples if "train" in splits else None
+
+
+def _find_builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
+    """Find a tfds set: one that is prepared on this machine, or one that tfds has the code for."""
+    # tfds reads lists of community sets with TensorFlow when it meets a name with a colon before its slash;
+    # everything else it finds on the disk or in its own code.
+    if not re.fullmatch(r"[A-Za-z]\w*(/[\w.+-]+)?(:[\d.*]+)?", name):
+        raise UsageError(f"--dataset {name}: this is not a tfds name; {_KNOWN_SETS}")
+    try:
+        with _reading_tfds(name, data_dir):
+            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        raise UsageError(f"--dataset {name}: tfds does not know it; {_KNOWN_SETS}") from error
+    _image_and_label_keys(builder, name)
+    return builder
+
+
+def _image_and_label_keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
+    """Return the names of the image and the label, for images of one size and one class label each."""
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if keys and len(keys) == 2 and set(keys) <= set(features):
+        image, label = (features[key] for key in keys)
+        is_image = isinstance(image, tfds.features.Image | tfds.features.Tensor) and len(image.shape) == 3
+        if is_image and isinstance(label, tfds.features.ClassLabel):
+            if None not in image.shape and image.np_dtype == np.uint8:
+                return keys
+            size = "x".join(str(length or "?") for length in image.shape)
+            raise UsageError(f"--dataset {name}: its images are {size} of {image.np_dtype}; {_NEEDED}")
+    raise UsageError(f"--dataset {name}: this is not an image classification set; {_NEEDED}")
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
+    """Let tfds write the set, unless it has been written; tfds does so beside it and then renames."""
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.disable_progress_bar()
+    try:
+        with _quiet_tfds():
+            if builder.is_prepared():
+                return
+            builder.download_and_prepare(download_config=config, file_format="array_record")
+    except InputFileError:
+        raise
+    except Exception as error:  # tfds lets through whatever its builders, the network and the disk raise
+        # Of two processes that prepare at once, the second finds the folder there when it renames its own.
+        if not builder.is_prepared():
+            raise _cannot_prepare(name, builder.data_dir, error) from error
+
+
+def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | None) -> Dataset:
+    splits = builder.info.splits
+    test_split = next((split for split in ("test", "validation") if split in splits), None)
+    if not splits:
+        raise _damaged(builder.data_dir, "it has no dataset_info.json")
+    if "train" not in splits or test_split is None:
+        raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
+    keys = _image_and_label_keys(builder, name)
+    try:
+        train_images, train_labels = _load_split(builder, "train", keys, resident_bytes)
+        test_images, test_labels = _load_split(builder, test_split, keys, None)
+    except NotImplementedError as error:
+        raise UsageError(
+            f"--dataset {name}: it is prepared in {builder.data_dir} in a format that only TensorFlow reads; "
+            "prepare it with file_format='array_record', or give another --data-dir"
+        ) from error
+    except InputFileError:
+        raise
+    except Exception as error:  # opening it raises whatever it stumbles on
+        raise _damaged(builder.data_dir, str(error)) from error
+    num_classes = builder.info.features[keys[1]].num_classes
+    for labels in (train_labels, test_labels):
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise UsageError(f"--dataset {name}: it has labels outside 0..{num_classes - 1}; choose a labelled set")
+    return Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
+
+
+def _load_split(
+    builder: tfds.core.DatasetBuilder, split: str, keys: tuple[str, str], resident_bytes: int | None
+) -> tuple[Images | RecordedImages, Labels]:
+    """Read a split's labels, and its images too where they are not more than may be resident."""
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    read = functools.partial(_read_examples, builder, keys, source)
+    recorded = RecordedImages(lambda indices: read(indices)[0], (len(source), *builder.info.features[keys[0]].shape))
+    resident = resident_bytes is None or recorded.nbytes <= resident_bytes
+    images = np.empty(recorded.shape if resident else 0, np.uint8)
+    labels = np.empty(len(recorded), np.int32)
+    for start in range(0, len(recorded), EXAMPLES_PER_READ):
+        part = slice(start, min(start + EXAMPLES_PER_READ, len(recorded)))
+        part_images, labels[part] = read(range(part.start, part.stop))
+        if resident:
+            images[part] = part_images
+    return images if resident else recorded, labels
+
+
+def _read_examples(
+    builder: tfds.core.DatasetBuilder, keys: tuple[str, str], source: Any, indices: Sequence[int]
+) -> tuple[Images, Labels]:
+    image_key, label_key = keys
+    feature = builder.info.features[image_key]
+    images = np.empty((len(indices), *feature.shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    try:
+        # tfds's general deserialiser takes 2.3 s for MNIST's 70,000 examples; reading the two features that are
+        # needed straight from each record takes 1.0 s.
+        for i, record in enumerate(source.__getitems__(indices)):
+            example = tf_example_pb2.Example.FromString(record).features.feature
+            encoded = example[image_key].bytes_list.value
+            if encoded:
+                images[i] = feature.decode_example_np(encoded[0])
+            else:
+                images[i] = np.array(example[image_key].int64_list.value, np.uint8).reshape(feature.shape)
+            labels[i] = example[label_key].int64_list.value[0]
+    except Exception as error:  # the reader raises whatever it stumbles on
+        raise _damaged(builder.data_dir, str(error)) from error
+    return images, labels
+
+
+@contextlib.contextmanager
+def _reading_tfds(name: str, data_dir: Path | None) -> Iterator[None]:
+    """Say which set is damaged where tfds cannot read how it was prepared."""
+    try:
+        with _quiet_tfds():
+            yield
+    except (ParseError, UnicodeDecodeError) as error:
+        folder = "embedded_mnist" if name == "mnist" else name
+        raise _damaged(f"{_folder_of(data_dir)}/{folder}", str(error)) from error
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keep tfds from reporting to stdout, which belongs to the results, and from warning of sets not yet prepared."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cannot_prepare(name: str, data_dir: os.PathLike[str] | str | None, error: Exception) -> StorageError:
+    if isinstance(error, ModuleNotFoundError):
+        remedy = f"it needs {error.name} for that: prepare it where that is installed, in the format array_record"
+    elif isinstance(error, OSError) and error.errno is not None:
+        remedy = "give --data-dir a folder that can be written"
+    else:
+        remedy = "prepare it where there is a network, or give --dataset-dir a folder of IDX files"
+    return StorageError(
+        f"tfds cannot prepare {name} in {_folder_of(data_dir)} ({type(error).__name__}: {error}); {remedy}"
+    )
+
+
+def _damaged(folder: os.PathLike[str] | str, reason: str) -> InputFileError:
+    return InputFileError(
+        f"the prepared data set in {folder} is damaged ({reason}); "
+        "move that folder away and run the same command again to prepare it anew"
+    )
+
+
+def _folder_of(data_dir: os.PathLike[str] | str | None) -> str:
+    return str(data_dir or os.environ.get("TFDS_DATA_DIR") or "tfds's default place")

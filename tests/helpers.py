@@ -1,0 +1,74 @@
+"""What several test files do with runs, their files and real data."""
+
+import json
+import lzma
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cnn_jax.data.idx import idx_header, read_idx
+from tests.fault_injection.runs import read_newest
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = ROOT / "cnn_jax" / "data" / "mnist"
+TIMES = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
+
+
+def write_small_mnist(folder):
+    """Write four IDX files with 2,030 real training images and 510 real test images."""
+    images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
+    labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)
+    for prefix, part in (("train", slice(0, 2030)), ("t10k", slice(2030, 2540))):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.xz", labels[part])
+
+
+def write_idx(path, array):
+    """Write an IDX file, compressed if its name ends in .xz."""
+    content = idx_header(array.shape) + np.ascontiguousarray(array).tobytes()
+    path.write_bytes(lzma.compress(content) if path.suffix == ".xz" else content)
+
+
+def wait_for_step(run, step):
+    """Wait until a run has a checkpoint of this step or a later one."""
+    deadline = time.monotonic() + 60
+    while not any(int(f.name) >= step for f in (run / "steps").glob("*") if f.name.isdigit()):
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+
+
+def metrics_of(run):
+    """The run's metrics without its times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same_run(run, reference):
+    """Two runs have the same metrics, and the same bits in their newest checkpoints."""
+    assert metrics_of(run) == metrics_of(reference)
+    assert_same_bits(read_newest(run / "steps"), read_newest(reference / "steps"))
+
+
+def assert_same_bits(tree, expected):
+    """Two trees of arrays have the same structure, and their arrays the same dtypes and values."""
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for (path, array), other in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+        assert array.dtype == other.dtype, jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(array, other, err_msg=jax.tree_util.keystr(path))
+
+
+def damage_newest(steps):
+    """Flip a bit in the newest checkpoint's weights."""
+    newest = max(steps.iterdir(), key=lambda step: int(step.name))
+    # The largest file of the arrays; nothing that Orbax checks is in its middle.
+    files = [path for path in (newest / "state").rglob("*") if path.is_file()]
+    flip_a_bit(max(files, key=lambda path: path.stat().st_size))
+
+
+def flip_a_bit(file):
+    """Flip the lowest bit of the byte in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
