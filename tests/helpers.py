@@ -52,9 +52,10 @@ def assert_same_run(run, reference):
 
 
 def assert_same_bits(tree, expected):
-    """Two trees of arrays have the same structure, and their arrays the same dtypes and values."""
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for (path, array), other in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+    """Two trees of arrays have the same arrays at the same paths, with the same dtypes and values."""
+    leaves, others = jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(expected)
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (path, array), (_, other) in zip(leaves, others, strict=True):
         assert array.dtype == other.dtype, jax.tree_util.keystr(path)
         np.testing.assert_array_equal(array, other, err_msg=jax.tree_util.keystr(path))
 

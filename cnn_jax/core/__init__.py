@@ -7,4 +7,5 @@ training.py        one step, and the compiled run of many
 evaluation.py      logits in batches; accuracy and loss over a whole test set
 sharding.py        many seeds in one program, over all devices
 input_pipeline.py  how training images reach the devices
+statistics.py      mean, standard error and 95 % interval, of one sample and of a difference
 """
