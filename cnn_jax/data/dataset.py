@@ -155,7 +155,7 @@ def fingerprint(dataset: Dataset) -> str:
         array = getattr(dataset, name)
         sha256.update(f"{name} {array.dtype} {array.shape}\n".encode())
         for part in contiguous_parts(array):
-            sha256.update(part)
+            sha256.update(part.data)
     return sha256.hexdigest()
 
 

@@ -7,9 +7,9 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,6 +21,7 @@ from cnn_jax.data.idx import idx_header
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
 from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
 
+_PROTO: Any = tf_example_pb2  # protobuf makes its classes when it is imported, unseen by a type checker
 _KNOWN_SETS = "mnist needs no network, tensorflow.org/datasets lists the others, --dataset-dir takes IDX files"
 _NEEDED = "choose a set of uint8 images of one size with one class label each"
 
@@ -53,7 +54,7 @@ def load_mnist(data_dir: Path | None, resident_bytes: int | None) -> Dataset:
     }.items():
         sha256 = hashlib.sha256(idx_header(array.shape[:3]))
         for part in contiguous_parts(array):
-            sha256.update(part)
+            sha256.update(part.data)
         if sha256.hexdigest() != SHA256[name]:
             raise _damaged(builder.data_dir, f"{name} does not have its published SHA-256")
     return dataset
@@ -80,21 +81,34 @@ def _find_builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
             builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UsageError(f"--dataset {name}: tfds does not know it; {_KNOWN_SETS}") from error
-    _image_and_label_keys(builder, name)
+    _find_features(builder, name)
     return builder
 
 
-def _image_and_label_keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
-    """Return the names of the image and the label, for images of one size and one class label each."""
-    features, keys = builder.info.features, builder.info.supervised_keys
+class _Features(NamedTuple):
+    """The image and the label of a set; tfds's own annotations of features do not tell what they can do."""
+
+    image_key: str
+    label_key: str
+    image: Any
+    label: Any
+
+
+def _find_features(builder: tfds.core.DatasetBuilder, name: str) -> _Features:
+    """Find the image and the label of a set that has images of one size and one class label each."""
+    features: Any = builder.info.features
+    keys: Any = builder.info.supervised_keys
     if keys and len(keys) == 2 and set(keys) <= set(features):
         image, label = (features[key] for key in keys)
-        is_image = isinstance(image, tfds.features.Image | tfds.features.Tensor) and len(image.shape) == 3
-        if is_image and isinstance(label, tfds.features.ClassLabel):
-            if None not in image.shape and image.np_dtype == np.uint8:
-                return keys
-            size = "x".join(str(length or "?") for length in image.shape)
-            raise UsageError(f"--dataset {name}: its images are {size} of {image.np_dtype}; {_NEEDED}")
+        if isinstance(image, tfds.features.Image | tfds.features.Tensor) and isinstance(
+            label, tfds.features.ClassLabel
+        ):
+            shape: Any = image.shape
+            if len(shape) == 3:
+                if None not in shape and image.np_dtype == np.uint8:
+                    return _Features(keys[0], keys[1], image, label)
+                size = "x".join(str(length or "?") for length in shape)
+                raise UsageError(f"--dataset {name}: its images are {size} of {image.np_dtype}; {_NEEDED}")
     raise UsageError(f"--dataset {name}: this is not an image classification set; {_NEEDED}")
 
 
@@ -122,10 +136,10 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
         raise _damaged(builder.data_dir, "it has no dataset_info.json")
     if "train" not in splits or test_split is None:
         raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
-    keys = _image_and_label_keys(builder, name)
+    features = _find_features(builder, name)
     try:
-        train_images, train_labels = _load_split(builder, "train", keys, resident_bytes)
-        test_images, test_labels = _load_split(builder, test_split, keys, None)
+        train_images, train_labels = _load_split(builder, "train", features, resident_bytes)
+        test_images, test_labels = _load_split(builder, test_split, features, None)
     except NotImplementedError as error:
         raise UsageError(
             f"--dataset {name}: it is prepared in {builder.data_dir} in a format that only TensorFlow reads; "
@@ -135,7 +149,8 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
         raise
     except Exception as error:  # opening it raises whatever it stumbles on
         raise _damaged(builder.data_dir, str(error)) from error
-    num_classes = builder.info.features[keys[1]].num_classes
+    assert isinstance(test_images, np.ndarray)  # however many they are
+    num_classes = features.label.num_classes
     for labels in (train_labels, test_labels):
         if labels.min() < 0 or labels.max() >= num_classes:
             raise UsageError(f"--dataset {name}: it has labels outside 0..{num_classes - 1}; choose a labelled set")
@@ -143,12 +158,13 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
 
 
 def _load_split(
-    builder: tfds.core.DatasetBuilder, split: str, keys: tuple[str, str], resident_bytes: int | None
+    builder: tfds.core.DatasetBuilder, split: str, features: _Features, resident_bytes: int | None
 ) -> tuple[Images | RecordedImages, Labels]:
     """Read a split's labels, and its images too where they are not more than may be resident."""
-    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    read = functools.partial(_read_examples, builder, keys, source)
-    recorded = RecordedImages(lambda indices: read(indices)[0], (len(source), *builder.info.features[keys[0]].shape))
+    as_data_source: Any = builder.as_data_source  # wrapped, and so annotated, as if it took no split
+    source = as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    read = functools.partial(_read_examples, source, features, builder.data_dir)
+    recorded = RecordedImages(lambda indices: read(indices)[0], (len(source), *features.image.shape))
     resident = resident_bytes is None or recorded.nbytes <= resident_bytes
     images = np.empty(recorded.shape if resident else 0, np.uint8)
     labels = np.empty(len(recorded), np.int32)
@@ -161,30 +177,29 @@ def _load_split(
 
 
 def _read_examples(
-    builder: tfds.core.DatasetBuilder, keys: tuple[str, str], source: Any, indices: Sequence[int]
+    source: Any, features: _Features, folder: os.PathLike[str] | str, indices: Sequence[int]
 ) -> tuple[Images, Labels]:
-    image_key, label_key = keys
-    feature = builder.info.features[image_key]
-    images = np.empty((len(indices), *feature.shape), np.uint8)
+    image_key, label_key, image, _ = features
+    images = np.empty((len(indices), *image.shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
     try:
         # tfds's general deserialiser takes 2.3 s for MNIST's 70,000 examples; reading the two features that are
         # needed straight from each record takes 1.0 s.
         for i, record in enumerate(source.__getitems__(indices)):
-            example = tf_example_pb2.Example.FromString(record).features.feature
+            example = _PROTO.Example.FromString(record).features.feature
             encoded = example[image_key].bytes_list.value
             if encoded:
-                images[i] = feature.decode_example_np(encoded[0])
+                images[i] = image.decode_example_np(encoded[0])
             else:
-                images[i] = np.array(example[image_key].int64_list.value, np.uint8).reshape(feature.shape)
+                images[i] = np.array(example[image_key].int64_list.value, np.uint8).reshape(image.shape)
             labels[i] = example[label_key].int64_list.value[0]
     except Exception as error:  # the reader raises whatever it stumbles on
-        raise _damaged(builder.data_dir, str(error)) from error
+        raise _damaged(folder, str(error)) from error
     return images, labels
 
 
 @contextlib.contextmanager
-def _reading_tfds(name: str, data_dir: Path | None) -> Iterator[None]:
+def _reading_tfds(name: str, data_dir: Path | None) -> Generator[None]:
     """Say which set is damaged where tfds cannot read how it was prepared."""
     try:
         with _quiet_tfds():
@@ -195,7 +210,7 @@ def _reading_tfds(name: str, data_dir: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
+def _quiet_tfds() -> Generator[None]:
     """Keep tfds from reporting to stdout, which belongs to the results, and from warning of sets not yet prepared."""
     logger = logging.getLogger("absl")
     level = logger.level
