@@ -142,7 +142,7 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
     report_run(common.run_folder(run), output, data_dir=common.data_dir, platform=common.platform)
 
 
-def predict(images: tuple[str, ...], common: CommonOptions, *, run: str | None = None, json: bool = False) -> None:
+def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | None = None, json: bool = False) -> None:
     """Say which digit each picture shows: stdout gets a line a file.
 
     Options:
@@ -155,6 +155,7 @@ def predict(images: tuple[str, ...], common: CommonOptions, *, run: str | None =
       cnn-jax predict scans/ --json
       cat photo.png | cnn-jax predict - --run mnist-seed777
     """
+    require(images, "IMAGE...", "", "at least one PNG or JPEG file, a folder or -")
     from cnn_jax.inference.predict import predict
 
     predict(images, common.run_folder(run), as_json=json, data_dir=common.data_dir, platform=common.platform)

@@ -125,7 +125,7 @@ def parameters_of(command: Command) -> list[Parameter]:
         heading, metavar, text = described[name]
         if command is TrainSettings and name in RecipeDefaults._fields:
             text += f" (default: {RecipeDefaults.in_words(name)})"
-        elif default not in (None, False, REQUIRED):
+        elif default not in (None, False, (), REQUIRED):
             text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
         option = option_name(name) if parameter.kind is parameter.KEYWORD_ONLY else None
         parameters.append(Parameter(name, option, kind, default, heading, metavar, text))
@@ -140,20 +140,20 @@ def _add(parser: argparse.ArgumentParser, parameters: Sequence[Parameter]) -> li
     for parameter in parameters:
         if parameter.heading not in groups:
             groups[parameter.heading] = parser.add_argument_group(parameter.heading)
-        kind, told = parameter.kind, {"help": parameter.help.replace("%", "%%")}
+        kind, words = parameter.kind, {"help": parameter.help.replace("%", "%%")}
         if kind is bool:
-            told |= {"action": "store_true", "default": None}
+            words |= {"action": "store_true", "default": None}
         else:
-            told["metavar"] = parameter.metavar
+            words["metavar"] = parameter.metavar
             if get_origin(kind) is tuple:
                 kind, other = get_args(kind)
-                told |= {"nargs": "+"} if other is ... else {"nargs": 2, "metavar": tuple(parameter.metavar.split())}
+                words |= {"nargs": "+"} if other is ... else {"nargs": 2, "metavar": tuple(parameter.metavar.split())}
             if parameter.option is None:  # `parse` says which are missing, all of them at once
-                told["nargs"] = "*" if "nargs" in told else "?"
+                words["nargs"] = "*" if "nargs" in words else "?"
             choices = get_args(kind) if get_origin(kind) is Literal else None
-            told |= {"choices": choices, "type": _reader(parser, parameter.option, kind, choices)}
+            words |= {"choices": choices, "type": _reader(parser, parameter.option, kind, choices)}
         name = parameter.option or parameter.name
-        actions.append(groups[parameter.heading].add_argument(name, *ALIASES.get(name, ()), **told))
+        actions.append(groups[parameter.heading].add_argument(name, *ALIASES.get(name, ()), **words))
     if parameters:
         common = groups["common options"]
         common.add_argument("--debug", action="store_true", help="Show a traceback when something fails.")
@@ -173,8 +173,8 @@ def _reader(
 
     def choose(word: str) -> str:
         if word not in choices:
-            told = f"{option} {word}: it must be one of {', '.join(sorted(choices))}"
-            parser.error("; ".join(filter(None, [told, suggest(word, choices)])))
+            wrong = f"{option} {word}: it must be one of {', '.join(sorted(choices))}"
+            parser.error("; ".join(filter(None, [wrong, suggest(word, choices)])))
         return word
 
     return choose if choices else kind if kind in (str, Path) else read

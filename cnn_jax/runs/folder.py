@@ -125,9 +125,9 @@ class RunFolder:
         try:
             values = json.loads(file.read_text())
             kinds = typing.get_type_hints(TrainSettings)
-            # A program before or after this one may have had settings that this one has not, or not have had some.
-            given = {name: _from_json(values[name], kinds[name]) for name in kinds.keys() & values.keys()}
-            given |= {name: _from_json(values[name], kinds[name]) for name in (*DECIDING_FIELDS, "epochs")}
+            # Earlier and later programs may have other settings beside those that the results depend on.
+            known = kinds.keys() & values.keys() | {*DECIDING_FIELDS, "epochs"}
+            given = {name: _from_json(values[name], kinds[name]) for name in known}
             return TrainSettings.of(**given | ({"data_dir": data_dir} if data_dir else {}))
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
