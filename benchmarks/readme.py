@@ -1,4 +1,4 @@
-"""The README's tables of recorded results, made from their JSON: `python -m benchmarks.readme`.
+"""The tables of recorded results in README.md and docs/, made from their JSON: `python -m benchmarks.readme`.
 
 It also writes the reports of the recorded benchmarks and of the comparison anew.
 """
@@ -16,6 +16,25 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks"
 COMPARISON = RESULTS / "comparison" / "report.json"
 BENCHMARK = RESULTS / "results" / "amd-epyc-2-cores-2026-11-25.json"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def summary_table() -> str:
+    """Return the README's first table: accuracy and time in both frameworks, and where the numbers come from."""
+    report, timings = compare.read_report(COMPARISON), benchmark.read_result(BENCHMARK).variants
+    frameworks = ("cnn-jax", "PyTorch")
+    sides = [report.frameworks[framework] for framework in frameworks]
+    steps = [timings[name].milliseconds for name in ("cnn-jax, float32", "PyTorch, channels_last, memory kept")]
+    rows = [
+        ("test accuracy, mean ± standard deviation", *(side.accuracy for side in sides)),
+        ("time per training step of 100 images", *(f"{milliseconds:.1f} ms" for milliseconds in steps)),
+        (f"training, {report.epochs} epochs", *(describe_seconds(side.seconds["training"]) for side in sides)),
+    ]
+    source = (
+        f"{len(sides[0].runs)} seeds in each framework; {report.machine}; jax {report.versions['jax']}, PyTorch "
+        f"{report.versions['torch'].partition('+')[0]} in its fastest float32 variant."
+    )
+    return f"{markdown_table(('', *frameworks), rows)}\n\n{source}"
 
 
 def comparison_table() -> str:
@@ -55,6 +74,7 @@ def fault_injection_table() -> str:
 
 
 TABLES = {
+    "summary": summary_table,
     "comparison": comparison_table,
     "benchmark": benchmark_table,
     "recipes": recipe_table,
@@ -80,5 +100,5 @@ def write_reports() -> None:
 
 if __name__ == "__main__":
     write_reports()
-    path = ROOT / "README.md"
-    path.write_text(fill_tables(path.read_text()))
+    for path in PAGES:
+        path.write_text(fill_tables(path.read_text()))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import export
 from cnn_jax.inference.pretrained import read_trained
-from tests.helpers import EMBEDDED, write_idx
+from tests.helpers import EMBEDDED, ROOT, write_idx
 
 FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
 
@@ -102,6 +103,17 @@ def test_onnxruntime_computes_the_same_for_any_number_of_images(count, exported,
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 10])
     (computed,) = session.run(None, {"images": scale_pixels(test_images[:count])})
     np.testing.assert_allclose(computed, packaged.logits(test_images[:count]), atol=1e-4)
+
+
+def test_the_python_on_the_page_about_networks_runs_an_exported_one(exported, tmp_path, monkeypatch, capsys):
+    need("onnx")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "using-a-network.md").read_text(), re.M | re.S)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mnist.onnx").symlink_to(exported("onnx"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip("[]\n").isdigit()
 
 
 @pytest.mark.parametrize("count", [1, 3])
