@@ -11,7 +11,7 @@ import pytest
 
 # Every call's shapes and dtypes are held against its signature. What is imported before this line is not checked, so
 # the package is imported by the fixtures.
-jaxtyping.install_import_hook(["cnn_jax.data"], "beartype.beartype")
+jaxtyping.install_import_hook(["cnn_jax.core", "cnn_jax.data"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

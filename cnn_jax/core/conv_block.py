@@ -13,6 +13,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 Pool = Literal["max", "avg"]
 
@@ -24,20 +26,23 @@ SMALLEST_PIXEL_PATCH = 64
 
 
 def conv_block(
-    images: jax.Array, kernel: jax.Array, bias: jax.Array, pool: Pool = "max", dtype: jnp.dtype = jnp.float32
-) -> jax.Array:
+    images: Float[Array, "n h w c"],
+    kernel: Float[Array, "kh kw c f"],
+    bias: Float[Array, " f"],
+    pool: Pool = "max",
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "n h//2 w//2 f"]:
     """Convolve with stride 1 and padding "SAME", add the bias, apply ReLU, pool 2x2 with stride 2.
 
-    Args:
-      images: (N, H, W, C), float32 (float64 where `dtype` is).
-      kernel: (h, w, C, F), of the images' dtype; a cross-correlation, as in PyTorch and Flax.
-      bias: (F,), of the images' dtype.
-      pool: The maximum or the mean of each 2x2 window; a last odd row or column is left out, as in PyTorch.
-      dtype: Of the products' operands; they are summed in the images' dtype.
+    The gradient at a tie goes to the first maximum of a window, row by row, as in PyTorch and XLA; that of ReLU at 0
+    is 0.
 
-    Returns:
-      (N, H // 2, W // 2, F), of the images' dtype. The gradient at a tie goes to the first
-      maximum of a window, row by row, as in PyTorch and XLA; that of ReLU at 0 is 0.
+    Args:
+      images: float32; float64 where `dtype` is.
+      kernel: In the images' dtype; a cross-correlation, as in PyTorch and Flax.
+      bias: In the images' dtype.
+      pool: The maximum or the mean of each 2x2 window; a last odd row or column is left out, as in PyTorch.
+      dtype: The dtype of the products' operands; the products are summed in the images' dtype.
     """
     patches_of_pixels = kernel.size // kernel.shape[-1] >= SMALLEST_PIXEL_PATCH
     corners = lax.platform_dependent(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cnn_jax.core.conv_block import Pool, conv_block
 
@@ -25,8 +27,8 @@ class PlainCNN(nn.Module):
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the logits, (..., num_classes), of images (..., height, width, channels) with pixels in [0, 1].
+    def __call__(self, x: Float[Array, "*n h w c"]) -> Float[Array, "*n {self.num_classes}"]:
+        """Return the logits of images with pixels in [0, 1].
 
         The shapes on the right are those of the tutorial's images in its first block, (N, 28, 28, 1).
         """
@@ -43,17 +45,17 @@ class PlainCNN(nn.Module):
 
 
 class ReLU(nn.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*n h w c"]) -> Float[Array, "*n h w c"]:
         return nn.relu(x)
 
 
 class MaxPool(nn.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*n h w c"]) -> Float[Array, "*n h//2 w//2 c"]:
         return nn.max_pool(x, (2, 2), strides=(2, 2))
 
 
 class Flatten(nn.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*n h w c"]) -> Float[Array, "*n h*w*c"]:
         return x.reshape(*x.shape[:-3], -1)
 
 
@@ -70,11 +72,11 @@ class CNN(nn.Module):
     features: tuple[int, int] = (32, 64)
     num_classes: int = 10
     pool: Pool = "max"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Return the logits, (N, num_classes), float32, of images (N, height, width, channels) with pixels in [0, 1].
+    def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n {self.num_classes}"]:
+        """Return the logits, float32, of images with pixels in [0, 1].
 
         The shapes on the right are those of the tutorial's images, (N, 28, 28, 1).
         """
@@ -90,11 +92,10 @@ class ConvBlock(nn.Module):
 
     features: int
     pool: Pool = "max"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return (N, H // 2, W // 2, features), float32, for x (N, H, W, C)."""
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 {self.features}"]:
         fan_in = 3 * 3 * x.shape[-1]
         kernel = self.param("kernel", torch_uniform(fan_in), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", torch_uniform(fan_in), (self.features,))
@@ -114,7 +115,7 @@ def torch_uniform(fan_in: int) -> Callable[..., jax.Array]:
     """
     bound = 1 / math.sqrt(fan_in)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
     return init

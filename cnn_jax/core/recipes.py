@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float32, Int32, Key
 
-# Of a batch's keys, (N,), and images, (N, height, width, channels), float32 in [0, 1]: as many images, changed.
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
-# Of logits, (N, num_classes), and labels, (N,), int32: each example's loss, (N,).
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Keys = Key[Array, " n"]
+Pixels = Float32[Array, "n h w c"]
+
+# Takes one key per image and images with pixels in [0, 1]; returns as many images, changed.
+Augment = Callable[[Keys, Pixels], Pixels]
+# Takes logits and labels; returns each example's loss.
+Loss = Callable[[Float32[Array, "n k"], Int32[Array, " n"]], Float32[Array, " n"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ def accurate(learning_rate: float, steps: int) -> Recipe:
 def smoothed(amount: float) -> Loss:
     """Return the cross-entropy with labels that give `amount` to all classes (Szegedy et al., arXiv 1512.00567)."""
 
-    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(logits: Float32[Array, "n k"], labels: Int32[Array, " n"]) -> Float32[Array, " n"]:
         one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
         return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, amount))
 
@@ -79,24 +83,24 @@ def smoothed(amount: float) -> Loss:
 
 
 def shift_turn_and_scale(
-    keys: jax.Array,
-    images: jax.Array,
+    keys: Keys,
+    images: Pixels,
     *,
     pixels: float = 2.0,
     degrees: float = 12.0,
     scale: float = 0.1,
-) -> jax.Array:
+) -> Pixels:
     """Move, turn and scale each image about its centre by amounts drawn uniformly; what comes in from outside is 0.
 
     Args:
-      keys: (N,), one for each image.
-      images: (N, height, width, channels), float32.
+      keys: One for each image.
+      images: With pixels in [0, 1].
       pixels: Largest shift along each axis, either way.
       degrees: Largest turn, either way.
       scale: Largest change of the size, either way, as a fraction.
 
     Returns:
-      The shape of `images`, float32, interpolated linearly between pixels.
+      As many images, interpolated linearly between pixels.
     """
     draws = jax.vmap(lambda key: jax.random.uniform(key, (4,), jnp.float32, minval=-1, maxval=1))(keys)
     height, width = images.shape[1:3]
@@ -106,7 +110,7 @@ def shift_turn_and_scale(
         indexing="ij",
     )
 
-    def move(image: jax.Array, draw: jax.Array) -> jax.Array:
+    def move(image: Float32[Array, "h w c"], draw: Float32[Array, "4"]) -> Float32[Array, "h w c"]:
         angle, size = draw[2] * (degrees * jnp.pi / 180), 1 + draw[3] * scale
         cosine, sine = jnp.cos(angle) / size, jnp.sin(angle) / size
         row = cosine * rows - sine * columns + (height - 1) / 2 + draw[0] * pixels

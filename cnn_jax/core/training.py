@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray, PyTree, Shaped, UInt8
+from jaxtyping import Array, Float32, Int32, Key, PyTree, UInt8, UInt32
 
 from cnn_jax.core.recipes import Recipe
 from cnn_jax.data.dataset import scale_pixels
@@ -44,7 +44,7 @@ class SeedEpoch(NamedTuple):
     """
 
     batches: Int32[Array, "*seeds steps n"]
-    augment_key: Shaped[PRNGKeyArray, "*seeds"] | None = None
+    augment_key: Key[Array, "*seeds"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts"))
@@ -99,7 +99,7 @@ def train_step(
     state: TrainState,
     images: UInt8[Array, "n h w c"],
     labels: Int32[Array, " n"],
-    augment_key: Shaped[PRNGKeyArray, ""] | None = None,
+    augment_key: Key[Array, ""] | None = None,
     *,
     model: nn.Module,
     recipe: Recipe,
@@ -148,8 +148,8 @@ def train_step(
 
 
 def _image_keys(
-    augment_key: PRNGKeyArray, step: Int32[Array, ""], images: int, axis: str | None
-) -> Shaped[PRNGKeyArray, " n"]:
+    augment_key: Key[Array, ""], step: Int32[Array, ""], images: int, axis: str | None
+) -> Key[Array, " n"]:
     """Return a key for each image of a step: the same, however many devices the batch is divided over."""
     first = 0 if axis is None else lax.axis_index(axis) * images
     step_key = jax.random.fold_in(augment_key, step)
@@ -167,19 +167,19 @@ def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], recipe:
 class Keys(NamedTuple):
     """The keys that all randomness of a run comes from: of its initial weights, its batches and its augmentation."""
 
-    init_key: Shaped[PRNGKeyArray, ""]
-    order_key: Shaped[PRNGKeyArray, ""]
-    augment_key: Shaped[PRNGKeyArray, ""]
+    init_key: Key[Array, ""]
+    order_key: Key[Array, ""]
+    augment_key: Key[Array, ""]
 
 
-def make_keys(seed: Shaped[Array, ""] | int) -> Keys:
+def make_keys(seed: UInt32[Array, ""] | int) -> Keys:
     """Return the keys of a seed."""
     # The generator is named, so that a machine's JAX settings do not change a run.
     return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3))
 
 
 def create_train_state(
-    init_key: Shaped[PRNGKeyArray, ""], model: nn.Module, image_shape: tuple[int, int, int], recipe: Recipe
+    init_key: Key[Array, ""], model: nn.Module, image_shape: tuple[int, int, int], recipe: Recipe
 ) -> TrainState:
     """Draw the initial weights and set up the recipe's optimiser.
 
@@ -199,7 +199,7 @@ def create_train_state(
 
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
 def batch_indices(
-    order_key: Shaped[PRNGKeyArray, ""], epoch: Int32[Array, ""] | int, *, num_examples: int, batch_size: int
+    order_key: Key[Array, ""], epoch: Int32[Array, ""] | int, *, num_examples: int, batch_size: int
 ) -> Int32[Array, "steps n"]:
     """Return which images make up each batch of an epoch: a function of the seed and the epoch alone.
 

@@ -33,13 +33,13 @@ def test_the_tutorials_recipe_is_adam_on_the_images_as_they_are():
 
 
 def test_moves_of_nothing_leave_the_images_as_they_are(batch):
-    images = batch[0][:5].astype(np.float32) / 255
+    images = jnp.asarray(batch[0][:5].astype(np.float32) / 255)
     still = shift_turn_and_scale(keys(5), images, pixels=0, degrees=0, scale=0)
     np.testing.assert_allclose(still, images, atol=1e-5)
 
 
 def test_a_shift_moves_the_digit_by_at_most_so_many_pixels(batch):
-    images = batch[0][:50].astype(np.float32) / 255
+    images = jnp.asarray(batch[0][:50].astype(np.float32) / 255)
     moved = np.asarray(shift_turn_and_scale(keys(50), images, pixels=2, degrees=0, scale=0))
     rows = np.arange(28, dtype=np.float32)
 
@@ -55,7 +55,7 @@ def test_a_shift_moves_the_digit_by_at_most_so_many_pixels(batch):
 
 
 def test_each_image_moves_by_its_own_key_and_by_no_other(batch):
-    images = np.repeat(batch[0][:1].astype(np.float32) / 255, 4, axis=0)
+    images = jnp.repeat(batch[0][:1].astype(np.float32) / 255, 4, axis=0)
     moved = np.asarray(shift_turn_and_scale(keys(4), images))
     assert not np.allclose(moved[0], moved[1], atol=0.05)
     np.testing.assert_array_equal(moved, shift_turn_and_scale(keys(4), images))
