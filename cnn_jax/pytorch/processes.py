@@ -28,6 +28,107 @@ from cnn_jax.runtime.errors import StorageError
 SECONDS_TO_END = 2
 
 
+class Worker(NamedTuple):
+    """A process that runs a function.
+
+    Attributes:
+      name: What it is, for messages, such as "the training pytorch-seed777".
+      process: The process itself.
+      pipe: This end of its pipe; the function has the other.
+    """
+
+    name: str
+    process: BaseProcess
+    pipe: Connection
+
+    def send(self, value: Any) -> None:
+        """Send an object to the function.
+
+        Raises:
+          StorageError: the process has ended.
+        """
+        with self._alive():
+            self.pipe.send(value)
+
+    def receive(self) -> Any:
+        """Return the next object that the function sends.
+
+        Raises:
+          StorageError: the process ended without sending it.
+        """
+        with self._alive():
+            return self.pipe.recv()
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            code = self.process.exitcode
+            raise StorageError(f"{self.name} ended with exit code {code}; its own message is above") from error
+
+
+@contextlib.contextmanager
+def start_worker(
+    function: Callable[..., None], *arguments: Any, name: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Worker]:
+    """Run `function(pipe, *arguments)` in a new process, which is gone when the block has ended.
+
+    Args:
+      function: A function at the top level of a module; it and its arguments are pickled.
+      arguments: What it gets after the pipe.
+      name: What the process is, for messages.
+      environment: Variables that are set before the process starts, besides this one's.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, other_end = context.Pipe()
+    process = context.Process(target=_run, args=(function, other_end, *arguments))
+    with _environment(environment or {}):
+        process.start()
+    other_end.close()  # the process then has the only copy, so that its death closes the pipe
+    try:
+        yield Worker(name, process, pipe)
+        pipe.close()  # ends a function that waits for more
+        process.join(SECONDS_TO_END)
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    # A terminal's Ctrl-C reaches every process. The parent answers it, and this one ends with the parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Libraries start processes and make locks as in any other program, not as a spawned process does by default.
+    multiprocessing.set_start_method(None, force=True)
+    # stdout belongs to the command. A closed pipe ends the function without an error.
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EOFError, BrokenPipeError):
+        function(pipe, *arguments)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    time.sleep(SECONDS_TO_END)  # a function that waits for its pipe has ended by then, and one that computes has not
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block; a process that starts there finds them set from its first moment."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class Startup(NamedTuple):
     """How long a variant's process took for what comes before its second step, in seconds.
 
@@ -131,104 +232,3 @@ def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | 
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-class Worker(NamedTuple):
-    """A process that runs a function.
-
-    Attributes:
-      name: What it is, for messages, such as "the training pytorch-seed777".
-      process: The process itself.
-      pipe: This end of its pipe; the function has the other.
-    """
-
-    name: str
-    process: BaseProcess
-    pipe: Connection
-
-    def send(self, value: Any) -> None:
-        """Send an object to the function.
-
-        Raises:
-          StorageError: the process has ended.
-        """
-        with self._alive():
-            self.pipe.send(value)
-
-    def receive(self) -> Any:
-        """Return the next object that the function sends.
-
-        Raises:
-          StorageError: the process ended without sending it.
-        """
-        with self._alive():
-            return self.pipe.recv()
-
-    @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError) as error:
-            self.process.join()
-            code = self.process.exitcode
-            raise StorageError(f"{self.name} ended with exit code {code}; its own message is above") from error
-
-
-@contextlib.contextmanager
-def start_worker(
-    function: Callable[..., None], *arguments: Any, name: str, environment: Mapping[str, str] | None = None
-) -> Iterator[Worker]:
-    """Run `function(pipe, *arguments)` in a new process, which is gone when the block has ended.
-
-    Args:
-      function: A function at the top level of a module; it and its arguments are pickled.
-      arguments: What it gets after the pipe.
-      name: What the process is, for messages.
-      environment: Variables that are set before the process starts, besides this one's.
-    """
-    context = multiprocessing.get_context("spawn")
-    pipe, other_end = context.Pipe()
-    process = context.Process(target=_run, args=(function, other_end, *arguments))
-    with _environment(environment or {}):
-        process.start()
-    other_end.close()  # the process's copy is then the only one, and its death the end of the pipe
-    try:
-        yield Worker(name, process, pipe)
-        pipe.close()  # ends a function that waits for more
-        process.join(SECONDS_TO_END)
-    finally:
-        process.kill()
-        process.join()
-        pipe.close()
-
-
-def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
-    # A terminal's Ctrl-C reaches every process. The parent is the one that answers it, and this one ends with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Libraries start processes and make locks as in any other program, not as a spawned process does by default.
-    multiprocessing.set_start_method(None, force=True)
-    # stdout belongs to the command. A pipe without a parent ends the function, and there is nobody to tell.
-    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EOFError, BrokenPipeError):
-        function(pipe, *arguments)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    time.sleep(SECONDS_TO_END)  # a function that waits for its pipe has ended by then, and one that computes has not
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within the block; a process that starts there finds them set from its first moment."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

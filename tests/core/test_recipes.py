@@ -34,13 +34,13 @@ def test_the_tutorials_recipe_is_adam_on_the_images_as_they_are():
 
 def test_moves_of_nothing_leave_the_images_as_they_are(batch):
     images = jnp.asarray(batch[0][:5].astype(np.float32) / 255)
-    still = shift_turn_and_scale(keys(5), images, pixels=0, degrees=0, scale=0)
+    still = shift_turn_and_scale(keys(5), images, pixels=0.0, degrees=0.0, scale=0.0)
     np.testing.assert_allclose(still, images, atol=1e-5)
 
 
 def test_a_shift_moves_the_digit_by_at_most_so_many_pixels(batch):
     images = jnp.asarray(batch[0][:50].astype(np.float32) / 255)
-    moved = np.asarray(shift_turn_and_scale(keys(50), images, pixels=2, degrees=0, scale=0))
+    moved = np.asarray(shift_turn_and_scale(keys(50), images, pixels=2.0, degrees=0.0, scale=0.0))
     rows = np.arange(28, dtype=np.float32)
 
     def centres(images):

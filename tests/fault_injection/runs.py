@@ -1,4 +1,4 @@
-"""Starts real trainings on a few real images as processes, and tells whether two of them ended in the same bits."""
+"""Starts real trainings on a few real images as processes, and compares how two of them ended, bit for bit."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ class Trainer:
 
     Attributes:
       data: A folder of four IDX files.
-      mutant: The part of the program that is broken on purpose, a key of `mutants.MUTANTS`; None for the whole program.
+      mutant: The part of the program that is broken on purpose, a key of `mutants.MUTANTS`, or None.
     """
 
     data: Path

@@ -29,7 +29,7 @@ from tests.fault_injection.runs import ROOT, Trainer, run_fingerprint
 from tests.fault_injection.save_once import SAVED, STEPS, content
 from tests.helpers import EMBEDDED
 
-PYTHON_HAS_STARTED = 0.8  # seconds; before that, Python's own signal handlers are in place
+PYTHON_HAS_STARTED = 0.8  # seconds; before that, Python's own signal handlers answer
 
 
 @dataclasses.dataclass
@@ -303,7 +303,7 @@ def fuzz(*, examples: int) -> Tally:
 
 
 def _report(tally: Tally, *, of: int | None = None) -> None:
-    """Print how far a kind of trial has come."""
+    """Print how many trials of a kind are done."""
     print(f"{tally.name}: {tally.trials}" + (f" of {of}" if of else ""), file=sys.stderr, flush=True)
 
 
