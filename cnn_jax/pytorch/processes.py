@@ -103,8 +103,8 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Libraries start processes and make locks as in any other program, not as a spawned process does by default.
     multiprocessing.set_start_method(None, force=True)
-    # stdout belongs to the command. A closed pipe ends the function without an error.
-    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EOFError, BrokenPipeError):
+    # stdout belongs to the command. When the parent is gone, nobody needs to know that the answer was not sent.
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(BrokenPipeError):
         function(pipe, *arguments)
 
 
@@ -184,7 +184,10 @@ def time_variant(pipe: Connection, variant: Variant, data_dir: Path | None) -> N
         return
     pipe.send(Startup(imported - begin, loaded - imported, time.perf_counter() - loaded))
     while True:
-        steps = pipe.recv()
+        try:
+            steps = pipe.recv()
+        except EOFError:  # the measurement is over
+            return
         run(8)  # wakes the threads up and fills the caches
         start = time.perf_counter()
         run(steps)
