@@ -64,16 +64,15 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
         near = [difflib.get_close_matches(word.partition("=")[0], labels, n=1) for word in unknown]
         meant = ", ".join(labels[option] for options in near for option in options)
         parser.error(f"Unrecognized options: {', '.join(unknown)}{meant and f'; perhaps you meant: {meant}'}")
-    given = {name: value for name, value in vars(namespace).items() if value not in (None, [])}
-    missing = [each.label for each in parameters if each.default is REQUIRED and each.name not in given]
-    if missing:
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    values = {each.name: typed[each.name] for each in parameters if typed[each.name] not in (None, ())}
+    if missing := [each.label for each in parameters if each.default is REQUIRED and each.name not in values]:
         parser.error(f"Missing from {prog}: {', '.join(missing)}")
-    values = {each.name: given[each.name] for each in parameters if each.name in given}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, kind in command.__annotations__.items():
         if dataclasses.is_dataclass(kind):
             fields = {field.name for field in dataclasses.fields(kind)} & values.keys()
-            values[name] = getattr(kind, "of", kind)(**{field: values.pop(field) for field in fields})
+            make = TrainSettings.of if kind is TrainSettings else kind
+            values[name] = make(**{field: values.pop(field) for field in fields})
     check_values(values, command.__annotations__)
     return functools.partial(command, **values)
 
