@@ -78,7 +78,7 @@ def test_the_layers_have_the_shapes_and_the_parameters_of_the_tutorials(inspecti
 def test_the_confusion_matrix_counts_every_test_image(inspection, trained):
     model, params, dataset = trained
     np.testing.assert_array_equal(inspection.confusion.sum(axis=1), np.bincount(dataset.test_labels, minlength=10))
-    tested = evaluate(model.apply, params, dataset.test_images, dataset.test_labels)
+    tested = evaluate(model, params, dataset.test_images, dataset.test_labels)
     assert inspection.confusion.trace() == tested.correct < tested.count == inspection.confusion.sum() == 510
 
 
