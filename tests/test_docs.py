@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cnn_jax.cli.commands import COMMANDS, train
-from cnn_jax.cli.parser import option_names, parse, parse_command
+from cnn_jax.cli.parser import parameters_of, parse, parse_command
 from cnn_jax.runtime.errors import CnnJaxError, UsageError
 from tests.helpers import ROOT
 
@@ -26,7 +26,7 @@ FOREIGN = {
     "--logdir",  # TensorBoard's
     "--tag",  # Docker's
     *("--flips", "--full-disks", "--kills", "--preparations", "--races", "--signals"),  # those of tests.fault_injection
-    *("--help", "--print-completion", "--version"),  # every command's, and no setting
+    *("--debug", "--help", "--print-completion", "--version"),  # every command's, and no setting
 }
 
 
@@ -47,8 +47,7 @@ def call_of(line):
 
 def settings_of(line):
     """The settings of the training that a shell's line starts."""
-    (settings,) = call_of(line).args
-    return settings
+    return call_of(line).keywords["settings"]
 
 
 def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
@@ -73,7 +72,7 @@ def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom():
 
 def known_options():
     """The options of all commands."""
-    return {name for command in COMMANDS for name in option_names(command)}
+    return {parameter.option for command in COMMANDS for parameter in parameters_of(command)}
 
 
 @pytest.mark.parametrize("page", [*PAGES, DOCS / "tutorial.py"], ids=lambda page: page.name)

@@ -47,10 +47,8 @@ class CommonOptions:
     checkpoint_dir: Path = TrainSettings.checkpoint_dir
     platform: Platform | None = None
 
-    def run_folder(self, run: str | None) -> Path | None:
-        """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`; None for no run."""
-        if run is None:
-            return None
+    def run_folder(self, run: str) -> Path:
+        """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`."""
         return Path(run) if Path(run).is_dir() else self.checkpoint_dir / run
 
 
@@ -156,9 +154,10 @@ def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | N
       cat photo.png | cnn-jax predict - --run mnist-seed777
     """
     require(images, "IMAGE...", "", "at least one PNG or JPEG file, a folder or -")
+    folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.predict import predict
 
-    predict(images, common.run_folder(run), as_json=json, data_dir=common.data_dir, platform=common.platform)
+    predict(images, folder, as_json=json, data_dir=common.data_dir, platform=common.platform)
 
 
 def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, host: str = "127.0.0.1") -> None:
@@ -174,9 +173,10 @@ def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, ho
       cnn-jax demo mnist-seed777 --port 8000
     """
     need("gradio", extra="demo")
+    folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.demo import serve
 
-    serve(common.run_folder(run), host=host, port=port, data_dir=common.data_dir, platform=common.platform)
+    serve(folder, host=host, port=port, data_dir=common.data_dir, platform=common.platform)
 
 
 def export(
@@ -205,9 +205,10 @@ def export(
         need("onnx", "onnxruntime", extra="export")
     elif to == "stablehlo":
         need("flatbuffers", extra="export")
+    folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.export import export
 
-    export(to, output, common.run_folder(run), seed=seed, data_dir=common.data_dir, platform=common.platform)
+    export(to, output, folder, seed=seed, data_dir=common.data_dir, platform=common.platform)
 
 
 def sweep(
@@ -252,7 +253,7 @@ def sweep(
         seed=seed,
         dataset=dataset,
         dataset_dir=dataset_dir,
-        **vars(common) | {"checkpoint_dir": common.checkpoint_dir / study},
+        **vars(dataclasses.replace(common, checkpoint_dir=common.checkpoint_dir / study)),
     )
     pairs = tuple(zip(features[::2], features[1::2], strict=True))
     for size, channels in itertools.product(batch_size, pairs):

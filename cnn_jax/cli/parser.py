@@ -65,13 +65,13 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
         meant = ", ".join(labels[option] for options in near for option in options)
         parser.error(f"Unrecognized options: {', '.join(unknown)}{meant and f'; perhaps you meant: {meant}'}")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
-    values = {each.name: typed[each.name] for each in parameters if typed[each.name] not in (None, ())}
+    values: dict[str, Any] = {each.name: typed[each.name] for each in parameters if typed[each.name] not in (None, ())}
     if missing := [each.label for each in parameters if each.default is REQUIRED and each.name not in values]:
         parser.error(f"Missing from {prog}: {', '.join(missing)}")
     for name, kind in command.__annotations__.items():
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             fields = {field.name for field in dataclasses.fields(kind)} & values.keys()
-            make = TrainSettings.of if kind is TrainSettings else kind
+            make: Callable[..., Any] = TrainSettings.of if kind is TrainSettings else kind
             values[name] = make(**{field: values.pop(field) for field in fields})
     check_values(values, command.__annotations__)
     return functools.partial(command, **values)
@@ -114,7 +114,7 @@ def parameters_of(command: Command) -> list[Parameter]:
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         kind, default = parameter.annotation, parameter.default
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             parameters += parameters_of(kind)
             continue
         if hasattr(kind, "__metadata__"):
@@ -139,7 +139,8 @@ def _add(parser: argparse.ArgumentParser, parameters: Sequence[Parameter]) -> li
     for parameter in parameters:
         if parameter.heading not in groups:
             groups[parameter.heading] = parser.add_argument_group(parameter.heading)
-        kind, words = parameter.kind, {"help": parameter.help.replace("%", "%%")}
+        kind = parameter.kind
+        words: dict[str, Any] = {"help": parameter.help.replace("%", "%%")}
         if kind is bool:
             words |= {"action": "store_true", "default": None}
         else:
@@ -149,8 +150,8 @@ def _add(parser: argparse.ArgumentParser, parameters: Sequence[Parameter]) -> li
                 words |= {"nargs": "+"} if other is ... else {"nargs": 2, "metavar": tuple(parameter.metavar.split())}
             if parameter.option is None:  # `parse` says which are missing, all of them at once
                 words["nargs"] = "*" if "nargs" in words else "?"
-            choices = get_args(kind) if get_origin(kind) is Literal else None
-            words |= {"choices": choices, "type": _reader(parser, parameter.option, kind, choices)}
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            words |= {"choices": choices or None, "type": _reader(parser, parameter.option, kind, choices)}
         name = parameter.option or parameter.name
         actions.append(groups[parameter.heading].add_argument(name, *ALIASES.get(name, ()), **words))
     if parameters:
@@ -160,7 +161,7 @@ def _add(parser: argparse.ArgumentParser, parameters: Sequence[Parameter]) -> li
 
 
 def _reader(
-    parser: argparse.ArgumentParser, option: str | None, kind: Any, choices: Sequence[str] | None
+    parser: argparse.ArgumentParser, option: str | None, kind: Any, choices: Sequence[str]
 ) -> Callable[[str], Any]:
     """Return the function that reads an option's value, or one of its values."""
 

@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import json
 import statistics
-import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
@@ -32,13 +32,13 @@ def _as_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _from_json(value: object, kind: object) -> object:
+def _from_json(value: Any, kind: Any) -> Any:
     """Return what `_as_json` was given, of a field of this type."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, list):
         return tuple(value)
-    return Path(value) if Path in (kind, *typing.get_args(kind)) else value
+    return Path(value) if Path in (kind, *get_args(kind)) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +124,12 @@ class RunFolder:
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
         try:
             values = json.loads(file.read_text())
-            kinds = typing.get_type_hints(TrainSettings)
+            kinds = get_type_hints(TrainSettings)
             # Earlier and later programs may have other settings beside those that the results depend on.
             known = kinds.keys() & values.keys() | {*DECIDING_FIELDS, "epochs"}
             given = {name: _from_json(values[name], kinds[name]) for name in known}
-            return TrainSettings.of(**given | ({"data_dir": data_dir} if data_dir else {}))
+            given["data_dir"] = data_dir or given.get("data_dir")
+            return TrainSettings.of(**given)
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 

@@ -144,7 +144,7 @@ class TrainSettings:
         hosts = (self.coordinator, self.num_processes, self.process_id)
         together = "given with --num-processes and --process-id, all three or none"
         require(hosts.count(None) in (0, 3), "--coordinator", self.coordinator, together)
-        ranked = self.process_id is None or 0 <= self.process_id < self.num_processes
+        ranked = self.process_id is None or self.num_processes is None or 0 <= self.process_id < self.num_processes
         require(ranked, "--process-id", self.process_id, "from 0 to one less than --num-processes")
 
     @property

@@ -4,13 +4,13 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
-import sqlalchemy
-from matplotlib.axes import Axes
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import Connection, event
 
 from cnn_jax.runs.settings import RecipeName, TrainSettings
 from cnn_jax.runs.train import open_run, train_run
@@ -53,17 +53,17 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.
         while len(_ended(study)) < trials:
             # One a call: between two, other processes may have ended the study.
             study.optimize(lambda trial: _score(trial, space, shared, display), n_trials=1)
-    best = sorted(_completed(study), key=lambda trial: -trial.value)[:SHOWN_TRIALS]
-    rows = [(f"trial {trial.number}: {trial.value:.4f}", _told(trial)) for trial in best]
+    best = sorted(_scored(study), key=lambda scored: -scored[0])[:SHOWN_TRIALS]
+    rows = [(f"trial {trial.number}: {score:.4f}", _told(trial)) for score, trial in best]
     display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
     if len(best) > 1:
         display.say(f"the study is in {folder / 'study.db'}, its plots beside it")
     return study
 
 
-def draw_study(study: optuna.Study) -> Iterator[tuple[str, Axes]]:
-    """Draw how a study went, where it has two trials to compare: names of files, and the axes to save in each."""
-    if len(_completed(study)) < 2:
+def draw_study(study: optuna.Study) -> Iterator[tuple[str, Any]]:
+    """Draw how a study with at least two scored trials went: names of files, and Matplotlib's axes for each."""
+    if len(_scored(study)) < 2:
         return
     draw = optuna.visualization.matplotlib
     with warnings.catch_warnings():
@@ -86,7 +86,7 @@ def open_study(folder: Path) -> optuna.Study:
             grace_period=SILENT_SECONDS,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
-        sqlalchemy.event.listen(storage.engine, "begin", _lock_before_reading)
+        event.listen(storage.engine, "begin", _lock_before_reading)
         # A process takes the unfinished trials of the others for bad ones, so that they try different things.
         sampler = optuna.samplers.TPESampler(constant_liar=True)
         return optuna.create_study(
@@ -94,7 +94,7 @@ def open_study(folder: Path) -> optuna.Study:
         )
 
 
-def _lock_before_reading(connection: sqlalchemy.Connection) -> None:
+def _lock_before_reading(connection: Connection) -> None:
     # SQLite would lock at the first write. Two processes that had each read before that a trial waits would both take
     # it: Optuna's protection is SELECT ... FOR UPDATE, which SQLite does not know.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -132,8 +132,8 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _completed(study: optuna.Study) -> list[FrozenTrial]:
-    return [trial for trial in _ended(study) if trial.value is not None]
+def _scored(study: optuna.Study) -> list[tuple[float, FrozenTrial]]:
+    return [(trial.value, trial) for trial in _ended(study) if trial.value is not None]
 
 
 def _told(trial: Trial | FrozenTrial) -> str:
