@@ -1,8 +1,9 @@
 """A run on disk and in time.
 
-settings.py     the settings of a training: defaults, meanings, and what each may be
-train.py        a run from its settings to its report
-restore.py      a run's data, seeds and states, from its settings or its newest checkpoint
+settings.py     every setting of a training: its default, its meaning, the values that it may have
+program.py      a run's compiled functions, from its settings and the sizes of its data
+train.py        train_run and train_epoch: a run from its data to its result
+restore.py      a run's data by its settings, and a run as its newest checkpoint left it
 folder.py       a run's config.json, metrics.jsonl, result.json and lock
 checkpoint.py   Orbax, and nowhere else
 tensorboard.py  TensorBoard's scalars

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32
@@ -76,7 +75,7 @@ class Program(NamedTuple):
     """
 
     mesh: Mesh
-    model: nn.Module
+    model: CNN
     steps_per_epoch: int
     last_step: int
     start: Callable[[], TrainState]

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import Evaluation
+from cnn_jax.core.model import CNN
 from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint, load_dataset
@@ -42,7 +42,7 @@ class TrainedRun(NamedTuple):
     dataset: Dataset
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> CNN:
         """The network."""
         return self.program.model
 
