@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 
+from cnn_jax.core.model import forward
 from cnn_jax.data.dataset import scale_pixels
 
 # Images at a time: what block 2 leaves behind of 250, 56 MB, still fits the memory of any device, and on a CPU larger
@@ -45,12 +46,12 @@ class Sums(NamedTuple):
     Attributes:
       correct: Images whose largest logit is that of their label.
       loss: The sum of the softmax cross-entropies.
-      count: Images counted.
+      images: How many images were counted.
     """
 
     correct: Int32[Array, "*seeds"]
     loss: Float32[Array, "*seeds"]
-    count: Int32[Array, "*seeds"]
+    images: Int32[Array, "*seeds"]
 
 
 def evaluate(
@@ -71,7 +72,7 @@ def evaluate(
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
     sums = sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model)
-    return Evaluation(correct=int(sums.correct), count=int(sums.count), loss=float(sums.loss) / int(sums.count))
+    return Evaluation(correct=int(sums.correct), count=int(sums.images), loss=float(sums.loss) / int(sums.images))
 
 
 def pixel_scale(*, unscaled: bool) -> np.float32:
@@ -107,7 +108,7 @@ def sum_over_images(
 
     def add_batch(sums, batch):
         batch_images, batch_labels = batch
-        logits = model.apply({"params": params}, scale_pixels(batch_images, pixel_scale))
+        logits = forward(model, params, scale_pixels(batch_images, pixel_scale))
         is_real = batch_labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch_labels, 0))
         correct = (logits.argmax(axis=-1).astype(jnp.int32) == batch_labels) & is_real
@@ -142,4 +143,4 @@ def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"
 @functools.partial(jax.jit, static_argnames="model")
 def batch_logits(params: PyTree, images: UInt8[Array, "n h w c"], *, model: nn.Module) -> Float32[Array, "n k"]:
     """Return the logits of one batch."""
-    return model.apply({"params": params}, scale_pixels(images))
+    return forward(model, params, scale_pixels(images))

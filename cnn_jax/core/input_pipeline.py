@@ -12,7 +12,7 @@ from jaxtyping import Array, Int32, UInt8
 
 from cnn_jax.core.sharding import DATA, SEEDS, shard, to_host
 from cnn_jax.core.training import SeedEpoch
-from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.dataset import Dataset, RecordedImages
 
 # Bytes of images that are read at once for all seeds: 100 steps of the tutorial.
 CHUNK_BYTES = 8 * 2**20
@@ -90,8 +90,8 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self._batches.shape[1] // self._steps)
 
-    def __getitem__(self, i: int) -> tuple[UInt8[Array, "m h w c"], Int32[Array, " m"], Int32[Array, "s steps n"]]:
-        rows = self._batches[:, i * self._steps : (i + 1) * self._steps]
+    def __getitem__(self, index: int) -> tuple[UInt8[Array, "m h w c"], Int32[Array, " m"], Int32[Array, "s steps n"]]:
+        rows = self._batches[:, index * self._steps : (index + 1) * self._steps]
         rows = np.pad(rows, ((0, 0), (0, self._steps - rows.shape[1]), (0, 0)), constant_values=-1)
         seeds, steps, batch = rows.shape
         over_seeds, over_data = self._mesh.shape[SEEDS], self._mesh.shape[DATA]
@@ -109,7 +109,7 @@ class _Chunks:
 class _Rows:
     """Wanted rows of a source, read for each device when its shard is placed; -1 is a row of zeros."""
 
-    def __init__(self, source: np.ndarray, wanted: Int32[np.ndarray, " m"]):
+    def __init__(self, source: np.ndarray | RecordedImages, wanted: Int32[np.ndarray, " m"]):
         self._source = source
         self._wanted = wanted
         self.shape = (len(wanted), *source.shape[1:])

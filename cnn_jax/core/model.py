@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from cnn_jax.core.conv_block import Pool, conv_block
 
@@ -100,6 +101,11 @@ class ConvBlock(nn.Module):
         kernel = self.param("kernel", torch_uniform(fan_in), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", torch_uniform(fan_in), (self.features,))
         return conv_block(x, kernel, bias, self.pool, self.dtype)
+
+
+def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:
+    """Return a network's logits of images with pixels in [0, 1]."""
+    return cast(Array, model.apply({"params": params}, pixels))  # Flax returns more only where more is asked for
 
 
 def dense_head(num_classes: int, fan_in: int) -> nn.Dense:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Key, PyTree, UInt8, UInt32
 
+from cnn_jax.core.model import forward
 from cnn_jax.core.recipes import Recipe
 from cnn_jax.data.dataset import scale_pixels
 
@@ -124,10 +125,11 @@ def train_step(
     """
     pixels = scale_pixels(images)
     if recipe.augment is not None:
+        assert augment_key is not None, "a recipe that augments needs a key"
         pixels = recipe.augment(_image_keys(augment_key, state.step, len(labels), axis), pixels)
 
     def loss_fn(params, pixels, labels):
-        logits = model.apply({"params": params}, pixels)  # (N, num_classes)
+        logits = forward(model, params, pixels)  # (N, num_classes)
         losses = recipe.loss(logits, jnp.maximum(labels, 0))
         return jnp.where(labels >= 0, losses, 0).sum()
 
@@ -143,24 +145,24 @@ def train_step(
     gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema_params = None if state.ema_params is None else _average(state.ema_params, params, state.step + 1, recipe)
+    ema_params = None
+    if recipe.ema_decay is not None:
+        ema_params = _average(state.ema_params, params, state.step + 1, recipe.ema_decay)
     return TrainState(state.step + 1, params, opt_state, ema_params), loss / count
 
 
-def _image_keys(
-    augment_key: Key[Array, ""], step: Int32[Array, ""], images: int, axis: str | None
-) -> Key[Array, " n"]:
+def _image_keys(augment_key: Key[Array, ""], step: Int32[Array, ""], images: int, axis: str | None) -> Key[Array, " n"]:
     """Return a key for each image of a step: the same, however many devices the batch is divided over."""
     first = 0 if axis is None else lax.axis_index(axis) * images
     step_key = jax.random.fold_in(augment_key, step)
     return jax.vmap(functools.partial(jax.random.fold_in, step_key))(first + jnp.arange(images))
 
 
-def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], recipe: Recipe) -> PyTree:
+def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], most: float) -> PyTree:
     # Young averages forget faster, or the initial weights would stay in them for long: (1 + t) / (10 + t) is the decay
     # of TensorFlow's ExponentialMovingAverage with `num_updates`.
     t = step.astype(jnp.float32)
-    decay = jnp.minimum(recipe.ema_decay, (1 + t) / (10 + t))
+    decay = jnp.minimum(most, (1 + t) / (10 + t))
     return optax.incremental_update(params, ema_params, 1 - decay)
 
 

@@ -28,6 +28,8 @@ from cnn_jax.runtime.files import first_free, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
 SCHEMA_VERSION = 3
+# Those of an epoch, of every seed.
+Losses = Float32[np.ndarray, "s steps"]
 STATE, META = "state", "meta"  # the two items of a step
 
 
@@ -41,7 +43,7 @@ class Restored(NamedTuple):
     """
 
     state: TrainState
-    losses: Float32[np.ndarray, "s steps"]
+    losses: Losses
     meta: dict
 
 
@@ -62,9 +64,14 @@ class Checkpoints:
         self, folder: Path, manager: ocp.CheckpointManager | None, *, writing: bool, warn: Callable[[str], None]
     ):
         self.folder = folder
-        self._manager = manager
+        self._orbax = manager
         self._writing = writing
         self._warn = warn
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        assert self._orbax is not None, "process 0 alone reads and writes"
+        return self._orbax
 
     @property
     def quarantine(self) -> Path:
@@ -78,7 +85,7 @@ class Checkpoints:
     def _latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, losses: jax.Array, meta: dict) -> None:
+    def save(self, step: int, state: TrainState, losses: Losses, meta: dict) -> None:
         """Write a checkpoint and return when it is on the disk.
 
         Args:
@@ -112,7 +119,7 @@ class Checkpoints:
             "make room there, then run the same command again to continue from the one before"
         )
 
-    def restore_latest(self, state: TrainState, losses: jax.Array) -> Restored | None:
+    def restore_latest(self, state: TrainState, losses: Losses | jax.ShapeDtypeStruct) -> Restored | None:
         """Read the newest checkpoint that is sound; move those aside that are newer and are not.
 
         Args:
@@ -230,7 +237,7 @@ def digest(tree: object, meta: dict) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
         sha256.update(f"\n{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        sha256.update(np.ascontiguousarray(array))
+        sha256.update(array.tobytes())
     return sha256.hexdigest()
 
 

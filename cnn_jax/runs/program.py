@@ -8,16 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float32
 
-from cnn_jax.core.evaluation import Evaluation, Sums, pixel_scale
+from cnn_jax.core.evaluation import Evaluation, pixel_scale
 from cnn_jax.core.input_pipeline import RESIDENT, STREAMED, Chunk
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import make_recipe
 from cnn_jax.core.sharding import (
     DATA,
+    EPOCH,
     SEEDS,
     TestSet,
     count_parts,
@@ -25,6 +25,7 @@ from cnn_jax.core.sharding import (
     jit_over_mesh,
     run_seeds,
     seeds_epoch,
+    shardings,
     start_seeds,
     sum_seeds,
     to_host,
@@ -65,6 +66,7 @@ class Program(NamedTuple):
     Attributes:
       mesh: What it runs on.
       model: The network.
+      streams: Whether the images reach the devices in chunks.
       steps_per_epoch: Batches of an epoch.
       last_step: How many steps the run has.
       start: Returns the states before step 0, every array with one more axis in front, for the seeds.
@@ -76,12 +78,13 @@ class Program(NamedTuple):
 
     mesh: Mesh
     model: CNN
+    streams: bool
     steps_per_epoch: int
     last_step: int
     start: Callable[[], TrainState]
     epoch: Callable[[np.int32], SeedEpoch]
-    run_steps: Callable[..., tuple[TrainState, Float32[Array, "s steps"]]]
-    sum_images: Callable[..., Sums]
+    run_steps: jax.stages.Wrapped
+    sum_images: jax.stages.Wrapped
 
     def end_of_epoch(self, step: int) -> int:
         """Return the step at which the epoch that a step is in ends; the run's last epoch may be incomplete."""
@@ -112,18 +115,17 @@ def make_program(
     train = functools.partial(
         run_seeds, model=model, recipe=recipe, parts=count_parts(mesh, settings.batch_size), seeds_at_once=seeds_at_once
     )
-    data, by_seed = STREAMED if streams else RESIDENT, NamedSharding(mesh, P(SEEDS))
-    epoch_spec = SeedEpoch(P(SEEDS, None, DATA), P(SEEDS))
-    epoch_sharding = SeedEpoch(*(NamedSharding(mesh, spec) for spec in epoch_spec))
+    data = STREAMED if streams else RESIDENT
     return Program(
         mesh=mesh,
         model=model,
+        streams=streams,
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
-        start=functools.partial(jax.jit(start, out_shardings=by_seed), seeds),
-        epoch=functools.partial(jax.jit(epoch, out_shardings=epoch_sharding), seeds),
+        start=functools.partial(jax.jit(start, out_shardings=shardings(mesh, P(SEEDS))), seeds),
+        epoch=functools.partial(jax.jit(epoch, out_shardings=shardings(mesh, EPOCH)), seeds),
         run_steps=jit_over_mesh(
-            train, mesh, (P(SEEDS), epoch_spec, data, data, P(), P()), (P(SEEDS), P(SEEDS)), donate_argnums=0
+            train, mesh, (P(SEEDS), EPOCH, data, data, P(), P()), (P(SEEDS), P(SEEDS)), donate_argnums=0
         ),
         sum_images=jit_over_mesh(
             functools.partial(sum_seeds, model=model), mesh, (P(SEEDS), P(DATA), P(DATA), P()), P(SEEDS)
@@ -142,10 +144,11 @@ def compile_program(
     steps = program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
     device, seeds_here = program.mesh.devices.flat[0], settings.seeds // program.mesh.shape[SEEDS]
     if seeds_here > 1 and device.platform != "cpu":
-        seed_bytes = steps.memory_analysis().temp_size_in_bytes
+        memory = steps.memory_analysis()
+        assert memory is not None, "an accelerator's compiler knows what memory a program needs"
+        seed_bytes = memory.temp_size_in_bytes
         seeds_at_once = count_seeds_at_once(seeds_here, seed_bytes, device.memory_stats()["bytes_limit"])
-        streams = chunk.images.sharding.spec == STREAMED
-        program = make_program(settings, sizes, program.mesh, streams=streams, seeds_at_once=seeds_at_once)
+        program = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
         program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
         log.info("seeds trained at once: %d", seeds_at_once)
     program.sum_images.lower(states.eval_params, *test_set, pixel_scale(unscaled=False)).compile()

@@ -116,7 +116,9 @@ def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Dis
         display.say("trial 0: training")  # the others begin where one before them is told
     try:
         with open_run(settings, shown=False) as run:
-            accuracy = float(np.mean(train_run(settings, run).metrics[-1].accuracy))
+            result = train_run(settings, run)
+        assert result is not None, "no trial is a dry run"
+        accuracy = float(np.mean(result.metrics[-1].accuracy))
     except StopSignalError:
         # The next process goes on with this trial from its checkpoint.
         RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])

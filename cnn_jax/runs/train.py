@@ -12,7 +12,6 @@ from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32
 
@@ -164,7 +163,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     with contextlib.ExitStack() as held:
         checkpoints = held.enter_context(open_checkpoints(run.folder.checkpoints, writing=True, warn=display.say))
         with clock.part("loading"):
-            feed, epoch_test_set = place_data(settings, dataset, mesh)
+            feed, epoch_test_set = place_data(settings, dataset, program)
             meta = on_process_0(describe_run, settings, dataset)
         progress, metrics = restore_progress(settings, run, program, checkpoints, meta)
         first_step = progress.step
@@ -177,25 +176,25 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 program = compile_program(program, settings, sizes, progress.states, chunk, epoch_test_set)
             if settings.profile is not None:
                 program = program._replace(run_steps=profiled(program.run_steps, settings.profile, display))
-        while progress.step < program.last_step:
-            begin, end, seconds = progress.step, program.end_of_epoch(progress.step), 0.0
-            for segment in train_epoch(program, feed, progress, stop, save_every):
-                progress, seconds = segment.progress, seconds + segment.seconds
-                show_segment(display, settings, program, progress, begin, seconds)
-                if save_every is not None and progress.step % save_every == 0 and progress.step < end:
-                    save(checkpoints, progress, meta, clock)
-            if progress.step < end:
-                stop_run(stop, program, checkpoints, progress, meta, clock)
-            clock.seconds["training"] += seconds
-            with clock.part("testing"):
-                tests = evaluate_seeds(program, progress.states, epoch_test_set)
-            compile_seconds = clock.seconds["compiling"] if begin == first_step else 0.0
-            metrics.append(epoch_metrics(settings, program, progress, tests, begin, seconds, compile_seconds))
-            with clock.part("saving"):
-                on_process_0(run.folder.write_metrics, metrics)
-            save(checkpoints, progress, meta, clock)
-            write_scalars(metrics[-1])
-            show_epoch(display, settings, program, metrics[-1])
+            while progress.step < program.last_step:
+                begin, end, seconds = progress.step, program.end_of_epoch(progress.step), 0.0
+                for segment in train_epoch(program, feed, progress, stop, save_every):
+                    progress, seconds = segment.progress, seconds + segment.seconds
+                    show_segment(display, settings, program, progress, begin, seconds)
+                    if save_every is not None and progress.step % save_every == 0 and progress.step < end:
+                        save(checkpoints, progress, meta, clock)
+                if progress.step < end:
+                    stop_run(stop, program, checkpoints, progress, meta, clock)
+                clock.seconds["training"] += seconds
+                with clock.part("testing"):
+                    tests = evaluate_seeds(program, progress.states, epoch_test_set)
+                compile_seconds = clock.seconds["compiling"] if begin == first_step else 0.0
+                metrics.append(epoch_metrics(settings, program, progress, tests, begin, seconds, compile_seconds))
+                with clock.part("saving"):
+                    on_process_0(run.folder.write_metrics, metrics)
+                save(checkpoints, progress, meta, clock)
+                write_scalars(metrics[-1])
+                show_epoch(display, settings, program, metrics[-1])
     trained = TrainedRun(settings, program, to_host(progress.states), dataset)
     with clock.part("testing"):
         # Without a validation set, the last epoch's test was this one.
@@ -299,14 +298,14 @@ def describe_task(dataset: Dataset, parameters: int) -> str:
     )
 
 
-def place_data(settings: TrainSettings, dataset: Dataset, mesh: Mesh) -> tuple[Feed, TestSet]:
+def place_data(settings: TrainSettings, dataset: Dataset, program: Program) -> tuple[Feed, TestSet]:
     """Return the images to train on and the set to test on after each epoch: the validation set, where there is one."""
-    train_set, epoch_set = dataset, (dataset.test_images, dataset.test_labels)
+    train_set, images, labels = dataset, dataset.test_images, dataset.test_labels
     if settings.validation is not None:
-        train_set, *epoch_set = hold_out(dataset, settings.validation)
-    place = streamed if streams(settings, dataset) else resident
-    log.info("mesh %s, images %s", dict(mesh.shape), place.__name__)
-    return place(train_set, mesh), shard_test_set(*epoch_set, mesh)
+        train_set, images, labels = hold_out(dataset, settings.validation)
+    place = streamed if program.streams else resident
+    log.info("mesh %s, images %s", dict(program.mesh.shape), place.__name__)
+    return place(train_set, program.mesh), shard_test_set(images, labels, program.mesh)
 
 
 def restore_progress(
@@ -379,12 +378,12 @@ def profiled(run_steps: Callable, folder: Path, display: Display) -> Callable:
     """Return a function that runs steps and writes a trace of its second call: the first one warms the device up."""
     calls = itertools.count(1)
 
-    def run(states, epoch, images, labels, first, stop):
-        arguments = (states, epoch, images, labels, first, stop)
+    def run(*arguments):
         if next(calls) != 2:
             return run_steps(*arguments)
         with jax.profiler.trace(folder):
             result = jax.block_until_ready(run_steps(*arguments))
+        *_, first, stop = arguments
         display.say(f"a trace of {stop - first} steps is in {folder}")
         return result
 
@@ -458,6 +457,7 @@ def stop_run(
     stop: StopRequest, program: Program, checkpoints: Checkpoints, progress: Progress, meta: dict, clock: Stopwatch
 ) -> NoReturn:
     """Save a run that was asked to stop, unless it is saved already, and end it."""
+    assert stop.signal_number is not None, "a run is stopped by a signal"
     if progress.step > 0 and checkpoints.latest_step() != progress.step:
         save(checkpoints, progress, meta, clock)
     saved = "which is saved; run the same command again to continue"
