@@ -5,11 +5,14 @@ import os
 import shutil
 import signal
 import time
+import traceback
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from cnn_jax.core import recipes
 from cnn_jax.runs import program as program_module
 from tests.fault_injection.runs import read_newest
 from tests.helpers import TIMES, assert_same_run, damage_newest, metrics_of, wait_for_step
@@ -358,3 +361,20 @@ def test_a_disk_error_ends_with_4_and_names_the_place(train, tmp_path):
     assert code == 4
     assert "steps" in err
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_the_loss_is_nine_frames_from_the_command(train, monkeypatch):
+    """What a reader of a training goes through; JAX's own frames between them are not counted."""
+    stacks = []
+
+    def loss(logits, labels):
+        frames = [frame.name for frame in traceback.extract_stack() if "/cnn_jax/" in frame.filename]
+        stacks.append(frames[frames.index("train") :])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    monkeypatch.setattr(recipes, "tutorial", lambda learning_rate: recipes.Recipe(optax.adam(learning_rate), loss))
+    assert train(epochs=1)[0] == 0
+    below = ["run_seeds", "run_steps", "take_step", "train_step", "add_part", "loss_fn"]
+    # It is traced when the program is compiled; `train_epoch` calls the same function.
+    assert ["train", "train_run", "compile_program", *below] in stacks
+    assert max(map(len, stacks)) <= 9

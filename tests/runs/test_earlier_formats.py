@@ -1,0 +1,43 @@
+"""A run that an earlier version recorded, with checkpoints of format 2, is tested and continued by this one."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.helpers import metrics_of
+
+pytestmark = pytest.mark.optax_promotes
+
+# Two seeds of the recipe `fast`, which averages weights: `train --recipe fast --features 2 4 --seeds 2 --epochs 0.02
+# --validation 5000 --checkpoint-every-steps 5`, with its checkpoints of steps 5 and 11, the last one.
+OPTIONS = ("--recipe", "fast", "--features", 2, 4, "--seeds", 2, "--epochs", 0.02, "--validation", 5000)
+TEST_ACCURACY = 0.16245
+
+
+@pytest.fixture
+def recorded(request, tmp_path):
+    shutil.unpack_archive(request.path.with_name("format_2_run.zip"), tmp_path)
+    return tmp_path / "run"
+
+
+def test_an_earlier_runs_averaged_weights_are_tested(recorded, command, tfds_folder):
+    code, out, err = command("evaluate", recorded, "--data-dir", tfds_folder)
+    assert code == 0, err
+    # Another processor may sum in another order.
+    assert float(out.removeprefix("Accuracy: ")) == pytest.approx(TEST_ACCURACY, abs=1e-3)
+    assert "damaged" not in err
+
+
+def test_an_earlier_run_continues_to_the_numbers_that_it_would_have_had(recorded, command, tfds_folder):
+    expected = metrics_of(recorded)
+    shutil.rmtree(recorded / "steps" / "11")
+    where = ("--checkpoint-dir", recorded.parent, "--run-name", recorded.name, "--data-dir", tfds_folder)
+    code, _, err = command("train", *OPTIONS, *where)
+    assert code == 0, err
+    assert "continuing after step 5 of 11" in err
+    ((epoch,), (before,)) = (metrics_of(recorded), expected)
+    assert epoch["seeds"]["cost"] == pytest.approx(before["seeds"]["cost"], rel=1e-4)
+    assert epoch["seeds"]["validation_loss"] == pytest.approx(before["seeds"]["validation_loss"], rel=1e-4)
+    meta = json.loads((recorded / "steps" / "11" / "meta" / "metadata").read_text())
+    assert meta["schema"] == 3
