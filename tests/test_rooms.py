@@ -22,7 +22,7 @@ OWNERS = {
     "orbax": ("runs/checkpoint.py",),
     "optuna": ("runs/sweep.py",),
     "sqlalchemy": ("runs/sweep.py",),
-    "tensorboardX": ("runs/tensorboard.py",),
+    "tensorboardX": ("runs/folder.py",),
     "matplotlib": ("analysis/plots.py",),
     "jinja2": ("analysis/report.py", "inference/demo/"),
     "gradio": ("inference/demo/",),

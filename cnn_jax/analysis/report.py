@@ -12,7 +12,7 @@ from cnn_jax.core.sharding import of_seed
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import TrainedRun, evaluate_trained, restore_run
 from cnn_jax.runs.settings import Platform, TrainSettings
-from cnn_jax.runs.train import describe_task, result_rows
+from cnn_jax.runs.summary import describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 from cnn_jax.runtime.files import write_atomically

@@ -67,7 +67,8 @@ def train(settings: TrainSettings) -> None:
         check_sizes(settings.batch_size, settings.validation, train_examples)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
-    from cnn_jax.runs.train import open_run, result_rows, train_run, write_result
+    from cnn_jax.runs.summary import result_rows, write_result
+    from cnn_jax.runs.train import open_run, train_run
     from cnn_jax.runtime.distributed import is_process_0
 
     with open_run(settings) as run:

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -97,7 +97,6 @@ class RunFolder:
     Attributes:
       path: The folder; it need not exist.
       checkpoints: The folder of its checkpoints.
-      tensorboard: The folder of its TensorBoard files.
       pictures: The folder of its pictures.
       report: The page about it.
     """
@@ -105,7 +104,6 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "steps"
-        self.tensorboard = path / "tensorboard"
         self.pictures = path / "pictures"
         self.report = path / "report.html"
 
@@ -198,6 +196,28 @@ class RunFolder:
             return json.loads(file.read_text())
         except ValueError as error:
             raise StorageError(f"{file} cannot be understood ({error}); move it away") from error
+
+    @contextlib.contextmanager
+    def open_scalars(self, *, after_step: int) -> Iterator[Callable[[EpochMetrics], None]]:
+        """Return a function that writes an epoch's numbers for TensorBoard, under their names in metrics.jsonl.
+
+        The numbers of several seeds are written one by one, too. TensorBoard forgets what an earlier process wrote of
+        steps after `after_step`.
+        """
+        from tensorboardX import SummaryWriter  # an extra
+
+        with SummaryWriter(str(self.path / "tensorboard"), purge_step=after_step + 1) as writer:
+
+            def write(metrics: EpochMetrics) -> None:
+                line = json.loads(metrics.to_json())
+                seeds = line.pop("seeds", {})
+                line |= {f"seeds/{i}/{name}": value for name, values in seeds.items() for i, value in enumerate(values)}
+                for name, value in line.items():
+                    if name != "step":
+                        writer.add_scalar(name, value, metrics.step)
+                writer.flush()
+
+            yield write
 
     def move_aside(self) -> Path | None:
         """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32
 
 from cnn_jax.core.evaluation import Evaluation, pixel_scale
 from cnn_jax.core.input_pipeline import RESIDENT, STREAMED, Chunk
@@ -89,6 +90,22 @@ class Program(NamedTuple):
     def end_of_epoch(self, step: int) -> int:
         """Return the step at which the epoch that a step is in ends; the run's last epoch may be incomplete."""
         return min(self.last_step, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    The next segment of steps reuses the states' memory, and the losses' within an epoch: keep the newest alone.
+
+    Attributes:
+      step: Steps since the run began.
+      states: On the devices; every array has one more axis in front, for the seeds.
+      losses: Those of the epoch in progress, of which the steps taken are filled in.
+    """
+
+    step: int
+    states: TrainState
+    losses: Float32[np.ndarray, "s steps"]
 
 
 def make_program(

@@ -1,0 +1,171 @@
+"""What is shown and written of a run: what is about to be trained, how far it is, and what came of it."""
+
+import statistics
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cnn_jax.core.evaluation import Evaluation
+from cnn_jax.core.statistics import mean_interval
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.runs.folder import EpochMetrics, RunFolder
+from cnn_jax.runs.program import Program, Progress
+from cnn_jax.runs.restore import TrainedRun
+from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.devices import describe_devices, describe_machine
+from cnn_jax.runtime.display import Display, Stopwatch, describe_values
+
+
+def introduce(settings: TrainSettings, dataset: Dataset, program: Program, display: Display) -> None:
+    """Show what is about to be trained on what."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(program.start).params)) // settings.seeds
+    display.say(describe_task(dataset, parameters))
+    how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, peak"
+    last_seed = settings.seed + settings.seeds - 1
+    seeds = f"seeds {settings.seed} to {last_seed}" if settings.seeds > 1 else f"seed {settings.seed}"
+    held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
+    display.say(
+        f"{settings.run_folder}: {settings.epochs:g} epochs of {program.steps_per_epoch:,} steps, "
+        f"batch {settings.batch_size}, {how} {settings.learning_rate:g}, {settings.precision}, {seeds}{held_out}"
+    )
+
+
+def describe_task(dataset: Dataset, parameters: int) -> str:
+    """Return, in a sentence, what a network of so many parameters learns from."""
+    size = "x".join(map(str, dataset.train_images.shape[1:]))
+    return (
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images, "
+        f"{size}, {dataset.num_classes} classes; network of {parameters:,} parameters"
+    )
+
+
+def show_segment(
+    display: Display, settings: TrainSettings, program: Program, progress: Progress, begin: int, seconds: float
+) -> None:
+    """Move the progress bar, after so many seconds since the step at which this epoch began or was continued."""
+    epoch, taken = divmod(progress.step - 1, program.steps_per_epoch)
+    display.advance(
+        epoch=epoch + 1,
+        epochs=settings.epochs,
+        step=progress.step,
+        cost=float(progress.losses[:, : taken + 1].mean(dtype=np.float64)),
+        examples_per_second=speed(settings, progress.step - begin, seconds),
+    )
+
+
+def epoch_metrics(
+    settings: TrainSettings,
+    program: Program,
+    progress: Progress,
+    tests: list[Evaluation],
+    begin: int,
+    seconds: float,
+    compile_seconds: float,
+) -> EpochMetrics:
+    """Return the numbers of the epoch that a run has just ended, begun or continued at the step `begin`."""
+    epoch, last = divmod(progress.step - 1, program.steps_per_epoch)
+    return EpochMetrics(
+        epoch=epoch + 1,
+        step=progress.step,
+        cost=progress.losses[:, : last + 1].mean(axis=1, dtype=np.float64).tolist(),
+        accuracy=[test.accuracy for test in tests],
+        loss=[test.loss for test in tests],
+        tested_on="test" if settings.validation is None else "validation",
+        seconds=seconds,
+        examples_per_second=speed(settings, progress.step - begin, seconds),
+        step_milliseconds=1e3 * seconds / (progress.step - begin),
+        compile_seconds=compile_seconds,
+    )
+
+
+def speed(settings: TrainSettings, steps: int, seconds: float) -> float:
+    """Return the images of all seeds trained per second."""
+    return steps * settings.batch_size * settings.seeds / seconds
+
+
+def show_epoch(display: Display, settings: TrainSettings, program: Program, metrics: EpochMetrics) -> None:
+    """Show an epoch that is done."""
+    display.epoch_cost(metrics.epoch, statistics.fmean(metrics.cost))
+    display.epoch_line(
+        epoch=metrics.epoch,
+        epochs=settings.epochs,
+        tested_on=metrics.tested_on,
+        accuracy=statistics.fmean(metrics.accuracy),
+        examples_per_second=metrics.examples_per_second,
+        left=(program.last_step - metrics.step) * metrics.step_milliseconds / 1e3,
+    )
+
+
+class Result(NamedTuple):
+    """A run at its end.
+
+    Attributes:
+      run: Its settings, program, states and data.
+      metrics: The epochs, in order.
+      accuracies: Of each seed on the test images, in [0, 1].
+      unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None where there is no tutorial.
+      meta: What its checkpoints record beside the states.
+      trained_here: Whether this process trained it, or found it finished.
+    """
+
+    run: TrainedRun
+    metrics: list[EpochMetrics]
+    accuracies: list[float]
+    unscaled_accuracies: list[float] | None
+    meta: dict
+    trained_here: bool
+
+
+def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
+    """Write result.json: what the run came to, where this process spent its time, and on what it ran.
+
+    A process that found the run finished writes it only where it is missing.
+    """
+    if not result.trained_here and folder.read_result().get("step") == result.run.step:
+        return
+    accuracies, settings = result.accuracies, result.run.settings
+    content: dict = {}
+    if settings.validation is not None:
+        content["validation_accuracy"] = statistics.fmean(result.metrics[-1].accuracy)
+    content["test_accuracy"] = statistics.fmean(accuracies)
+    if result.unscaled_accuracies is not None:
+        content["unscaled_test_accuracy"] = statistics.fmean(result.unscaled_accuracies)
+    if len(accuracies) > 1:
+        by_seed = enumerate(accuracies, start=settings.seed)
+        content["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
+        content["spread"] = mean_interval(accuracies)._asdict()
+    content |= {"step": result.run.step, "seconds": clock.seconds}
+    content |= {"machine": describe_machine(), "device": describe_devices(), "versions": result.meta["versions"]}
+    folder.write_result(content)
+
+
+def result_rows(
+    trained: TrainedRun,
+    accuracies: list[float],
+    unscaled_accuracies: list[float] | None,
+    metrics: list[EpochMetrics],
+) -> list[tuple[str, str]]:
+    """Return what a run came to, as names and values.
+
+    Args:
+      trained: The run.
+      accuracies: Of each seed on the test images, in [0, 1].
+      unscaled_accuracies: The same on pixels in 0..255, where they were tested; of each seed, or their mean.
+      metrics: The run's epochs.
+    """
+    count = len(trained.dataset.test_labels)
+    rows = [("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {count:,} images")]
+    if unscaled_accuracies is not None:
+        rows.append(("as the tutorial tests", f"{describe_values(unscaled_accuracies)} on pixels in 0..255"))
+    if metrics and metrics[-1].tested_on == "validation":
+        validated = describe_values(metrics[-1].accuracy)
+        rows.append(("validation accuracy", f"{validated} of {trained.settings.validation:,} images"))
+    if len(accuracies) > 1:
+        interval = mean_interval(accuracies)
+        rows += [
+            ("standard error", f"{interval.standard_error:.5f}"),
+            ("95 % interval", f"{interval.low:.4f} to {interval.high:.4f}"),
+            ("each seed", " ".join(f"{accuracy:.4f}" for accuracy in accuracies)),
+        ]
+    return rows
