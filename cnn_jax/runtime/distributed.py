@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, describe_failure
+from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, describe_failure, with_tracebacks
 
 T = TypeVar("T")
 
@@ -32,9 +32,7 @@ GRACE_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def joined(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, *, debug: bool = False
-) -> Iterator[None]:
+def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
     """Train together with the other processes of the run, where there are any, until the block ends.
 
     They are those that are named, or those of a TPU pod or a SLURM job. Where they do not find each other in
@@ -45,7 +43,6 @@ def joined(
       coordinator: Where process 0 is, `HOST:PORT`; None to look for a cluster.
       num_processes: How many processes there are.
       process_id: Which of them this is.
-      debug: Show a failure's traceback, too.
     """
     if coordinator is None and not _in_a_cluster():
         yield
@@ -55,7 +52,7 @@ def joined(
         with _lost_hosts_reported():
             yield
     except Exception as error:
-        if debug:
+        if with_tracebacks.get():
             traceback.print_exc()
         _leave_at_once(*describe_failure(error))
 

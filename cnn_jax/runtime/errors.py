@@ -1,6 +1,7 @@
 """The failures that a user can cause or meet, the exit code of each, and how one is told."""
 
 import contextlib
+import contextvars
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
@@ -74,6 +75,10 @@ def suggest(word: str, known: Iterable[str]) -> str | None:
     return f"perhaps you meant {near[0]}" if near else None
 
 
+# Whether a failure shows its traceback.
+with_tracebacks = contextvars.ContextVar("with_tracebacks", default=False)
+
+
 @contextlib.contextmanager
 def one_line_failures(debug: bool) -> Iterator[None]:
     """End the program with one line on stderr and the failure's exit code.
@@ -81,6 +86,7 @@ def one_line_failures(debug: bool) -> Iterator[None]:
     Args:
       debug: Let the exception through with its traceback instead.
     """
+    with_tracebacks.set(debug)
     try:
         yield
     except Exception as error:
