@@ -31,6 +31,33 @@ def compiled_code(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """Let runs of the same settings share one program, and so all that it has compiled: that is half of a short run."""
+    from cnn_jax.runs import program, restore, train
+    from cnn_jax.runs.folder import deciding_settings
+
+    programs = {}
+
+    def make_program(settings, sizes, mesh, **options):
+        key = (repr(deciding_settings(settings)), settings.epochs, sizes, mesh, tuple(options.items()))
+        if key not in programs:
+            programs[key] = program.make_program(settings, sizes, mesh, **options)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (restore, train):
+            patch.setattr(module, "make_program", make_program)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Forget what a file's tests have compiled when they end: all of it together takes gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tfds_folder(tmp_path_factory):
     """A folder for tfds; the first test that loads MNIST from it has it prepared."""

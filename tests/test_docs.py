@@ -50,6 +50,7 @@ def settings_of(line):
     return call_of(line).keywords["settings"]
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
     process = program("docs/tutorial.py", env=os.environ | {"MPLBACKEND": "agg", "TFDS_DATA_DIR": str(tfds_folder)})
     out, err = process.communicate(timeout=400)
@@ -164,6 +165,7 @@ def test_every_file_of_the_package_that_a_page_names_exists(page):
         assert (ROOT / "cnn_jax" / file).exists(), file
 
 
+@pytest.mark.slow
 @pytest.mark.optax_promotes
 def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -195,6 +197,7 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
         assert told in err
 
 
+@pytest.mark.slow
 def test_the_researchers_changes_fit_the_code_and_train(program, small_mnist, tmp_path):
     shutil.copytree(ROOT / "cnn_jax", tmp_path / "cnn_jax", ignore=shutil.ignore_patterns("*.xz", "__pycache__"))
     for block in blocks("diff"):

@@ -9,6 +9,8 @@ import pytest
 from tests.fault_injection import trials
 from tests.fault_injection.runs import Trainer, run_fingerprint
 
+pytestmark = pytest.mark.slow
+
 # When Orbax fails, it leaves coroutines behind that it never awaited.
 orbax_leaves_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="builds a library that injects faults")

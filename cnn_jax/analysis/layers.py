@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from flax import linen as nn
@@ -115,7 +116,7 @@ def tabulate(model: nn.Module, dataset: Dataset) -> str:
 
     The shapes are those of one image. The tutorial's network takes 80 columns.
     """
-    table = nn.tabulate(model, jax.random.key(0), **LAYER_TABLE)(scale_pixels(dataset.test_images[0]))
+    table = nn.tabulate(model, jax.random.key(0), **LAYER_TABLE)(scale_pixels(jnp.asarray(dataset.test_images[0])))
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 

@@ -19,15 +19,9 @@ pytestmark = pytest.mark.optax_promotes
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, small_mnist):
+def run(trained_run):
     """The folder of a run of one epoch."""
-    from cnn_jax.cli.commands import main
-
-    folder = tmp_path_factory.mktemp("inspected")
-    with jax.numpy_dtype_promotion("standard"):
-        main(["train", "--dataset-dir", str(small_mnist), "--checkpoint-dir", str(folder), "--run-name", "run",
-              "--epochs", "1"])  # fmt: skip
-    return folder / "run"
+    return trained_run(epochs=1)
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,8 @@ pytestmark = pytest.mark.optax_promotes
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, small_mnist):
-    """Train on the small set, by the command, in a folder of its own, and return the run's folder."""
-    from cnn_jax.cli.commands import main
-
-    def run(*options, data=small_mnist, epochs=1):
-        folder = tmp_path_factory.mktemp("reported")
-        with jax.numpy_dtype_promotion("standard"):
-            main(["train", "--dataset-dir", str(data), "--checkpoint-dir", str(folder), "--run-name", "run",
-                  "--epochs", str(epochs), *map(str, options)])  # fmt: skip
-        return folder / "run"
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def of_three_seeds(train):
-    return train("--seeds", 3, epochs=2)
+def of_three_seeds(trained_run):
+    return trained_run("--seeds", 3, epochs=2)
 
 
 class Page(html.parser.HTMLParser):
@@ -126,22 +111,22 @@ def test_the_page_tells_the_settings_the_versions_the_time_and_the_layers(of_thr
     assert re.search(rf"Time loading .* training {describe_seconds(seconds['training'])}", text)
 
 
-def test_text_from_the_settings_is_escaped(train, small_mnist, tmp_path):
+def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
     hostile = tmp_path / '<img src=x onerror=alert(1)> & "quoted" {{ 7 * 7 }}'
     shutil.copytree(small_mnist, hostile)
-    page = read(train(data=hostile))
+    page = read(trained_run(epochs=1, data=hostile))
     assert f"--dataset-dir {hostile}" in page.text
     assert len(_images(page)) == 8
 
 
-def test_a_run_with_held_out_images_tells_both_accuracies(train):
-    text = read(train("--validation", 100)).text
+def test_a_run_with_held_out_images_tells_both_accuracies(trained_run):
+    text = read(trained_run("--validation", 100, epochs=1)).text
     assert re.search(r"test accuracy 0\.\d{4} on pixels in \[0, 1\], of 510 images", text)
     assert re.search(r"validation accuracy 0\.\d{4} of 100 images", text)
 
 
-def test_a_run_between_two_ends_does_not_show_the_earlier_ones_times(train, command):
-    folder = train(epochs=2)
+def test_a_run_between_two_ends_does_not_show_the_earlier_ones_times(trained_run, command, tmp_path):
+    folder = shutil.copytree(trained_run(epochs=2), tmp_path / "run")
     assert "Time loading" in read(folder).text
     shutil.rmtree(folder / "steps" / "40")
     assert command("report", folder)[0] == 0

@@ -65,6 +65,7 @@ def packages_of(extra):
     return packages, others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", COMMANDS)
 def test_commands_need_nothing_but_what_their_extra_brings(extra, program, small_mnist, tfds_folder, tmp_path):
     if extra == "torch":

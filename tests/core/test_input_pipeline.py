@@ -56,7 +56,15 @@ def test_a_stream_brings_the_images_of_the_batches_from_any_step_on(dataset, mon
         np.testing.assert_array_equal(labels, read_labels)
 
 
-@pytest.mark.parametrize("options", [(), ("--seeds", "2"), ("--recipe", "accurate")], ids=["one", "seeds", "accurate"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--seeds", "2"), marks=pytest.mark.slow),
+        pytest.param(("--recipe", "accurate"), marks=pytest.mark.slow),
+    ],
+    ids=["one", "seeds", "accurate"],
+)
 def test_a_streamed_run_ends_in_the_bits_of_a_resident_one(command, small_mnist, tmp_path, monkeypatch, options):
     monkeypatch.setattr(input_pipeline, "CHUNK_BYTES", 7 * 100 * 784)
     for kind in ("resident", "stream"):

@@ -111,9 +111,9 @@ print(losses.tolist())
 @pytest.mark.parametrize(
     ("recipe", "seeds", "mesh"),
     [
-        ("tutorial", 1, {"seeds": 1, "data": 8}),
+        pytest.param("tutorial", 1, {"seeds": 1, "data": 8}, marks=pytest.mark.slow),
         ("accurate", 1, {"seeds": 1, "data": 8}),
-        ("tutorial", 4, {"seeds": 4, "data": 2}),
+        pytest.param("tutorial", 4, {"seeds": 4, "data": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_one_device_or_eight_give_the_same_costs(train_set, program, tmp_path, recipe, seeds, mesh):

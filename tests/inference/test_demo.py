@@ -271,6 +271,7 @@ def release(driver):
     ActionChains(driver).release().perform()
 
 
+@pytest.mark.slow
 def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(browser, port, packaged):
     assert read_answer(browser) == "nothing yet"
     blank = maps(browser)

@@ -40,25 +40,33 @@ def params():
 
 
 @pytest.fixture(scope="module")
+def first_step(mnist):
+    with jax.numpy_dtype_promotion("standard"):
+        return measure_agreement(mnist, seed=777, steps=1, float64_steps=1)
+
+
+@pytest.fixture(scope="module")
 def agreement(mnist):
     with jax.numpy_dtype_promotion("standard"):
         return measure_agreement(mnist, seed=777, steps=100, float64_steps=100)
 
 
-def test_from_equal_weights_the_logits_agree_within_1e_5(agreement):
-    assert agreement.logits < 1e-5
+def test_from_equal_weights_the_logits_agree_within_1e_5(first_step):
+    assert first_step.logits < 1e-5
 
 
-def test_every_gradient_agrees_within_1e_5_of_its_largest_entry(agreement):
-    assert set(agreement.gradients) == set(NAMES)
-    assert max(agreement.gradients.values()) < 1e-5, agreement.gradients
+def test_every_gradient_agrees_within_1e_5_of_its_largest_entry(first_step):
+    assert set(first_step.gradients) == set(NAMES)
+    assert max(first_step.gradients.values()) < 1e-5, first_step.gradients
 
 
+@pytest.mark.slow
 def test_the_costs_of_100_adam_steps_agree_in_float64_at_every_step(agreement):
     assert len(agreement.float64_costs) == 100
     assert max(agreement.float64_costs) < 1e-9
 
 
+@pytest.mark.slow
 def test_in_float32_rounding_parts_the_costs_no_further_than_pytorch_from_itself(agreement):
     assert len(agreement.costs) == 100
     assert max(agreement.costs[:20]) < 1e-4

@@ -71,6 +71,7 @@ def begin_and_ask(folder, rounds, barrier):
     return numbers
 
 
+@pytest.mark.slow
 def test_two_processes_begin_a_study_at_once_and_never_take_the_same_waiting_trial(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, ProcessPoolExecutor(2, mp_context=spawn) as pool:
@@ -79,6 +80,7 @@ def test_two_processes_begin_a_study_at_once_and_never_take_the_same_waiting_tri
         assert [set(numbers) for numbers in zip(*(each.result() for each in asked), strict=True)] == [{0, 1}] * 20
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_study_and_a_stopped_trial_is_taken_up_again(program, arguments, tmp_path):
     arguments = ["-m", "cnn_jax", "sweep", "--trials", 4, "--recipe", "tutorial", "--batch-size", 50, *arguments]
     arguments[arguments.index("--epochs") + 1] = 4

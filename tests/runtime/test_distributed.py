@@ -49,7 +49,7 @@ def alone(trained_run):
     return trained_run(epochs=EPOCHS)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(start, alone, tmp_path, processes):
     ended = finish(start("run", processes=processes))
     assert [code for code, _, _ in ended] == [0] * processes, ended
@@ -61,6 +61,7 @@ def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(star
     np.testing.assert_allclose(costs, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_same_bits(start, tmp_path):
     assert [code for code, _, _ in finish(start("whole", processes=2))] == [0, 0]
     for victim in (1, 0):
@@ -80,6 +81,7 @@ def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_sam
         assert_same_run(tmp_path / name, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_one_save(start, tmp_path):
     processes = start("run", "--checkpoint-every-steps", 5, processes=2, epochs=1000)
     wait_for_step(tmp_path / "run", 10)
@@ -89,6 +91,7 @@ def test_a_signal_to_one_process_stops_all_after_one_save(start, tmp_path):
     assert "stopped by SIGTERM after step" in ended[0][2].splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_the_first_process_refuses_all_refuse(start, tmp_path):
     assert [code for code, _, _ in finish(start("run", processes=2, epochs=1))] == [0, 0]
     ended = finish(start("run", "--learning-rate", 0.01, processes=2, epochs=1))
@@ -96,6 +99,7 @@ def test_what_the_first_process_refuses_all_refuse(start, tmp_path):
     assert "learning_rate was 0.001 and is 0.01" in ended[0][2]
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_numbers_of_processes(start, command, small_mnist, tmp_path):
     assert [code for code, _, _ in finish(start("run", "--seeds", 2, processes=2, epochs=1))] == [0, 0]
     code, out, err = command(
