@@ -42,7 +42,7 @@ def conv_block(
       kernel: In the images' dtype; a cross-correlation, as in PyTorch and Flax.
       bias: In the images' dtype.
       pool: The maximum or the mean of each 2x2 window; a last odd row or column is left out, as in PyTorch.
-      dtype: The dtype of the products' operands; the products are summed in the images' dtype.
+      dtype: The dtype of the products' operands; the sums have the images' dtype.
     """
     patches_of_pixels = kernel.size // kernel.shape[-1] >= SMALLEST_PIXEL_PATCH
     corners = lax.platform_dependent(

@@ -15,8 +15,7 @@ from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 from cnn_jax.core.model import forward
 from cnn_jax.data.dataset import scale_pixels
 
-# Images at a time: what block 2 leaves behind of 250, 56 MB, still fits the memory of any device, and on a CPU larger
-# batches are no faster.
+# Images at a time. Block 2 needs 56 MB for 250, which fits any device, and larger batches are no faster on a CPU.
 BATCH_SIZE = 250
 
 
@@ -25,9 +24,9 @@ class Evaluation:
     """How a network did on a test set.
 
     Attributes:
-      correct: Images whose largest logit is that of their label.
-      count: Images tested.
-      loss: Mean softmax cross-entropy.
+      correct: The number of images whose largest logit is their label's.
+      count: The number of images tested.
+      loss: The mean softmax cross-entropy.
     """
 
     correct: int
@@ -44,9 +43,9 @@ class Sums(NamedTuple):
     """Sums over a test set, which are added over devices before they are divided.
 
     Attributes:
-      correct: Images whose largest logit is that of their label.
+      correct: The number of images whose largest logit is their label's.
       loss: The sum of the softmax cross-entropies.
-      images: How many images were counted.
+      images: The number of images counted.
     """
 
     correct: Int32[Array, "*seeds"]
@@ -67,7 +66,7 @@ def evaluate(
     Args:
       model: The network.
       params: Its weights.
-      images: What to test it on.
+      images: The images to test it on.
       labels: Their classes.
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
@@ -76,7 +75,7 @@ def evaluate(
 
 
 def pixel_scale(*, unscaled: bool) -> np.float32:
-    """Return the pixel value that becomes 1: an argument of what is compiled, so that both ways share one program."""
+    """Return the pixel value that becomes 1: an argument of the compiled program, so that both ways share it."""
     return np.float32(1 if unscaled else 255)
 
 
@@ -94,7 +93,7 @@ def sum_over_images(
 
     Args:
       params: The network's weights.
-      images: How many there are need not be a multiple of the batch size.
+      images: Their number need not be a multiple of the batch size.
       labels: Their classes; an image labelled -1 counts for nothing.
       pixel_scale: The pixel value that becomes 1.
       model: The network.
@@ -129,7 +128,7 @@ def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"
     Args:
       model: The network.
       params: Its weights.
-      images: What to look at.
+      images: The images.
     """
     batches = []
     for start in range(0, max(1, len(images)), BATCH_SIZE):

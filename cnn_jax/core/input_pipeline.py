@@ -18,7 +18,7 @@ from cnn_jax.data.dataset import Dataset, RecordedImages
 CHUNK_BYTES = 8 * 2**20
 PREFETCH = 2  # chunks
 
-# How images and labels are divided over the mesh: every device has all of them, or each its own.
+# How images and labels are divided over the mesh: every device has all of them, or only its own.
 RESIDENT, STREAMED = P(), P((SEEDS, DATA))
 
 
@@ -27,10 +27,10 @@ class Chunk(NamedTuple):
 
     Attributes:
       epoch: The seeds' batches of these steps, (S, steps, N), which count in a device's images.
-      images: The images, divided over the mesh as `RESIDENT` or `STREAMED` says.
+      images: The images, divided over the mesh by `RESIDENT` or `STREAMED`.
       labels: Their labels.
-      first: The step of the epoch that row 0 of the batches is.
-      stop: The step before which they end.
+      first: The step of the epoch that row 0 of the batches belongs to.
+      stop: The step after the last one.
     """
 
     epoch: SeedEpoch
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     stop: int
 
 
-# Returns an epoch in chunks, from a step on.
+# Returns the chunks of an epoch, beginning at one of its steps.
 Feed = Callable[[SeedEpoch, int], Iterator[Chunk]]
 
 

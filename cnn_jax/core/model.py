@@ -1,4 +1,4 @@
-"""The tutorial's network: layer by layer as Flax writes it, then the same with fast blocks; and its initial weights."""
+"""The tutorial's network, layer by layer and then with fast blocks, and the distributions of its initial weights."""
 
 import math
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from cnn_jax.core.conv_block import Pool, conv_block
 class PlainCNN(nn.Module):
     """Blocks of convolution, ReLU and max-pooling, then one dense layer: one module per layer.
 
-    `CNN` computes the same from the same weights, and trains many times as fast on a CPU. This one is for reading, for
-    looking at what each layer returns, and for comparing.
+    `CNN` computes the same function of the same weights, and trains many times as fast on a CPU. This one is for
+    reading, for looking at the output of each layer, and for comparisons.
 
     Attributes:
       features: Channels after each block.
-      num_classes: Classes to tell apart.
+      num_classes: The number of classes.
     """
 
     features: tuple[int, ...] = (32, 64)
@@ -31,7 +31,7 @@ class PlainCNN(nn.Module):
     def __call__(self, x: Float[Array, "*n h w c"]) -> Float[Array, "*n {self.num_classes}"]:
         """Return the logits of images with pixels in [0, 1].
 
-        The shapes on the right are those of the tutorial's images in its first block, (N, 28, 28, 1).
+        The comments give the shapes for the tutorial's images, (N, 28, 28, 1), in the first block.
         """
         for number, features in enumerate(self.features, start=1):
             init = torch_uniform(fan_in=3 * 3 * x.shape[-1])
@@ -65,9 +65,9 @@ class CNN(nn.Module):
 
     Attributes:
       features: Channels after the first and the second block.
-      num_classes: Classes to tell apart.
-      pool: What the blocks pool with.
-      dtype: Of the convolutions' operands; everything else is float32.
+      num_classes: The number of classes.
+      pool: How the blocks pool: by the maximum or the average.
+      dtype: The dtype of the convolutions' operands; everything else is float32.
     """
 
     features: tuple[int, int] = (32, 64)
@@ -79,7 +79,7 @@ class CNN(nn.Module):
     def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n {self.num_classes}"]:
         """Return the logits, float32, of images with pixels in [0, 1].
 
-        The shapes on the right are those of the tutorial's images, (N, 28, 28, 1).
+        The comments give the shapes for the tutorial's images, (N, 28, 28, 1).
         """
         first, second = self.features
         x = ConvBlock(features=first, pool=self.pool, dtype=self.dtype, name="layer1")(images)  # (N, 14, 14, 32)
@@ -105,7 +105,7 @@ class ConvBlock(nn.Module):
 
 def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:
     """Return a network's logits of images with pixels in [0, 1]."""
-    return cast(Array, model.apply({"params": params}, pixels))  # Flax returns more only where more is asked for
+    return cast(Array, model.apply({"params": params}, pixels))  # Flax returns a tuple only if asked for more
 
 
 def dense_head(num_classes: int, fan_in: int) -> nn.Dense:
@@ -117,7 +117,7 @@ def dense_head(num_classes: int, fan_in: int) -> nn.Dense:
 def torch_uniform(fan_in: int) -> Callable[..., jax.Array]:
     """Return an initialiser that draws from U(-b, b) with b = 1 / sqrt(fan_in).
 
-    That is what PyTorch's `reset_parameters` of `nn.Conv2d` and `nn.Linear` draws weights and biases from.
+    PyTorch's `nn.Conv2d` and `nn.Linear` draw their weights and biases from it in `reset_parameters`.
     """
     bound = 1 / math.sqrt(fan_in)
 

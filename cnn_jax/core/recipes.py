@@ -24,11 +24,11 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-      optimizer: What turns gradients into updates.
-      loss: Of each example.
-      augment: Changes the images of a batch, each by its own key; None leaves them as they are.
-      ema_decay: The network that is tested has weights averaged over the steps: each step keeps this much of the
-        average so far. None tests the weights as they are.
+      optimizer: Turns gradients into updates.
+      loss: Returns the loss of each example.
+      augment: Changes the images of a batch, each by its own key; None leaves them unchanged.
+      ema_decay: Evaluation uses an exponential moving average of the weights, of which each step keeps this share.
+        None evaluates the weights themselves.
     """
 
     optimizer: optax.GradientTransformation
@@ -38,7 +38,7 @@ class Recipe:
 
 
 def make_recipe(name: Literal["tutorial", "fast", "accurate"], learning_rate: float, steps: int) -> Recipe:
-    """Return the recipe of a name for a training of so many steps, with its learning rate or its schedule's peak."""
+    """Return a recipe by its name, for so many steps, with its learning rate or the peak of its schedule."""
     match name:
         case "tutorial":
             return tutorial(learning_rate)
@@ -90,11 +90,11 @@ def shift_turn_and_scale(
     degrees: float = 12.0,
     scale: float = 0.1,
 ) -> Pixels:
-    """Move, turn and scale each image about its centre by amounts drawn uniformly; what comes in from outside is 0.
+    """Move, turn and scale each image about its centre by uniformly drawn amounts; pixels from outside are 0.
 
     Args:
-      keys: One for each image.
-      images: With pixels in [0, 1].
+      keys: One key per image.
+      images: Images with pixels in [0, 1].
       pixels: Largest shift along each axis, either way.
       degrees: Largest turn, either way.
       scale: Largest change of the size, either way, as a fraction.

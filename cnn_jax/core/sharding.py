@@ -1,8 +1,8 @@
-"""Many seeds in one compiled program, over all devices of all processes: what each device works on.
+"""Many seeds in one compiled program: which seeds and images each device of each process works on.
 
-The devices form a mesh with two axes: `seeds`, over which the seeds are divided, and `data`, over which each batch is.
-One seed on one device is the same program as thirty-two seeds on eight. Nothing here asks which devices are attached: a
-mesh may be of devices that programs are only compiled for.
+The devices form a mesh with two axes: `seeds` divides the seeds, and `data` divides each batch. One seed on one device
+is the same program as thirty-two seeds on eight. Nothing here asks which devices are attached: a mesh may consist of
+devices that programs are only compiled for.
 """
 
 import functools
@@ -25,12 +25,12 @@ from cnn_jax.core.recipes import Recipe
 from cnn_jax.core.training import SeedEpoch, TrainState, batch_indices, create_train_state, make_keys, run_steps
 
 SEEDS, DATA = "seeds", "data"
-# How what the seeds decide of an epoch is divided over the mesh.
+# How a `SeedEpoch` is divided over the mesh.
 EPOCH = SeedEpoch._make((P(SEEDS, None, DATA), P(SEEDS)))
 # On a CPU the gradients of a batch are computed in parts of at least this many images, one after the other, and added:
-# what a part leaves behind stays in the cache. A step on a batch of 100 takes 18 ms that way, and 23 all at once.
+# a part's intermediate values stay in the cache. A step on a batch of 100 takes 18 ms that way, and 23 all at once.
 CPU_PART_IMAGES = 25
-# The share of a device's memory for what the seeds trained at once leave behind in a step; the rest is for the data and
+# The share of a device's memory for the intermediate values of the seeds trained at once; the rest is for the data and
 # for XLA.
 MEMORY_SHARE = 0.6
 
@@ -43,7 +43,7 @@ def make_mesh(seeds: int, devices: Sequence[Any]) -> Mesh:
 
 
 def count_parts(mesh: Mesh, batch_size: int) -> int:
-    """Return into how many parts a device cuts its share of a batch: one, but on a CPU as many as are large enough."""
+    """Return the number of parts of a device's share of a batch: as many as are large enough on a CPU, else one."""
     images = -(-batch_size // mesh.shape[DATA])
     if mesh.devices.flat[0].platform != "cpu":
         return 1
@@ -54,15 +54,15 @@ def count_seeds_at_once(seeds: int, seed_bytes: int, device_bytes: int) -> int:
     """Return how many of its seeds an accelerator should train at once.
 
     Args:
-      seeds: How many it has.
-      seed_bytes: What a step of one seed needs beside the data.
-      device_bytes: What the device has.
+      seeds: The number of its seeds.
+      seed_bytes: The memory that a step of one seed needs, besides the data.
+      device_bytes: The memory that the device has.
     """
     return max(1, min(seeds, int(MEMORY_SHARE * device_bytes / max(1, seed_bytes))))
 
 
 def shard(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
-    """Put host arrays, the same in every process, on the mesh's devices, each device getting its shard by `spec`."""
+    """Put host arrays, the same in every process, on the mesh's devices: each device gets its shard by `spec`."""
     sharding = NamedSharding(mesh, spec)
 
     def put(array):
@@ -102,10 +102,10 @@ def seeds_epoch(
     batch_size: int,
     shares: int,
 ) -> SeedEpoch:
-    """Return what the seeds decide of an epoch: batches (S, steps, N), int32, and augmentation keys (S,).
+    """Return the seeds' parts of an epoch: batches (S, steps, N), int32, and augmentation keys (S,).
 
-    N is `batch_size`, filled up with -1 to a multiple of `shares`, the devices that a batch is divided over: a mean
-    over the batch does not depend on how many they are.
+    N is `batch_size`, filled up with -1 to a multiple of `shares`, the number of devices that share a batch: the mean
+    over a batch does not depend on it.
     """
 
     def of_one(seed):
@@ -132,17 +132,17 @@ def run_seeds(
     """Run the steps first..stop-1 of every seed that this device has.
 
     Args:
-      states: Of its seeds.
-      epochs: Of its seeds.
-      images: Those that the batches count in.
+      states: The states of its seeds.
+      epochs: Their parts of the epoch.
+      images: The images that the batches' indices refer to.
       labels: Their labels.
       first: The first row of the batches to train on.
       stop: The row before which to stop.
       model: The network.
       recipe: How it is trained.
       parts: As for `train_step`.
-      seeds_at_once: How many seeds to train at once, vectorised; None trains one after the other, as is faster on a
-        CPU: what a step of one seed leaves behind fits its cache, and one alone keeps all cores busy.
+      seeds_at_once: The number of seeds to train at once, vectorised. None trains one after the other, which is
+        faster on a CPU: one seed's intermediate values fit its cache, and one seed keeps all cores busy.
 
     Returns:
       The states after the last step, and the losses, of which first..stop-1 are filled in.
@@ -177,13 +177,13 @@ def sum_seeds(
 def jit_over_mesh(
     function: Callable, mesh: Mesh, in_specs: tuple, out_specs: object, *, donate_argnums: int | None = None
 ) -> jax.stages.Wrapped:
-    """Return a jitted function whose body runs on every device of a mesh, with each its shards of the arguments.
+    """Return a jitted function whose body runs on every device of a mesh, each with its shards of the arguments.
 
     Args:
       function: The body.
-      mesh: Of `make_mesh`.
+      mesh: A mesh from `make_mesh`.
       in_specs: How each argument is divided.
-      out_specs: How the results are.
+      out_specs: How the results are divided.
       donate_argnums: The argument whose memory the results reuse.
     """
     # The block op's own gradients do not say over which axes they vary, so JAX cannot check it.

@@ -1,4 +1,4 @@
-"""Training one seed, read downwards: many steps in one compiled loop, one step, its loss; then where it all starts."""
+"""Training one seed, read downwards: many steps in a compiled loop, one step, its loss; then keys and first states."""
 
 import functools
 from typing import NamedTuple
@@ -37,11 +37,11 @@ class TrainState(NamedTuple):
 
 
 class SeedEpoch(NamedTuple):
-    """What a seed decides of an epoch, or of the next steps of one.
+    """The part of an epoch, or of a few of its steps, that depends on the seed.
 
     Attributes:
-      batches: Which images make up each step's batch; -1 for none.
-      augment_key: The key of the run's augmentation, for a recipe that augments.
+      batches: The indices of the images in each step's batch; -1 is no image.
+      augment_key: The key of all augmentation in the run, if the recipe augments.
     """
 
     batches: Int32[Array, "*seeds steps n"]
@@ -63,13 +63,13 @@ def run_steps(
 ) -> tuple[TrainState, Float32[Array, " steps"]]:
     """Run the steps first..stop-1 of an epoch in one compiled loop.
 
-    The two ends are arguments, not constants: however an epoch is cut into segments, the same machine code runs, so
-    the cuts leave no trace in the bits. In a loop a step's temporaries are allocated once: one call per step takes
-    33 ms where the loop takes 20.
+    `first` and `stop` are arguments, not constants: however an epoch is cut into segments, the same machine code runs,
+    so the cuts leave no trace in the bits. The loop allocates a step's temporaries once: it takes 20 ms per step, and
+    one call per step takes 33.
 
     Args:
       seed: The state before step `first`, and the epoch's batches.
-      images: The images that the batches count in, on the device.
+      images: The images that the batches' indices refer to, on the device.
       labels: Their labels.
       first: The first row of the batches to train on.
       stop: The row before which to stop.
@@ -113,12 +113,12 @@ def train_step(
       state: The state before the step.
       images: The batch; inside `jax.shard_map`, this device's share of it.
       labels: Their labels; an image labelled -1 fills the batch up and counts for nothing.
-      augment_key: The key of the run's augmentation, for a recipe that augments.
+      augment_key: The key of all augmentation in the run, if the recipe augments.
       model: The network.
       recipe: How it is trained.
-      axis: The mesh axis over whose devices the batch is divided, inside `jax.shard_map`.
-      parts: Into how many equal parts the batch is cut, whose gradients are computed one after the other and added:
-        see `sharding.count_parts`.
+      axis: Inside `jax.shard_map`, the mesh axis that divides the batch over devices.
+      parts: The number of equal parts of the batch. Their gradients are computed one after the other and added: see
+        `sharding.count_parts`.
 
     Returns:
       The state after the step, and the batch's mean loss before it.
@@ -139,7 +139,7 @@ def train_step(
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
     batch = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (pixels, labels))
     (loss, gradients), _ = lax.scan(add_part, zeros, batch)
-    # Sums over every part and device, divided once: the mean does not depend on how the batch was divided.
+    # Sums over all parts and devices, divided once: the mean does not depend on how the batch was divided.
     sums = (loss, gradients, (labels >= 0).sum(dtype=jnp.float32))
     loss, gradients, count = sums if axis is None else lax.psum(sums, axis)
     gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
@@ -167,7 +167,7 @@ def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], most: f
 
 
 class Keys(NamedTuple):
-    """The keys that all randomness of a run comes from: of its initial weights, its batches and its augmentation."""
+    """The keys of all randomness in a run: of its initial weights, its batches and its augmentation."""
 
     init_key: Key[Array, ""]
     order_key: Key[Array, ""]
@@ -176,7 +176,7 @@ class Keys(NamedTuple):
 
 def make_keys(seed: UInt32[Array, ""] | int) -> Keys:
     """Return the keys of a seed."""
-    # The generator is named, so that a machine's JAX settings do not change a run.
+    # A named generator, so that a machine's JAX settings cannot change a run.
     return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3))
 
 
@@ -189,7 +189,7 @@ def create_train_state(
       init_key: The key of the initial weights.
       model: The network.
       image_shape: (height, width, channels).
-      recipe: How it is to be trained.
+      recipe: How it will be trained.
 
     Returns:
       The state before step 0.
@@ -203,11 +203,11 @@ def create_train_state(
 def batch_indices(
     order_key: Key[Array, ""], epoch: Int32[Array, ""] | int, *, num_examples: int, batch_size: int
 ) -> Int32[Array, "steps n"]:
-    """Return which images make up each batch of an epoch: a function of the seed and the epoch alone.
+    """Return the indices of the images in each batch of an epoch: a function of the seed and the epoch alone.
 
     Args:
       order_key: The key of all batches of a run.
-      epoch: Which epoch, from 0.
+      epoch: The epoch, from 0.
       num_examples: Size of the training set.
       batch_size: Images per batch.
 

@@ -157,7 +157,7 @@ def _read_header(file: io.BufferedIOBase, path: Path, *, ndim: int) -> tuple[tup
 
 
 def _read_up_to(file: io.BufferedIOBase, size: int) -> bytes:
-    """Read so many bytes, or all where there are fewer: one more than announced shows a file that is too long."""
+    """Read so many bytes, or all if there are fewer; one more than announced reveals a file that is too long."""
     # Piece by piece: asked for all at once, Python reserves what a header announces before it looks for it.
     pieces, left = [], size
     while left > 0 and (piece := file.read(min(left, 2**24))):

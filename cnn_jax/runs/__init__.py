@@ -3,7 +3,7 @@
 settings.py     every setting of a training: its default, its meaning, the values that it may have
 program.py      a run's compiled functions, from its settings and the sizes of its data
 train.py        train_run and train_epoch: a run from its data to its result
-summary.py      what is shown and written of a run: what it is about to do, how far it is, what came of it
+summary.py      what a run shows and writes about itself: its task, its progress, its result
 restore.py      a run's data by its settings, and a run as its newest checkpoint left it
 folder.py       a run's config.json, metrics.jsonl, result.json, TensorBoard's scalars and lock
 checkpoint.py   Orbax, and nowhere else

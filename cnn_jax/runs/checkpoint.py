@@ -28,9 +28,9 @@ from cnn_jax.runtime.files import first_free, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
 SCHEMA_VERSION = 3
-# Those of an epoch, of every seed.
+# The losses of an epoch, of every seed.
 Losses = Float32[np.ndarray, "s steps"]
-STATE, META = "state", "meta"  # the two items of a step
+STATE, META = "state", "meta"  # the two items of a checkpoint
 
 
 class Restored(NamedTuple):
@@ -52,7 +52,7 @@ class Checkpoints:
 
     Of several processes, all have one and call its methods together; process 0 alone reads and writes.
 
-    Orbax's files carry no checksum, and it takes any directory with a number for a name for a step. So each step holds,
+    Orbax's files carry no checksum, and it mistakes any directory named by a number for a step. So each step holds,
     beside the arrays, a SHA-256 of them and of all that was saved with them, and no step is used that has another: it
     is moved to `quarantine/` beside the steps, and the next older one is used.
 
@@ -89,10 +89,10 @@ class Checkpoints:
         """Write a checkpoint and return when it is on the disk.
 
         Args:
-          step: How many steps are behind the state.
-          state: Of arrays.
-          losses: Of the epoch that the state is in.
-          meta: What else is to be known when it is restored; JSON's types only.
+          step: The number of steps that the state has taken.
+          state: The state of every seed, on the host.
+          losses: The losses of the epoch in progress.
+          meta: What else to record, as JSON's types.
 
         Raises:
           StorageError: it could not be written; older checkpoints are still there.
@@ -197,7 +197,7 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
     Args:
       folder: Where they are.
       writing: Make the folder if it is missing, and change what is in it; otherwise nothing in it is touched.
-      warn: Told, in a line, of each checkpoint that is damaged.
+      warn: Called with a line for each damaged checkpoint.
 
     Raises:
       NoCheckpointError: the folder is missing and not to be made.
@@ -221,7 +221,7 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
             preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
             # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
             enable_async_checkpointing=False,
-            # Of several processes one alone opens the checkpoints: it must not wait for the others.
+            # Only process 0 opens the checkpoints: it must not wait for the others.
             multiprocessing_options=MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="cnn-jax")
             if jax.process_count() > 1
             else MultiprocessingOptions(),

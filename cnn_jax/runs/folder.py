@@ -54,7 +54,7 @@ class EpochMetrics:
       tested_on: `test`, or `validation` where images were held out for that.
       seconds: Training time of the epoch, or of its part that this process trained; without compiling and testing.
       examples_per_second: Images of all seeds trained a second, over those seconds.
-      step_milliseconds: Of those seconds, a step of all seeds.
+      step_milliseconds: Those seconds per step of all seeds.
       compile_seconds: What this process had spent compiling before the epoch; 0 in its later epochs.
     """
 
@@ -132,7 +132,7 @@ class RunFolder:
             raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
 
     def _remedy(self):
-        """Say which runs are beside this folder, where there is none in it."""
+        """Name the runs beside this folder, if it is not a run."""
         runs = sorted(file.parent.name for file in self.path.parent.glob("*/config.json"))
         if not runs:
             return "train it first"

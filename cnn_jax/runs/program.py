@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, dataset: Dataset, settings: TrainSettings) -> "Sizes":
-        """Return the sizes of a data set, less what is held out for validation."""
+        """Return the sizes of a data set without the images held out for validation."""
         held_out = settings.validation or 0
         return cls(len(dataset.train_labels) - held_out, dataset.train_images.shape[1:], dataset.num_classes)
 
@@ -88,7 +88,7 @@ class Program(NamedTuple):
     sum_images: jax.stages.Wrapped
 
     def end_of_epoch(self, step: int) -> int:
-        """Return the step at which the epoch that a step is in ends; the run's last epoch may be incomplete."""
+        """Return the last step of the epoch in progress at `step`; the run's last epoch may be incomplete."""
         return min(self.last_step, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
 
 
@@ -115,8 +115,8 @@ def make_program(
 
     Args:
       settings: The run's.
-      sizes: Of its data.
-      mesh: Of `make_mesh`.
+      sizes: The sizes of its data.
+      mesh: A mesh from `make_mesh`.
       streams: Whether the images reach the devices in chunks.
       seeds_at_once: As for `sharding.run_seeds`.
     """

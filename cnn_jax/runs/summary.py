@@ -1,4 +1,4 @@
-"""What is shown and written of a run: what is about to be trained, how far it is, and what came of it."""
+"""What a run shows and writes about itself: its task, its progress and its result."""
 
 import statistics
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from cnn_jax.runtime.display import Display, Stopwatch, describe_values
 
 
 def introduce(settings: TrainSettings, dataset: Dataset, program: Program, display: Display) -> None:
-    """Show what is about to be trained on what."""
+    """Show what will be trained, and on which data."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(program.start).params)) // settings.seeds
     display.say(describe_task(dataset, parameters))
     how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, peak"
@@ -103,8 +103,8 @@ class Result(NamedTuple):
     Attributes:
       run: Its settings, program, states and data.
       metrics: The epochs, in order.
-      accuracies: Of each seed on the test images, in [0, 1].
-      unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None where there is no tutorial.
+      accuracies: Each seed's accuracy on the test images, in [0, 1].
+      unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None for data without a tutorial.
       meta: What its checkpoints record beside the states.
       trained_here: Whether this process trained it, or found it finished.
     """
@@ -146,11 +146,11 @@ def result_rows(
     unscaled_accuracies: list[float] | None,
     metrics: list[EpochMetrics],
 ) -> list[tuple[str, str]]:
-    """Return what a run came to, as names and values.
+    """Return a run's result as names and values.
 
     Args:
       trained: The run.
-      accuracies: Of each seed on the test images, in [0, 1].
+      accuracies: Each seed's accuracy on the test images, in [0, 1].
       unscaled_accuracies: The same on pixels in 0..255, where they were tested; of each seed, or their mean.
       metrics: The run's epochs.
     """

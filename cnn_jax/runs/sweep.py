@@ -18,7 +18,7 @@ from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError
 from cnn_jax.runtime.files import locked
 
-# A trial whose process has been silent for so long is taken up again by the next one that starts, from its checkpoint.
+# The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
 SHOWN_TRIALS = 10
 
@@ -54,7 +54,7 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.
             # One a call: between two, other processes may have ended the study.
             study.optimize(lambda trial: _score(trial, space, shared, display), n_trials=1)
     best = sorted(_scored(study), key=lambda scored: -scored[0])[:SHOWN_TRIALS]
-    rows = [(f"trial {trial.number}: {score:.4f}", _told(trial)) for score, trial in best]
+    rows = [(f"trial {trial.number}: {score:.4f}", _describe(trial)) for score, trial in best]
     display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
     if len(best) > 1:
         display.say(f"the study is in {folder / 'study.db'}, its plots beside it")
@@ -113,7 +113,7 @@ def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Dis
         features=tuple(int(channels) for channels in features.split("x")),
     )
     if not trial.number:
-        display.say("trial 0: training")  # the others begin where one before them is told
+        display.say("trial 0: training")  # each later trial begins when the one before it is reported
     try:
         with open_run(settings, shown=False) as run:
             result = train_run(settings, run)
@@ -124,9 +124,9 @@ def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Dis
         RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])
         raise
     except NonFiniteLossError as error:
-        display.say(f"trial {trial.number}: the loss is not finite; {_told(trial)}")
+        display.say(f"trial {trial.number}: the loss is not finite; {_describe(trial)}")
         raise optuna.TrialPruned(str(error)) from error
-    display.say(f"trial {trial.number}: validation accuracy {accuracy:.4f}; {_told(trial)}")
+    display.say(f"trial {trial.number}: validation accuracy {accuracy:.4f}; {_describe(trial)}")
     return accuracy
 
 
@@ -138,7 +138,7 @@ def _scored(study: optuna.Study) -> list[tuple[float, FrozenTrial]]:
     return [(trial.value, trial) for trial in _ended(study) if trial.value is not None]
 
 
-def _told(trial: Trial | FrozenTrial) -> str:
+def _describe(trial: Trial | FrozenTrial) -> str:
     return ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
     )

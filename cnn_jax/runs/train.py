@@ -38,7 +38,7 @@ from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, on_pro
 from cnn_jax.runtime.errors import InputFileError, NonFiniteLossError, StopSignalError
 from cnn_jax.runtime.signals import StopRequest, listen_for_stop
 
-# A segment is as many steps as take this long: the bar moves and a signal is answered after each.
+# The steps of a segment take about this long. After each, the bar moves and a signal is answered.
 SEGMENT_SECONDS = 0.7
 FIRST_SEGMENT_STEPS = 5
 
@@ -65,7 +65,7 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
 
     Args:
       settings: The run's.
-      shown: Whether a person is to see how it goes.
+      shown: Whether to show its progress.
 
     Raises:
       UsageError: there are no such devices, or the run has other settings.
@@ -86,7 +86,7 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
 
 
 def _take_over(folder: RunFolder, fresh: bool, held: contextlib.ExitStack, display: Display) -> None:
-    """Lock the run's folder until `held` ends, and move what is in it aside if the run is to be fresh."""
+    """Lock the run's folder until `held` ends; move an earlier run in it aside if this one is to be fresh."""
     held.enter_context(folder.locked())
     if fresh and (aside := folder.move_aside()):
         display.say(f"the earlier run is now {aside}")
@@ -238,7 +238,7 @@ def require_finite(losses: Float32[np.ndarray, "s steps"], step: int) -> Float32
 
 
 def place_data(settings: TrainSettings, dataset: Dataset, program: Program) -> tuple[Feed, TestSet]:
-    """Return the images to train on and the set to test on after each epoch: the validation set, where there is one."""
+    """Return the images to train on and the set to test on after each epoch: the validation set, if there is one."""
     train_set, images, labels = dataset, dataset.test_images, dataset.test_labels
     if settings.validation is not None:
         train_set, images, labels = hold_out(dataset, settings.validation)

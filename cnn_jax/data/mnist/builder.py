@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from cnn_jax.data.idx import read_idx
 
 SPLITS = {"train": "train", "test": "t10k"}
-# Of the four files as they were published, uncompressed.
+# The SHA-256 of the four files as published, uncompressed.
 SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -41,7 +41,7 @@ class EmbeddedMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 }
             ),
             supervised_keys=("image", "label"),
-            # The published order is kept, so that what is read back can be held against the published SHA-256.
+            # The published order is kept, so that the data read back can be compared with the published SHA-256.
             disable_shuffling=True,
         )
 
