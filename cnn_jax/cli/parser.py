@@ -19,7 +19,7 @@ from cnn_jax.runtime.errors import UsageError, suggest
 # What a command takes by position is an argument, and what it takes by keyword an option; a dataclass stands for an
 # option per field. A docstring is the help: a summary, `name (WHAT STANDS FOR THE VALUE): meaning` under each heading,
 # and examples. TrainSettings' docstring says what the command's own does not.
-Command = Callable[..., None]
+Command = Callable[..., Any]
 
 ABOUT = "Train, test and look at the convolutional network of a well-known PyTorch tutorial on MNIST."
 ALIASES = {"--learning-rate": ("--lr",)}
@@ -103,7 +103,7 @@ def parse_command(commands: Sequence[Command], arguments: Sequence[str]) -> func
         subparser = subparsers.add_parser(name, help=_sections(command)[0], **_help_of(command))
         for action in _add(subparser, parameters_of(command)):
             if action.type is Path:
-                action.complete = shtab.FILE
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]  # only shtab knows it
     parser.parse_args(arguments)
     raise AssertionError("each of those options exits")
 

@@ -29,7 +29,6 @@ class Display:
         self._shown = shown
         self._console = Console(stderr=True, highlight=False, quiet=not shown)
         self._progress: Progress | None = None
-        self._task = None
 
     def say(self, text: str) -> None:
         """Write a line about the run to stderr."""
@@ -76,7 +75,7 @@ class Display:
             redirect_stderr=False,
         )
         with self._progress:
-            self._task = self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
+            self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
             yield
         self._progress = None
 
@@ -84,7 +83,7 @@ class Display:
         """Move the bar: the step reached, the epoch's mean cost so far and the images trained a second."""
         if self._progress is not None:
             self._progress.update(
-                self._task,
+                self._progress.task_ids[0],
                 completed=step,
                 description=f"epoch {epoch}/{epochs:g}",
                 status=f"cost {cost:.4f}  {examples_per_second:,.0f} images/s",
