@@ -9,7 +9,6 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from cnn_jax import __version__
@@ -22,7 +21,7 @@ from cnn_jax.runtime.errors import UsageError, suggest
 Command = Callable[..., Any]
 
 ABOUT = "Train, test and look at the convolutional network of a well-known PyTorch tutorial on MNIST."
-ALIASES = {"--learning-rate": ("--lr",)}
+ALIASES = {"learning_rate": ("--lr",)}
 REQUIRED = inspect.Parameter.empty
 
 
@@ -102,7 +101,7 @@ def parse_command(commands: Sequence[Command], arguments: Sequence[str]) -> func
     for name, command in named.items():
         subparser = subparsers.add_parser(name, help=_sections(command)[0], **_help_of(command))
         for action in _add(subparser, parameters_of(command)):
-            if action.type is Path:
+            if action.metavar in ("FILE", "DIR"):
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]  # only shtab knows it
     parser.parse_args(arguments)
     raise AssertionError("each of those options exits")
@@ -139,45 +138,40 @@ def _add(parser: argparse.ArgumentParser, parameters: Sequence[Parameter]) -> li
     for parameter in parameters:
         if parameter.heading not in groups:
             groups[parameter.heading] = parser.add_argument_group(parameter.heading)
-        kind = parameter.kind
-        words: dict[str, Any] = {"help": parameter.help.replace("%", "%%")}
-        if kind is bool:
-            words |= {"action": "store_true", "default": None}
-        else:
-            words["metavar"] = parameter.metavar
-            if get_origin(kind) is tuple:
-                kind, other = get_args(kind)
-                words |= {"nargs": "+"} if other is ... else {"nargs": 2, "metavar": tuple(parameter.metavar.split())}
-            if parameter.option is None:  # `parse` says which are missing, all of them at once
-                words["nargs"] = "*" if "nargs" in words else "?"
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            words |= {"choices": choices or None, "type": _reader(parser, parameter.option, kind, choices)}
-        name = parameter.option or parameter.name
-        actions.append(groups[parameter.heading].add_argument(name, *ALIASES.get(name, ()), **words))
+        names = [parameter.option or parameter.name, *ALIASES.get(parameter.name, ())]
+        value = {"help": parameter.help.replace("%", "%%"), **_value(parser, parameter)}
+        actions.append(groups[parameter.heading].add_argument(*names, **value))
     if parameters:
         common = groups["common options"]
         common.add_argument("--debug", action="store_true", help="Show a traceback when something fails.")
     return actions
 
 
-def _reader(
-    parser: argparse.ArgumentParser, option: str | None, kind: Any, choices: Sequence[str]
-) -> Callable[[str], Any]:
-    """Return the function that reads an option's value, or one of its values."""
+def _value(parser: argparse.ArgumentParser, parameter: Parameter) -> dict[str, Any]:
+    """Return how argparse reads a parameter's value, or its values."""
+    kind, metavar, nargs = parameter.kind, parameter.metavar, None
+    if kind is bool:
+        return {"action": "store_true", "default": None}
+    if get_origin(kind) is tuple:
+        kind, other = get_args(kind)
+        metavar, nargs = (metavar, "+") if other is ... else (tuple(metavar.split()), 2)
+    if parameter.option is None:  # `parse` says which are missing, all of them at once
+        nargs = "*" if nargs else "?"
+    choices = get_args(kind) if get_origin(kind) is Literal else None
 
     def read(word: str) -> Any:
-        try:
-            return kind(word)
-        except ValueError:
-            return parser.error(f"{option} {word}: it must be {'a number' if kind is float else 'a whole number'}")
-
-    def choose(word: str) -> str:
+        wrong = f"{parameter.option} {word}: it must be"
+        if choices is None:
+            try:
+                return kind(word)
+            except ValueError:
+                parser.error(f"{wrong} {'a number' if kind is float else 'a whole number'}")
         if word not in choices:
-            wrong = f"{option} {word}: it must be one of {', '.join(sorted(choices))}"
-            parser.error("; ".join(filter(None, [wrong, suggest(word, choices)])))
+            meant = suggest(word, choices)
+            parser.error(f"{wrong} one of {', '.join(sorted(choices))}{meant and f'; {meant}'}")
         return word
 
-    return choose if choices else kind if kind in (str, Path) else read
+    return {"metavar": metavar, "nargs": nargs, "choices": choices, "type": read}
 
 
 def _help_of(command: Command) -> dict[str, Any]:

@@ -69,10 +69,10 @@ class StopSignalError(CnnJaxError):
         self.exit_code = 128 + signal_number
 
 
-def suggest(word: str, known: Iterable[str]) -> str | None:
-    """Return which of the known words was perhaps meant, as a part of a failure's line; None if none is near."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return which of the known words was perhaps meant, as a part of a failure's line; nothing if none is near."""
     near = difflib.get_close_matches(word, known, n=1)
-    return f"perhaps you meant {near[0]}" if near else None
+    return f"perhaps you meant {near[0]}" if near else ""
 
 
 # Whether a failure shows its traceback.
