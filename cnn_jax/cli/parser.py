@@ -1,4 +1,4 @@
-"""How the words of a command line become the call of a command: argparse, by the command's signature and docstring."""
+"""Turns a command line into the call of a command, by argparse and the command's signature and docstring."""
 
 import argparse
 import dataclasses
@@ -15,9 +15,9 @@ from cnn_jax import __version__
 from cnn_jax.runs.settings import RecipeDefaults, TrainSettings, check_values, option_name
 from cnn_jax.runtime.errors import UsageError, suggest
 
-# What a command takes by position is an argument, and what it takes by keyword an option; a dataclass stands for an
-# option per field. A docstring is the help: a summary, `name (WHAT STANDS FOR THE VALUE): meaning` under each heading,
-# and examples. TrainSettings' docstring says what the command's own does not.
+# A command's positional parameters are its arguments, and its keyword-only ones its options; a dataclass stands for one
+# option per field. The docstring is the help: a summary, `name (METAVAR): meaning` under each heading, and examples.
+# TrainSettings' docstring describes the options that a command's own leaves out.
 Command = Callable[..., Any]
 
 ABOUT = "Train, test and look at the convolutional network of a well-known PyTorch tutorial on MNIST."
@@ -38,7 +38,7 @@ class Parameter(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What a message calls it."""
+        """Its name in messages."""
         return f"{self.option or ''} {self.metavar}".strip()
 
 
@@ -51,11 +51,11 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
     """Read the call of a command from the words after the program's name; `--help` and `--version` print and exit.
 
     Raises:
-      UsageError: with what is wrong, and what is near it, in one line.
+      UsageError: naming the mistake, and what was perhaps meant, in one line.
     """
     parser, parameters = _Parser(prog=prog, **_help_of(command)), parameters_of(command)
     _add(parser, parameters)
-    # An option may be typed with underscores too, as Python has its name.
+    # An option may be typed with underscores, too, like its name in Python.
     words = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), word) for word in arguments]
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
@@ -91,7 +91,7 @@ def parse_command(commands: Sequence[Command], arguments: Sequence[str]) -> func
         meant = suggest(word, named) or f"the commands are {', '.join(named)}"
         raise UsageError(f"{wrong}; {meant}; cnn-jax --help explains them")
 
-    import shtab  # takes longer than all else here
+    import shtab  # its import takes longer than everything else here
 
     examples = [_sections(command)[-1].splitlines()[0] for command in commands]
     parser = _Parser(prog="cnn-jax", **_help(ABOUT, ["COMMAND [OPTIONS]"], examples))
@@ -192,7 +192,7 @@ def _help(description: str, usage: Sequence[str], examples: Sequence[str]) -> di
 
 
 def _described(subject: Callable) -> dict[str, tuple[str, str, str]]:
-    """Return what a docstring says about each name: under which heading, what stands for its value, and its meaning."""
+    """Return the heading, metavar and meaning that a docstring gives for each name."""
     _, *sections = _sections(subject)
     return {
         name: (heading.lower(), metavar, " ".join(text.split()))

@@ -62,7 +62,7 @@ def _cores() -> int:
 
 
 def device_bytes() -> int:
-    """Return the memory of one device; of a CPU, the machine's."""
+    """Return the bytes of memory of one device; for a CPU, the machine's."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics is not None and "bytes_limit" in statistics:
         return statistics["bytes_limit"]
@@ -70,7 +70,7 @@ def device_bytes() -> int:
 
 
 def _keep_compiled_code() -> None:
-    """Let JAX keep what it compiles on disk: the next start then takes seconds less."""
+    """Let JAX keep compiled code on disk, which saves seconds at the next start."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn-jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -1,4 +1,4 @@
-"""The failures that a user can cause or meet, the exit code of each, and how one is told."""
+"""The failures that a user can cause or meet, their exit codes, and how they are reported."""
 
 import contextlib
 import contextvars
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 
 class CnnJaxError(Exception):
-    """A failure that is told in one line naming the thing and the remedy, then ends the program."""
+    """A failure that ends the program with one line, which names the problem and the remedy."""
 
     exit_code = 1
 

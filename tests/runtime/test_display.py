@@ -74,5 +74,5 @@ def test_80_columns_are_enough_and_no_color_switches_the_colours_off(on_a_termin
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
 )
-def test_durations_are_told_as_people_tell_them(seconds, words):
+def test_durations_are_given_as_people_say_them(seconds, words):
     assert describe_seconds(seconds) == words
