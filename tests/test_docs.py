@@ -1,4 +1,4 @@
-"""The tutorial runs and its notebook is made from it; what the pages and the cluster jobs say is so."""
+"""The tutorial runs and its notebook is made from it; the statements of the pages and the cluster jobs hold."""
 
 import os
 import re
