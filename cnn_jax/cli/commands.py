@@ -154,7 +154,8 @@ def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | N
       cnn-jax predict scans/ --json
       cat photo.png | cnn-jax predict - --run mnist-seed777
     """
-    require(images, "IMAGE...", "", "at least one PNG or JPEG file, a folder or -")
+    if not images:
+        raise UsageError("IMAGE... is missing; it must be at least one PNG or JPEG file, a folder or -")
     folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.predict import predict
 

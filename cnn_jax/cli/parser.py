@@ -63,14 +63,14 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
         near = [difflib.get_close_matches(word.partition("=")[0], labels, n=1) for word in unknown]
         meant = ", ".join(labels[option] for options in near for option in options)
         parser.error(f"Unrecognized options: {', '.join(unknown)}{meant and f'; perhaps you meant: {meant}'}")
-    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
-    values: dict[str, Any] = {each.name: typed[each.name] for each in parameters if typed[each.name] not in (None, ())}
+    typed = vars(namespace).items()
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in typed if name != "debug"}
     if missing := [each.label for each in parameters if each.default is REQUIRED and each.name not in values]:
         parser.error(f"Missing from {prog}: {', '.join(missing)}")
     for name, kind in command.__annotations__.items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            fields = {field.name for field in dataclasses.fields(kind)} & values.keys()
             make: Callable[..., Any] = TrainSettings.of if kind is TrainSettings else kind
+            fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
             values[name] = make(**{field: values.pop(field) for field in fields})
     check_values(values, command.__annotations__)
     return functools.partial(command, **values)
@@ -151,7 +151,7 @@ def _value(parser: argparse.ArgumentParser, parameter: Parameter) -> dict[str, A
     """Return how argparse reads a parameter's value, or its values."""
     kind, metavar, nargs = parameter.kind, parameter.metavar, None
     if kind is bool:
-        return {"action": "store_true", "default": None}
+        return {"action": "store_true"}
     if get_origin(kind) is tuple:
         kind, other = get_args(kind)
         metavar, nargs = (metavar, "+") if other is ... else (tuple(metavar.split()), 2)
@@ -188,6 +188,7 @@ def _help(description: str, usage: Sequence[str], examples: Sequence[str]) -> di
         "epilog": "\n".join(["examples:", *examples]),
         "formatter_class": argparse.RawDescriptionHelpFormatter,  # keeps the lines of the examples
         "allow_abbrev": False,
+        "argument_default": argparse.SUPPRESS,  # what is not typed is not given
     }
 
 

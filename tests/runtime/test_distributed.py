@@ -1,4 +1,4 @@
-"""Several processes train one run: in the numbers of one, with one checkpoint, and none waits for ever for another."""
+"""Several processes train one run, with the numbers and the checkpoint of one, and none waits forever for another."""
 
 import json
 import os
