@@ -1,4 +1,4 @@
-"""The tutorial runs and its notebook is made from it; what the pages and the cluster jobs say is so."""
+"""The tutorial runs and its notebook is made from it; the statements of the pages and the cluster jobs hold."""
 
 import os
 import re
@@ -25,6 +25,7 @@ FOREIGN = {
     "--build-arg",  # Docker's
     "--logdir",  # TensorBoard's
     "--tag",  # Docker's
+    "--tyro-write-completion",  # one of 0.1.0, which the changelog names
     *("--flips", "--full-disks", "--kills", "--preparations", "--races", "--signals"),  # those of tests.fault_injection
     *("--debug", "--help", "--print-completion", "--version"),  # every command's, and no setting
 }
@@ -188,13 +189,13 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
     assert "95 % interval" in out
     assert float(re.search(r"Evaluation\(correct=(\d+), count=10000", out)[1]) > 9500
 
-    for options, told in (
+    for options, line in (
         (("--dataset-dir", "noise"), "noise: 500 training and 100 test images, 16x16x1, 3 classes"),
         (("--dataset", "colours"), "colours: 600 training and 100 test images, 16x16x3, 3 classes"),
     ):
         code, _, err = command("train", *options, "--data-dir", tfds_folder, "--dry-run")
         assert code == 0, err
-        assert told in err
+        assert line in err
 
 
 @pytest.mark.slow
@@ -213,8 +214,8 @@ def test_the_researchers_changes_fit_the_code_and_train(program, small_mnist, tm
     )  # fmt: skip
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    told = re.search(r"network of [\d,]+ parameters", RESEARCH)[0]
-    assert told in err
+    network = re.search(r"network of [\d,]+ parameters", RESEARCH)[0]
+    assert network in err
     assert float(re.search(r"Accuracy: (\S+)", out)[1]) > 0.7
 
 

@@ -1,5 +1,5 @@
-"""From the words of a command line to a function call, and from a failure to one line.
+"""Turns a command line into a function call, and a failure into one line.
 
 commands.py   one function per command
-parser.py     how the words become a call, and what is said of a mistake
+parser.py     turns words into a call, and reports mistakes
 """

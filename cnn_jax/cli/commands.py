@@ -1,7 +1,7 @@
 """The commands: `python -m cnn_jax COMMAND`, installed as `cnn-jax`.
 
-Each is a function that imports what it needs when it runs: what is wrong on a command line is said before JAX, whose
-import takes a second, is touched.
+Each is a function that imports what it needs when it runs, so that a mistake on the command line is reported before JAX
+is imported, which takes a second.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ Range = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """What every command that has to do with runs takes; TrainSettings has the same fields."""
+    """The options of every command that reads or writes runs; TrainSettings has the same fields."""
 
     data_dir: Path | None = None
     checkpoint_dir: Path = TrainSettings.checkpoint_dir
@@ -100,7 +100,7 @@ def evaluate(run: str, common: CommonOptions, *, unscaled: bool = False) -> None
 
     Options:
       run (RUN): A run's folder, or its name in --checkpoint-dir.
-      unscaled: Test on pixels in 0..255, as the tutorial does, though it trained on [0, 1].
+      unscaled: Test on pixels in 0..255, as the tutorial does although it trains on [0, 1].
 
     Examples:
       cnn-jax evaluate mnist-seed777
@@ -142,19 +142,20 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
 
 
 def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | None = None, json: bool = False) -> None:
-    """Say which digit each picture shows: stdout gets a line a file.
+    """Print which digit each picture shows, one line per file.
 
     Options:
-      images (IMAGE...): PNG or JPEG files of one digit each, folders of them, or -: standard input.
+      images (IMAGE...): PNG or JPEG files of one digit each, folders of them, or - for standard input.
       run (RUN): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
-      json: Write an array of objects with file, digit and probabilities.
+      json: Print a JSON array of objects with file, digit and probabilities.
 
     Examples:
       cnn-jax predict photo.jpg
       cnn-jax predict scans/ --json
       cat photo.png | cnn-jax predict - --run mnist-seed777
     """
-    require(images, "IMAGE...", "", "at least one PNG or JPEG file, a folder or -")
+    if not images:
+        raise UsageError("IMAGE... is missing; it must be at least one PNG or JPEG file, a folder or -")
     folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.predict import predict
 
@@ -162,12 +163,12 @@ def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | N
 
 
 def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, host: str = "127.0.0.1") -> None:
-    """Serve a page to draw digits on, and show what the network makes of them while they are drawn.
+    """Serve a page on which you draw digits and watch what the network makes of them.
 
     Options:
       run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
-      port (N): Where the page is.
-      host (ADDRESS): From where it can be reached: 127.0.0.1 is this machine, 0.0.0.0 everywhere.
+      port (N): The page's port.
+      host (ADDRESS): Who can reach the page: with 127.0.0.1 only this machine, with 0.0.0.0 every other, too.
 
     Examples:
       cnn-jax demo
@@ -188,13 +189,13 @@ def export(
     output: Path,
     seed: int | None = None,
 ) -> None:
-    """Write a network to a file for another program; it is kept only if it computes the same there.
+    """Write a network to a file for another program; the file is kept only if it computes the same there.
 
     Options:
       run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
       to (FORMAT): onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights). (required)
       output (FILE): The file to write. (required)
-      seed (N): Of a run of several seeds, whose weights. (default: the first)
+      seed (N): The seed whose weights to write, if the run has several. (default: the first)
 
     Examples:
       cnn-jax export --to onnx --output mnist.onnx
@@ -228,20 +229,17 @@ def sweep(
     dataset: str = "mnist",
     dataset_dir: Path | None = None,
 ) -> None:
-    """Search for the settings with the best validation accuracy; the same command continues, also side by side.
+    """Search for the settings with the best validation accuracy; the same command continues or shares the search.
 
     Options:
       study (NAME): The search's folder in --checkpoint-dir: its trials, SQLite file and plots.
-      trials (N): Trials in all, by however many processes and commands.
-      epochs (N): Passes over the training set in each trial.
+      trials (N): Trials in all, counted over every process that shares the search.
       learning_rate (LOW HIGH): The range to search, on a logarithmic scale.
       batch_size (IMAGES): The batch sizes to choose from.
-      features (N): The channels of the two blocks to choose from, in pairs.
+      features (N): The channels of both blocks to choose from, in pairs.
       recipe (NAME): The recipes to choose from.
-      validation (IMAGES): Training images to hold out, which score a trial; the test set is not used.
-      seeds (N): Runs of each trial, whose mean is its score.
-      seed (N): The first seed of each trial.
-      dataset_dir (DIR): A folder of four IDX files to use in place of --dataset.
+      validation (IMAGES): Training images to hold out and score the trials on; the test set is not used.
+      seeds (N): Runs per trial; their mean accuracy is its score.
 
     Examples:
       cnn-jax sweep --trials 30
@@ -276,13 +274,12 @@ def import_torch(
     dataset: str = "mnist",
     dataset_dir: Path | None = None,
 ) -> None:
-    """Make a run of weights that PyTorch trained: test it, or train it on with train --run-name.
+    """Turn weights that PyTorch trained into a run, to test or to train further with train --run-name.
 
     Options:
-      file (FILE): A state_dict with the tutorial's names, by torch.save or safetensors.
-      run_name (NAME): The run's folder. (default: the file's, without its ending)
-      dataset (NAME): The tfds set that the weights are for.
-      dataset_dir (DIR): A folder of four IDX files to use in place of --dataset.
+      file (FILE): A state_dict with the tutorial's names, saved by torch.save or safetensors.
+      run_name (NAME): Name of the run's folder. (default: the file's name without its ending)
+      dataset (NAME): The tfds data set that the weights are for.
 
     Examples:
       cnn-jax import-torch model.pt
@@ -306,10 +303,9 @@ def compare(
     """Train the tutorial in this program and in PyTorch, and report how they differ.
 
     Options:
-      seeds (N): Runs of each framework; at least 2.
-      seed (N): The first seed; the others follow it.
+      seeds (N): Runs per framework; at least 2.
       epochs (N): Passes over the training set.
-      output (DIR): Where the runs and the report go; runs that are there are not run again.
+      output (DIR): Where the runs and the report are written; finished runs are not repeated.
 
     Examples:
       cnn-jax compare --seeds 5
@@ -322,11 +318,11 @@ def compare(
 
 
 def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), data_dir: Path | None = None) -> None:
-    """Measure a training step in this program and in PyTorch, side by side in one run.
+    """Time a training step in this program and in PyTorch, side by side in one run.
 
     Options:
-      rounds (N): How often each form is measured, all of them in turn.
-      output (DIR): Where the table, the JSON and the plot go, named by machine and date.
+      rounds (N): How often each variant is measured, all of them in turn.
+      output (DIR): Where the table, the JSON and the plot are written, named by machine and date.
 
     Examples:
       cnn-jax benchmark --rounds 5
@@ -344,7 +340,7 @@ def need(*packages: str, extra: str) -> None:
     """Refuse what needs a package that is not installed.
 
     Raises:
-      UsageError: naming the extra that brings it.
+      UsageError: naming the extra that installs it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -352,7 +348,7 @@ def need(*packages: str, extra: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, *, command: Command | None = None) -> None:
-    """Run a command by the words after it, by default this process's; without one, the first word names it."""
+    """Run a command with its arguments, by default this process's; without a command, the first argument names it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with one_line_failures(debug="--debug" in arguments):
         call = parse(command, arguments, prog=Path(sys.argv[0]).name) if command else parse_command(COMMANDS, arguments)
@@ -360,6 +356,6 @@ def main(arguments: Sequence[str] | None = None, *, command: Command | None = No
 
 
 def program(command: Command | None = None) -> None:
-    """Run the command line of a process of its own: `main`, ended by signals in one line."""
+    """Run `main` as the whole job of this process, which a signal, too, ends in one line."""
     end_on_signals()
     main(command=command)

@@ -1,4 +1,4 @@
-"""How the words of a command line become the call of a command: argparse, by the command's signature and docstring."""
+"""Turns a command line into the call of a command, by argparse and the command's signature and docstring."""
 
 import argparse
 import dataclasses
@@ -9,20 +9,19 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from cnn_jax import __version__
 from cnn_jax.runs.settings import RecipeDefaults, TrainSettings, check_values, option_name
 from cnn_jax.runtime.errors import UsageError, suggest
 
-# What a command takes by position is an argument, and what it takes by keyword an option; a dataclass stands for an
-# option per field. A docstring is the help: a summary, `name (WHAT STANDS FOR THE VALUE): meaning` under each heading,
-# and examples. TrainSettings' docstring says what the command's own does not.
-Command = Callable[..., None]
+# A command's positional parameters are its arguments, and its keyword-only ones its options; a dataclass stands for one
+# option per field. The docstring is the help: a summary, `name (METAVAR): meaning` under each heading, and examples.
+# TrainSettings' docstring describes the options that a command's own leaves out.
+Command = Callable[..., Any]
 
 ABOUT = "Train, test and look at the convolutional network of a well-known PyTorch tutorial on MNIST."
-ALIASES = {"--learning-rate": ("--lr",)}
+ALIASES = {"learning_rate": ("--lr",)}
 REQUIRED = inspect.Parameter.empty
 
 
@@ -39,7 +38,7 @@ class Parameter(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What a message calls it."""
+        """Its name in messages."""
         return f"{self.option or ''} {self.metavar}".strip()
 
 
@@ -52,11 +51,11 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
     """Read the call of a command from the words after the program's name; `--help` and `--version` print and exit.
 
     Raises:
-      UsageError: with what is wrong, and what is near it, in one line.
+      UsageError: naming the mistake, and what was perhaps meant, in one line.
     """
     parser, parameters = _Parser(prog=prog, **_help_of(command)), parameters_of(command)
     _add(parser, parameters)
-    # An option may be typed with underscores too, as Python has its name.
+    # An option may be typed with underscores, too, like its name in Python.
     words = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), word) for word in arguments]
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
@@ -64,14 +63,14 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
         near = [difflib.get_close_matches(word.partition("=")[0], labels, n=1) for word in unknown]
         meant = ", ".join(labels[option] for options in near for option in options)
         parser.error(f"Unrecognized options: {', '.join(unknown)}{meant and f'; perhaps you meant: {meant}'}")
-    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
-    values: dict[str, Any] = {each.name: typed[each.name] for each in parameters if typed[each.name] not in (None, ())}
+    typed = vars(namespace).items()
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in typed if name != "debug"}
     if missing := [each.label for each in parameters if each.default is REQUIRED and each.name not in values]:
         parser.error(f"Missing from {prog}: {', '.join(missing)}")
     for name, kind in command.__annotations__.items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            fields = {field.name for field in dataclasses.fields(kind)} & values.keys()
             make: Callable[..., Any] = TrainSettings.of if kind is TrainSettings else kind
+            fields = [field.name for field in dataclasses.fields(kind) if field.name in values]
             values[name] = make(**{field: values.pop(field) for field in fields})
     check_values(values, command.__annotations__)
     return functools.partial(command, **values)
@@ -92,7 +91,7 @@ def parse_command(commands: Sequence[Command], arguments: Sequence[str]) -> func
         meant = suggest(word, named) or f"the commands are {', '.join(named)}"
         raise UsageError(f"{wrong}; {meant}; cnn-jax --help explains them")
 
-    import shtab  # takes longer than all else here
+    import shtab  # its import takes longer than everything else here
 
     examples = [_sections(command)[-1].splitlines()[0] for command in commands]
     parser = _Parser(prog="cnn-jax", **_help(ABOUT, ["COMMAND [OPTIONS]"], examples))
@@ -102,8 +101,8 @@ def parse_command(commands: Sequence[Command], arguments: Sequence[str]) -> func
     for name, command in named.items():
         subparser = subparsers.add_parser(name, help=_sections(command)[0], **_help_of(command))
         for action in _add(subparser, parameters_of(command)):
-            if action.type is Path:
-                action.complete = shtab.FILE
+            if action.metavar in ("FILE", "DIR"):
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]  # only shtab knows it
     parser.parse_args(arguments)
     raise AssertionError("each of those options exits")
 
@@ -139,45 +138,40 @@ def _add(parser: argparse.ArgumentParser, parameters: Sequence[Parameter]) -> li
     for parameter in parameters:
         if parameter.heading not in groups:
             groups[parameter.heading] = parser.add_argument_group(parameter.heading)
-        kind = parameter.kind
-        words: dict[str, Any] = {"help": parameter.help.replace("%", "%%")}
-        if kind is bool:
-            words |= {"action": "store_true", "default": None}
-        else:
-            words["metavar"] = parameter.metavar
-            if get_origin(kind) is tuple:
-                kind, other = get_args(kind)
-                words |= {"nargs": "+"} if other is ... else {"nargs": 2, "metavar": tuple(parameter.metavar.split())}
-            if parameter.option is None:  # `parse` says which are missing, all of them at once
-                words["nargs"] = "*" if "nargs" in words else "?"
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            words |= {"choices": choices or None, "type": _reader(parser, parameter.option, kind, choices)}
-        name = parameter.option or parameter.name
-        actions.append(groups[parameter.heading].add_argument(name, *ALIASES.get(name, ()), **words))
+        names = [parameter.option or parameter.name, *ALIASES.get(parameter.name, ())]
+        value = {"help": parameter.help.replace("%", "%%"), **_value(parser, parameter)}
+        actions.append(groups[parameter.heading].add_argument(*names, **value))
     if parameters:
         common = groups["common options"]
         common.add_argument("--debug", action="store_true", help="Show a traceback when something fails.")
     return actions
 
 
-def _reader(
-    parser: argparse.ArgumentParser, option: str | None, kind: Any, choices: Sequence[str]
-) -> Callable[[str], Any]:
-    """Return the function that reads an option's value, or one of its values."""
+def _value(parser: argparse.ArgumentParser, parameter: Parameter) -> dict[str, Any]:
+    """Return how argparse reads a parameter's value, or its values."""
+    kind, metavar, nargs = parameter.kind, parameter.metavar, None
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is tuple:
+        kind, other = get_args(kind)
+        metavar, nargs = (metavar, "+") if other is ... else (tuple(metavar.split()), 2)
+    if parameter.option is None:  # `parse` says which are missing, all of them at once
+        nargs = "*" if nargs else "?"
+    choices = get_args(kind) if get_origin(kind) is Literal else None
 
     def read(word: str) -> Any:
-        try:
-            return kind(word)
-        except ValueError:
-            return parser.error(f"{option} {word}: it must be {'a number' if kind is float else 'a whole number'}")
-
-    def choose(word: str) -> str:
+        wrong = f"{parameter.option} {word}: it must be"
+        if choices is None:
+            try:
+                return kind(word)
+            except ValueError:
+                parser.error(f"{wrong} {'a number' if kind is float else 'a whole number'}")
         if word not in choices:
-            wrong = f"{option} {word}: it must be one of {', '.join(sorted(choices))}"
-            parser.error("; ".join(filter(None, [wrong, suggest(word, choices)])))
+            meant = suggest(word, choices)
+            parser.error(f"{wrong} one of {', '.join(sorted(choices))}{meant and f'; {meant}'}")
         return word
 
-    return choose if choices else kind if kind in (str, Path) else read
+    return {"metavar": metavar, "nargs": nargs, "choices": choices, "type": read}
 
 
 def _help_of(command: Command) -> dict[str, Any]:
@@ -194,11 +188,12 @@ def _help(description: str, usage: Sequence[str], examples: Sequence[str]) -> di
         "epilog": "\n".join(["examples:", *examples]),
         "formatter_class": argparse.RawDescriptionHelpFormatter,  # keeps the lines of the examples
         "allow_abbrev": False,
+        "argument_default": argparse.SUPPRESS,  # what is not typed is not given
     }
 
 
 def _described(subject: Callable) -> dict[str, tuple[str, str, str]]:
-    """Return what a docstring says about each name: under which heading, what stands for its value, and its meaning."""
+    """Return the heading, metavar and meaning that a docstring gives for each name."""
     _, *sections = _sections(subject)
     return {
         name: (heading.lower(), metavar, " ".join(text.split()))

@@ -68,39 +68,39 @@ class TrainSettings:
     """What a training is started with: the command line's options, and what config.json records.
 
     Options:
-      recipe (NAME): tutorial, fast (99 % soonest), accurate.
+      recipe (NAME): How to train: tutorial, fast (99 % in the least time) or accurate.
       epochs (N): Passes over the training set; 1.5 is one and a half.
-      batch_size (N): Images a step.
+      batch_size (N): Images per step.
       learning_rate (RATE): Adam's step size, or the peak of its schedule.
-      seed (N): Of the initial weights and the images' order.
-      seeds (N): Independent runs at once: of --seed and those after it.
+      seed (N): Seeds the initial weights and the shuffling; with --seeds, the first of them.
+      seeds (N): Independent runs at once, with --seed and the seeds after it.
       features (N N): Channels after each of the two blocks.
-      precision (DTYPE): Of the convolutions: float32 or bfloat16.
-      dataset (NAME): A tfds set that is, or can be, prepared.
-      dataset_dir (DIR): A folder of four IDX files (plain, .gz or .xz) instead.
+      precision (DTYPE): Type of the convolutions' operands: float32 or bfloat16.
+      dataset (NAME): A tfds data set that is prepared here, or can be.
+      dataset_dir (DIR): A folder of four IDX files (plain, .gz or .xz) to use in place of --dataset.
       validation (N): Training images to hold out and test on after each epoch; the test set is then used once, at the
         end. (default: none)
 
     Run options:
-      run_name (NAME): The run's folder. (default: from the settings)
-      fresh: Move a run of this name aside and start anew.
+      run_name (NAME): Name of the run's folder. (default: made from the settings)
+      fresh: Move an earlier run of this name aside and start anew.
       dry_run: Show what would run and where; write nothing.
-      checkpoint_every_steps (N): Save every N steps too, not only after each epoch.
-      target_accuracy (FRACTION): Exit with 70 below this final test accuracy, in 0..1.
-      feed ({resident,stream}): Images on the device, or read in time. (default: by size)
-      tensorboard: Write each epoch's numbers for TensorBoard too.
+      checkpoint_every_steps (N): Save every N steps, too, not only after each epoch.
+      target_accuracy (FRACTION): Exit with 70 if the final test accuracy is lower.
+      feed ({resident,stream}): Keep the images on the device, or stream them from disk. (default: by size)
+      tensorboard: Write each epoch's numbers for TensorBoard, too.
       profile (DIR): Write a trace of a few steps, for TensorBoard or Perfetto.
-      log_level (LEVEL): debug, info, warning or error.
+      log_level (LEVEL): Least severe messages to log: debug, info, warning or error.
 
     Host options:
-      coordinator (HOST:PORT): The first of several processes; found on TPU pods and SLURM.
+      coordinator (HOST:PORT): Address of the first of several processes; detected on TPU pods and SLURM.
       num_processes (N): How many processes train together.
-      process_id (N): Which of them this is, from 0.
+      process_id (N): The number of this one, from 0.
 
     Common options:
-      data_dir (DIR): Where tfds keeps data. (default: TFDS_DATA_DIR, else tfds's)
-      checkpoint_dir (DIR): Where runs are, a folder each.
-      platform ({cpu,gpu,tpu}): Where to compute. (default: the fastest there is)
+      data_dir (DIR): Where tfds keeps its data. (default: TFDS_DATA_DIR, else tfds's own folder)
+      checkpoint_dir (DIR): The folder of all runs.
+      platform ({cpu,gpu,tpu}): Where to compute. (default: the fastest device)
 
     Raises:
       UsageError: naming the option, its value and what it must be.

@@ -27,12 +27,10 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        extra = {
-            "gpu": "; on an NVIDIA GPU it needs pip install 'cnn-jax[cuda]'",
-            "tpu": "; it needs cnn-jax[tpu]",
-        }
+        extras = {"gpu": "; on an NVIDIA GPU it needs pip install 'cnn-jax[cuda]'", "tpu": "; it needs cnn-jax[tpu]"}
+        extra = extras.get(platform, "") if platform else ""
         wanted = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        raise UsageError(f"{wanted}: JAX finds no such device here{extra.get(platform, '')}") from error
+        raise UsageError(f"{wanted}: JAX finds no such device here{extra}") from error
 
 
 def describe_devices() -> str:
@@ -60,11 +58,11 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_bytes() -> int:
-    """Return the memory of one device; of a CPU, the machine's."""
+    """Return the bytes of memory of one device; for a CPU, the machine's."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics is not None and "bytes_limit" in statistics:
         return statistics["bytes_limit"]
@@ -72,8 +70,8 @@ def device_bytes() -> int:
 
 
 def _keep_compiled_code() -> None:
-    """Let JAX keep what it compiles on disk: the next start then takes seconds less."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Let JAX keep compiled code on disk, which saves seconds at the next start."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn-jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

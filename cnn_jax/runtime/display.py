@@ -1,4 +1,4 @@
-"""What a person sees of a run: everything on stderr but the tutorial's own lines, which are all that stdout gets."""
+"""A run's output: the tutorial's own lines on stdout, and everything else on stderr."""
 
 import collections
 import contextlib
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# How Flax is to draw its table of layers: as plain text, in 80 columns.
+# Flax's arguments for a table of layers in plain text and 80 columns.
 LAYER_TABLE = {
     "console_kwargs": {"width": 80, "force_terminal": False},
     "table_kwargs": {"box": box.SIMPLE, "padding": (0, 0)},
@@ -20,21 +20,20 @@ LAYER_TABLE = {
 
 
 class Display:
-    """A run's output. There is a line an epoch, and on a terminal a progress bar; elsewhere no control characters.
+    """Shows a run: one line per epoch, and on a terminal a progress bar; elsewhere no control characters.
 
-    Of several processes that train together one shows it, and the others nothing.
+    If several processes train together, only one of them shows it.
     """
 
     def __init__(self, *, shown: bool = True) -> None:
         self._shown = shown
         self._console = Console(stderr=True, highlight=False, quiet=not shown)
         self._progress: Progress | None = None
-        self._task = None
 
     def say(self, text: str) -> None:
         """Write a line about the run to stderr."""
         with self._bar_hidden():
-            # Only a terminal needs lines that fit; what reads a pipe wants them whole.
+            # Only a terminal needs lines that fit; a program that reads a pipe wants them whole.
             self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def result(self, line: str) -> None:
@@ -52,7 +51,7 @@ class Display:
         self.result(f"Accuracy: {accuracy:.4f}")
 
     def picture(self, image: np.ndarray) -> None:
-        """Draw an image, (H, W) uint8, on stderr: two rows of pixels a line, those from 128 on as blocks."""
+        """Draw an image, (H, W) uint8, on stderr: two rows of pixels per line, pixels of at least 128 as blocks."""
         pixels = np.pad(image, ((0, len(image) % 2), (0, 0))) >= 128
         for above, below in zip(pixels[::2], pixels[1::2], strict=True):
             self.say("".join(" ▄▀█"[2 * a + b] for a, b in zip(above.tolist(), below.tolist(), strict=True)).rstrip())
@@ -71,20 +70,20 @@ class Display:
             TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
-            # Lines for stdout must go to stdout, also when that is not the terminal.
+            # Lines for stdout must go to stdout, even if that is not the terminal.
             redirect_stdout=False,
             redirect_stderr=False,
         )
         with self._progress:
-            self._task = self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
+            self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
             yield
         self._progress = None
 
     def advance(self, *, epoch: int, epochs: float, step: int, cost: float, examples_per_second: float) -> None:
-        """Move the bar: the step reached, the epoch's mean cost so far and the images trained a second."""
+        """Move the bar: the step reached, the epoch's mean cost so far and the images trained per second."""
         if self._progress is not None:
             self._progress.update(
-                self._task,
+                self._progress.task_ids[0],
                 completed=step,
                 description=f"epoch {epoch}/{epochs:g}",
                 status=f"cost {cost:.4f}  {examples_per_second:,.0f} images/s",
@@ -127,7 +126,7 @@ class Display:
 
 
 class Stopwatch:
-    """Where the time goes.
+    """Adds up how long each part of a run takes.
 
     Attributes:
       seconds: The seconds that each named part took, in the order in which the parts began.

@@ -1,6 +1,6 @@
-"""Several processes, on one host or many, that train one run together: what one does for all, and what all must know.
+"""Several processes, on one host or many, that train one run together.
 
-Process 0 prints and writes. What it does alone, it does inside `on_process_0`, and the others learn how it went.
+Process 0 prints and writes. It does so inside `on_process_0`, which passes its result or its failure to the others.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, descr
 
 T = TypeVar("T")
 
-# A process that died without closing its connections, as when its host loses power, is noticed after so long.
+# A process that died without closing its connections, as when its host loses power, is noticed after this time.
 HEARTBEAT_SECONDS = 20
 START_SECONDS = 120
-# How much later than the others process 0 ends: without the service that lives in it JAX aborts them. They need a
-# few milliseconds.
+# Process 0 ends this much later than the others, because JAX aborts them when the service that lives in it is gone.
+# They need a few milliseconds.
 GRACE_SECONDS = 0.5
 
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
-    """Train together with the other processes of the run, where there are any, until the block ends.
+    """Train together with the other processes of the run, if there are any, until the block ends.
 
-    They are those that are named, or those of a TPU pod or a SLURM job. Where they do not find each other in
-    `START_SECONDS`, the process ends with 2: JAX itself would abort it. Among several processes a failure in the block
-    ends this one at once, with its line and its exit code: at Python's own end JAX would wait for the others.
+    The arguments name them, or else a TPU pod or a SLURM job does. If they do not find each other within
+    `START_SECONDS`, the process ends with 2; JAX itself would abort it. A failure in the block then ends the process at
+    once, with its line and its exit code, because a normal exit from Python would wait for the others.
 
     Args:
       coordinator: Where process 0 is, `HOST:PORT`; None to look for a cluster.
@@ -61,8 +61,8 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     watchdog = threading.Timer(START_SECONDS, _give_up, args=(coordinator or "the cluster",))
     watchdog.daemon = True
     watchdog.start()
-    # Where no collective fails of it, a thread of JAX notices that another process is gone, and aborts this one: no
-    # option prevents that, and a handler of Python's own would run too late, after the abort.
+    # If no collective fails first, a JAX thread notices the lost process and aborts this one. No option disables that,
+    # and a Python signal handler would run too late.
     ctypes.CDLL(None).signal(signal.SIGABRT, _report_abort)
     jax.distributed.initialize(
         coordinator,
@@ -93,7 +93,7 @@ def _leave_at_once(line: str, exit_code: int) -> NoReturn:
 
 
 def _write_last_line(line: str) -> None:
-    # In one piece, and with nothing after it: JAX's threads write their own account of a lost process at the same time.
+    # In one piece and with nothing after it, because JAX's threads report a lost process at the same time.
     stderr = os.dup(2)
     _send_nowhere(2)
     os.write(stderr, f"{line}\n".encode())
@@ -109,7 +109,7 @@ def _report_abort(signal_number: int) -> None:
 
 
 def _keep_stdout_for_python() -> None:
-    # Gloo tells on the process's stdout who is connected to whom; there the results belong.
+    # Gloo reports its connections on the process's stdout, which is for the results alone.
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     _send_nowhere(1)
@@ -122,7 +122,7 @@ def _send_nowhere(descriptor: int) -> None:
 
 
 def _in_a_cluster() -> bool:
-    # What a job of several tasks has in its environment. JAX finds the rest, and waits for the others.
+    # A job of several tasks has these in its environment. JAX finds the rest, and waits for the others.
     tasks = os.environ.get("SLURM_NTASKS", "1")
     tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return ("SLURM_STEP_NODELIST" in os.environ and tasks != "1") or "," in tpu_hosts
@@ -159,10 +159,10 @@ def all_gather(*numbers: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _lost_hosts_reported() -> Iterator[None]:
-    """Say in one line that another process is gone, where a wait for it fails.
+    """Report in one line that another process is gone, if waiting for it fails.
 
     Raises:
-      HostLostError: in place of what JAX raises.
+      HostLostError: in place of JAX's own exception.
     """
     try:
         yield

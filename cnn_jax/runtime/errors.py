@@ -1,4 +1,4 @@
-"""The failures that a user can cause or meet, the exit code of each, and how one is told."""
+"""The failures that a user can cause or meet, their exit codes, and how they are reported."""
 
 import contextlib
 import contextvars
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 
 class CnnJaxError(Exception):
-    """A failure that is told in one line naming the thing and the remedy, then ends the program."""
+    """A failure that ends the program with one line, which names the problem and the remedy."""
 
     exit_code = 1
 
@@ -69,10 +69,10 @@ class StopSignalError(CnnJaxError):
         self.exit_code = 128 + signal_number
 
 
-def suggest(word: str, known: Iterable[str]) -> str | None:
-    """Return which of the known words was perhaps meant, as a part of a failure's line; None if none is near."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return which of the known words was perhaps meant, as a part of a failure's line; nothing if none is near."""
     near = difflib.get_close_matches(word, known, n=1)
-    return f"perhaps you meant {near[0]}" if near else None
+    return f"perhaps you meant {near[0]}" if near else ""
 
 
 # Whether a failure shows its traceback.

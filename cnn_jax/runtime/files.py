@@ -1,4 +1,4 @@
-"""Files that are whole at any instant: replaced at once, on the disk when a call returns, held by one process."""
+"""Files that are whole at any instant: replaced atomically, on the disk when a call returns, locked by one process."""
 
 import contextlib
 import fcntl
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace a file so that whoever reads it, whenever the power fails, finds the old content or the new.
+    """Replace a file so that a reader finds the old content or the new, whenever the power fails.
 
     Raises:
-      OSError: naming the file, where it could not be written.
+      OSError: naming the file, if it could not be written.
     """
     new = file.with_name(file.name + ".new")
     try:
@@ -22,7 +22,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         new.replace(file)
         sync(file.parent)
     except OSError as error:
-        error.filename = str(file)  # nobody asked for the new one
+        error.filename = str(file)  # the user does not know the temporary one
         raise
 
 
@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until a folder and all that is in it is on the disk."""
+    """Wait until a folder and everything in it are on the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
@@ -61,11 +61,11 @@ class AlreadyLockedError(Exception):
 
 @contextlib.contextmanager
 def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a file alone; the system lets go when the process ends in any way.
+    """Lock a file; the system releases it however the process ends.
 
     Args:
       file: Made if it is missing; holds the number of the process that holds it.
-      wait: Wait for another process to let go.
+      wait: Wait for another process to release it.
 
     Raises:
       AlreadyLockedError: another process holds it, and this one does not wait.

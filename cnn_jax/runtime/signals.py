@@ -12,10 +12,10 @@ AT_ONCE = b"stopped by a second SIGINT; the newest checkpoint is as it was: run 
 
 
 def end_on_signals() -> None:
-    """Let the first SIGINT or SIGTERM end this process in one line, with 130 or 143, from now until it has ended.
+    """From now on, let the first SIGINT or SIGTERM end this process with one line and exit code 130 or 143.
 
-    Python's own way, an exception, arrives wherever the program happens to be, also in an import, or in a library that
-    takes it for something else and goes on. Every file is written so that it is old or new whenever the process ends.
+    Python would raise an exception wherever the program happens to be, perhaps in a library that mistakes it for
+    something else and goes on. To end at once is safe, because every file is complete, old or new, at any instant.
     """
 
     def end(signal_number: int, frame: object) -> None:
@@ -25,7 +25,7 @@ def end_on_signals() -> None:
 
     for number in SIGNALS:
         signal.signal(number, end)
-        # Python takes its handlers away a moment before the process is over: what it did must not look interrupted.
+        # Python removes its handlers a moment before the process is over; finished work must not look interrupted.
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
@@ -48,8 +48,8 @@ def listen_for_stop() -> Iterator[StopRequest]:
         if request.signal_number is None:
             request.signal_number = signal_number
 
-    # Python runs a handler only between two of its own instructions: not while XLA compiles, which takes seconds. What
-    # it writes to this pipe comes at once, and another thread reads it.
+    # Python runs a handler only between two of its own instructions, so not while XLA compiles, which takes seconds. It
+    # writes the signal's number to this pipe at once, and another thread reads it.
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_end_at_the_second_interrupt, args=(reading,), daemon=True).start()

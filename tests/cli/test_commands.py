@@ -117,8 +117,8 @@ def test_it_ends_the_program_in_one_line_with_exit_code_2_before_jax_is_imported
 
 
 @pytest.fixture
-def told(capsys, monkeypatch):
-    """Return what an option that tells something prints."""
+def printed(capsys, monkeypatch):
+    """Return what an option such as --help prints."""
 
     def run(*arguments):
         monkeypatch.setenv("COLUMNS", "80")
@@ -131,16 +131,16 @@ def told(capsys, monkeypatch):
     return run
 
 
-def test_the_version_is_told(told):
-    assert told("--version") == told("train", "--version") == f"cnn-jax {version('cnn-jax')}\n"
+def test_the_version_is_printed(printed):
+    assert printed("--version") == printed("train", "--version") == f"cnn-jax {version('cnn-jax')}\n"
 
 
 NAMED = {command.__name__.replace("_", "-"): command for command in COMMANDS}
 
 
 @pytest.mark.parametrize("command", ["", *NAMED])
-def test_help_fits_80_columns_and_ends_with_examples(command, told):
-    text = told(*command.split(), "--help")
+def test_help_fits_80_columns_and_ends_with_examples(command, printed):
+    text = printed(*command.split(), "--help")
     assert max(map(len, text.splitlines())) <= 80
     examples = text.partition("\nexamples:\n  ")[2].splitlines()
     assert len(examples) >= (1 if command else len(COMMANDS))
@@ -160,8 +160,8 @@ def test_each_example_in_the_help_is_a_command_line_of_its_command():
             assert words[1] == name or "train --run-name" in example
 
 
-def test_help_groups_the_settings_and_tells_each_ones_default_and_meaning(told):
-    text = told("train", "--help")
+def test_help_groups_the_settings_and_gives_each_ones_default_and_meaning(printed):
+    text = printed("train", "--help")
     groups = dict(re.findall(r"^([\w -]+):\n((?:  .*\n)+)", text, flags=re.MULTILINE))
     assert list(groups) == ["options", "run options", "host options", "common options", "examples"]
     for option, group in {"--epochs": "options", "--fresh": "run options", "--platform": "common options"}.items():
@@ -172,7 +172,7 @@ def test_help_groups_the_settings_and_tells_each_ones_default_and_meaning(told):
     assert len(text.splitlines()) < 70
     words = " ".join(text.split())
     assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 30" in words
-    assert "--batch-size N Images a step. (default: 100)" in words
+    assert "--batch-size N Images per step. (default: 100)" in words
     assert "Write a trace of a few steps" in words
     assert "None" not in text
 
@@ -190,10 +190,10 @@ MISTYPED = {
 
 
 @pytest.mark.parametrize("arguments", MISTYPED)
-def test_what_is_mistyped_or_missing_is_told_with_what_is_near_it(arguments):
-    with pytest.raises(UsageError, match=MISTYPED[arguments]) as told:
+def test_what_is_mistyped_or_missing_is_reported_with_what_was_perhaps_meant(arguments):
+    with pytest.raises(UsageError, match=MISTYPED[arguments]) as refused:
         parse_command(COMMANDS, arguments.split())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_an_option_may_be_typed_with_equals_underscores_or_its_other_name():
@@ -247,9 +247,9 @@ def test_a_runs_settings_are_read_as_they_were_written_also_by_an_earlier_progra
         folder.read_settings()
 
 
-def test_the_shell_completes_commands_and_their_options(tmp_path, told):
+def test_the_shell_completes_commands_and_their_options(tmp_path, printed):
     script = tmp_path / "cnn-jax.bash"
-    script.write_text(told("--print-completion", "bash"))
+    script.write_text(printed("--print-completion", "bash"))
 
     def complete(*words):
         line = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_cnn_jax; "

@@ -1,4 +1,4 @@
-"""Each command runs with what the package and the extra that it names bring, and with nothing else."""
+"""Each command runs with what the package and the extra that it names install, and needs nothing else."""
 
 import os
 from importlib.metadata import packages_distributions, requires
@@ -30,7 +30,7 @@ COMMANDS = {
     "tensorboard": (TRAIN + " --tensorboard",),
 }
 
-# A program in which some modules are not to be found.
+# A program that cannot find some modules.
 HIDE = """
 import sys
 from importlib.machinery import PathFinder

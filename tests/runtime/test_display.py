@@ -1,4 +1,4 @@
-"""stdout gets the tutorial's lines alone; a terminal gets a progress bar, and everything else no control characters."""
+"""stdout gets only the tutorial's lines; a terminal gets a progress bar, and anything else no control characters."""
 
 import os
 import pty
@@ -18,7 +18,7 @@ def arguments(small_mnist, tmp_path):
 TUTORIALS_LINES = r"\[Epoch:    1\] cost = \d\.\d+\n\[Epoch:    2\] cost = \d\.\d+\nAccuracy: 0\.\d{4}\n"
 
 
-def test_without_a_terminal_there_is_a_line_an_epoch_and_no_control_character(arguments, program):
+def test_without_a_terminal_there_is_a_line_per_epoch_and_no_control_character(arguments, program):
     process = program(*arguments)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -74,5 +74,5 @@ def test_80_columns_are_enough_and_no_color_switches_the_colours_off(on_a_termin
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
 )
-def test_durations_are_told_as_people_tell_them(seconds, words):
+def test_durations_are_given_as_people_say_them(seconds, words):
     assert describe_seconds(seconds) == words

@@ -1,4 +1,4 @@
-"""Several processes train one run: in the numbers of one, with one checkpoint, and none waits for ever for another."""
+"""Several processes train one run, with the numbers and the checkpoint of one, and none waits forever for another."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_a_run_moves_between_numbers_of_processes(start, command, small_mnist, t
     assert [len(line["seeds"]["cost"]) for line in lines] == [2, 2]
 
 
-def test_a_cluster_that_is_not_there_is_told_in_one_line(program, small_mnist, tmp_path):
+def test_a_cluster_that_is_not_there_is_reported_in_one_line(program, small_mnist, tmp_path):
     process = program(
         "-c",
         "import sys; from cnn_jax.cli import commands; from cnn_jax.runtime import distributed; "
