@@ -79,6 +79,10 @@ def test_pre_commit_runs_the_checks_that_stand_between_installing_and_testing():
     assert not any(hook["pass_filenames"] for hook in hooks)
 
 
+def test_all_tests_are_run_before_a_change_is_ready_the_slow_ones_too():
+    assert CHECKS[CHECKS.index("pytest") :] == ["pytest", "pytest -m slow"]
+
+
 def test_the_version_is_the_same_everywhere_and_the_changelog_describes_it():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     changes = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
