@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import scipy.special
 from flax import linen as nn
+from flax.linen import summary
 
 from cnn_jax.analysis import plots
 from cnn_jax.core.evaluation import logits
@@ -115,7 +116,9 @@ def tabulate(model: nn.Module, dataset: Dataset) -> str:
 
     The shapes are those of one image. The tutorial's network takes 80 columns.
     """
-    table = nn.tabulate(model, jax.random.key(0), **LAYER_TABLE)(scale_pixels(dataset.test_images[0]))
+    console, style = LAYER_TABLE["console_kwargs"], LAYER_TABLE["table_kwargs"]
+    tabulate_for = summary.tabulate(model, jax.random.key(0), console_kwargs=console, table_kwargs=style)
+    table = tabulate_for(scale_pixels(dataset.test_images[0]))
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 
@@ -156,7 +159,7 @@ def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
         return []
 
     @jax.jit
-    def outputs_by_name(params: dict, pixels: jax.Array) -> dict:
+    def outputs_by_name(params: dict, pixels: jax.Array) -> Mapping[str, Any]:
         _, kept = model.apply({"params": params}, pixels, capture_intermediates=True, mutable="intermediates")
         return kept["intermediates"]
 

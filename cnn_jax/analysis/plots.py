@@ -210,10 +210,11 @@ def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path
     _draw_image(first, image)
     first.set_title("image", fontsize=10)
     largest = max(np.abs(map_).max() for map_ in maps.values())
+    drawn = []
     for axes, (title, sheet) in zip(others, sheets.items(), strict=True):
-        drawn = _draw_sheet(axes, sheet, largest)
+        drawn.append(_draw_sheet(axes, sheet, largest))
         axes.set_title(f"{title}, {'x'.join(map(str, maps[title].shape))}", fontsize=10)
-    figure.colorbar(drawn, ax=others, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
+    figure.colorbar(drawn[-1], ax=others, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
     _save(figure, file)
 
 

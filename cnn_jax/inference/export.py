@@ -149,7 +149,8 @@ def _load_torch(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.
 
 def _load_safetensors(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     again = read_trained(file)
-    return lambda images: np.asarray(again.model.apply({"params": again.params}, images))
+    apply = jax.jit(again.model.apply)
+    return lambda images: np.asarray(apply({"params": again.params}, images))
 
 
 def _write_onnx(trained: TrainedModel, file: Path) -> None:
@@ -197,12 +198,13 @@ def _load_onnx(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.n
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]
+    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
 
 
 def _write_stablehlo(trained: TrainedModel, file: Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
-    apply = jax.jit(lambda images: trained.model.apply({"params": trained.params}, images))
+    params = jax.tree.map(jnp.asarray, trained.params)
+    apply = jax.jit(lambda images: trained.model.apply({"params": params}, images))
     exported = jax.export.export(apply, platforms=PLATFORMS)(
         jax.ShapeDtypeStruct((batch, *trained.image_shape), jnp.float32)
     )

@@ -104,10 +104,9 @@ def _open_image(file: str, content: bytes) -> Image.Image:
     """Read an image's header, and refuse images that are too large to decode, or too small."""
     try:
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-        too_large = image.width * image.height > MAXIMUM_PIXELS
     except Image.DecompressionBombError:
-        too_large = True
-    if too_large:
+        image = None
+    if image is None or image.width * image.height > MAXIMUM_PIXELS:
         raise InputFileError(f"{file} has more than {MAXIMUM_PIXELS:,} pixels; give a smaller picture")
     if min(image.size) < SMALLEST_SIDE * max(1, max(image.size) / WORKING_SIZE):
         raise InputFileError(

@@ -106,7 +106,7 @@ def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
     values = np.asarray(Image.fromarray(grey).resize((side, side), Image.Resampling.BOX), np.float64).ravel()
     middles = (np.arange(side) + 0.5) / side
     inputs = np.stack([np.ones(side**2), np.repeat(middles, side), np.tile(middles, side)], axis=1)
-    weights = np.ones_like(values)
+    plane, weights = np.zeros(3), np.ones_like(values)
     for _ in range(10):
         plane = np.linalg.solve((inputs.T * weights) @ inputs, (inputs.T * weights) @ values)
         weights = 1 / np.maximum(np.abs(values - inputs @ plane), 1)
@@ -116,16 +116,16 @@ def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
 
 def _connected_to_edge(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask, (H, W) bool, that are connected to the picture's edge."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    labels = _number_parts(mask)
     edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     return np.isin(labels, edge[edge > 0])
 
 
 def _digit_mask(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask, (H, W) bool, in its largest connected part and in the parts that belong to it."""
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if count == 0:
+    if not mask.any():
         return mask
+    labels = _number_parts(mask)
     boxes = np.array([[[side.start, side.stop] for side in sides] for sides in ndimage.find_objects(labels)])
     sizes = np.bincount(labels.ravel())[1:]
     largest = int(sizes.argmax())
@@ -136,6 +136,13 @@ def _digit_mask(mask: np.ndarray) -> np.ndarray:
         parts = found
         box = np.stack([boxes[parts, :, 0].min(axis=0), boxes[parts, :, 1].max(axis=0)], axis=1)
     return np.isin(labels, np.array(parts) + 1)
+
+
+def _number_parts(mask: np.ndarray) -> np.ndarray:
+    """Number the connected parts of a mask, (H, W) bool, from 1; pixels that touch at a corner are connected."""
+    labels = np.zeros(mask.shape, np.int32)  # 0 outside the mask
+    ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
+    return labels
 
 
 def _is_close(box: np.ndarray, other: np.ndarray) -> bool:
@@ -154,10 +161,11 @@ def _trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
     size = [max(1, round(scale * side)) for side in padded.shape]
     resized = Image.fromarray(padded.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
     narrowest, widest = (DETAIL * width for width in STROKE_WIDTHS)
-    shape = ndimage.binary_closing(np.pad(np.asarray(resized) > threshold, round(widest)), np.ones((HOLE, HOLE)))
+    padded_shape = np.pad(np.asarray(resized) > threshold, round(widest))
+    shape = np.asarray(ndimage.binary_closing(padded_shape, np.ones((HOLE, HOLE))), bool)
     if not shape.any():
         return shape
-    inside, outside = ndimage.distance_transform_edt(shape), ndimage.distance_transform_edt(~shape)
+    inside, outside = (np.asarray(ndimage.distance_transform_edt(side)) for side in (shape, ~shape))
     # A stroke's pixels are on average a quarter of its width away from its edge.
     width = 4 * inside[shape].mean()
     growth = (np.clip(width, narrowest, widest) - width) / 2
@@ -176,12 +184,10 @@ def _fit(shape: np.ndarray) -> np.ndarray:
 def _centre(fitted: np.ndarray) -> np.ndarray:
     """Place a digit into 28x28 pixels with its centre of mass in the middle: (28, 28, 1), uint8."""
     image = np.zeros((SIZE, SIZE, 1), np.uint8)
-    centre = ndimage.center_of_mass(fitted)
-    top, left = (
-        int(np.clip(round(SIZE / 2 - middle), 0, SIZE - side))
-        for middle, side in zip(centre, fitted.shape, strict=True)
-    )
-    image[top : top + fitted.shape[0], left : left + fitted.shape[1], 0] = fitted
+    height, width = fitted.shape
+    corner = np.round(SIZE / 2 - np.asarray(ndimage.center_of_mass(fitted)))
+    top, left = np.clip(corner, 0, [SIZE - height, SIZE - width]).astype(int)
+    image[top : top + height, left : left + width, 0] = fitted
     return image
 
 

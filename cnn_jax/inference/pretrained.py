@@ -107,7 +107,7 @@ def load_trained_run(
         params=jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i)),
         features=settings.features,
         num_classes=dataset.num_classes,
-        image_shape=tuple(dataset.train_images.shape[1:]),
+        image_shape=dataset.train_images.shape[1:],
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
         training=Provenance(recipe=settings.recipe, epochs=settings.epochs, seed=seed, steps=restored.step),
@@ -143,8 +143,8 @@ def read_trained(file: Path) -> TrainedModel:
         trained = TrainedModel(name=file.stem, params={}, **metadata | shapes)
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputFileError(f"{file} is not a network of this program ({error}); export one to safetensors") from error
-    images = np.zeros((1, *trained.image_shape), np.float32)
-    init = jax.eval_shape(lambda: trained.model.init(jax.random.key(0), images))["params"]
+    images = jax.ShapeDtypeStruct((1, *trained.image_shape), np.float32)
+    init = jax.eval_shape(trained.model.init, jax.random.key(0), images)["params"]
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), init)
     params = params_from_torch(tensors, template, trained.image_shape, source=file)
     return dataclasses.replace(trained, params=params)

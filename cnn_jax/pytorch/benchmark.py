@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -162,7 +162,7 @@ def measure_floor() -> Floor:
     )
 
 
-def _fastest(function, *arguments, repeats: int = 10) -> float:
+def _fastest(function: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 10) -> float:
     """Return the seconds of the fastest call; the first one, which compiles, does not count."""
     function(*arguments).block_until_ready()
     times = []

@@ -83,6 +83,7 @@ def start_worker(
     """
     context = multiprocessing.get_context("spawn")
     pipe, other_end = context.Pipe()
+    assert isinstance(pipe, Connection)  # another class only on Windows
     process = context.Process(target=_run, args=(function, other_end, *arguments))
     with _environment(environment or {}):
         process.start()
@@ -109,7 +110,9 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this process was started by another
+    parent.join()
     time.sleep(SECONDS_TO_END)  # a function that waits for its pipe has ended by then, and one that computes has not
     os._exit(1)
 

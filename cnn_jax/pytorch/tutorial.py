@@ -14,6 +14,8 @@ from torch import nn
 from cnn_jax.data.dataset import Dataset
 
 StepVariant = Literal["eager", "channels_last", "bfloat16", "compiled", "cuda_graph"]
+# From images and labels to the batch's mean loss.
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class TutorialCNN(nn.Module):
@@ -63,9 +65,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_step(
-    model: nn.Module, variant: StepVariant, device: torch.device, learning_rate: float = 0.001
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def make_step(model: nn.Module, variant: StepVariant, device: torch.device, learning_rate: float = 0.001) -> Step:
     """Return the tutorial's training step in a variant.
 
     Args:
@@ -80,13 +80,13 @@ def make_step(
       batch's mean loss before it.
     """
     if variant != "eager":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's overloads lack it
     capturable = variant == "cuda_graph"
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=capturable)
     criterion = nn.CrossEntropyLoss()
     forward = torch.compile(model) if variant == "compiled" else model
 
-    def step(images, labels):
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=not capturable)
         with torch.autocast(device.type, torch.bfloat16) if variant == "bfloat16" else contextlib.nullcontext():
             cost = criterion(forward(images), labels)
@@ -97,7 +97,7 @@ def make_step(
     return _record_step(step, device) if variant == "cuda_graph" else step
 
 
-def _record_step(step: Callable, device: torch.device) -> Callable:
+def _record_step(step: Step, device: torch.device) -> Step:
     """Record a step of 100 images as a CUDA graph and return a function that replays it."""
     images = torch.zeros(100, 1, 28, 28, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(100, dtype=torch.int64, device=device)
@@ -111,7 +111,7 @@ def _record_step(step: Callable, device: torch.device) -> Callable:
     with torch.cuda.graph(graph):
         cost = step(images, labels)
 
-    def replay(batch, batch_labels):
+    def replay(batch: torch.Tensor, batch_labels: torch.Tensor) -> torch.Tensor:
         images.copy_(batch)
         labels.copy_(batch_labels)
         graph.replay()
@@ -125,11 +125,11 @@ def make_loop_as_written(dataset: Dataset, batch_size: int) -> Callable[[int], N
     device = default_device()
     torch.manual_seed(0)
     step = make_step(TutorialCNN().to(device), "eager", device)
-    images = TutorialImages(dataset.train_images, dataset.train_labels)
+    images = TutorialImages(dataset.train_images[:], dataset.train_labels)
     loader = torch.utils.data.DataLoader(images, batch_size=batch_size, shuffle=True, drop_last=True)
     batches = _endlessly(lambda: loader)
 
-    def run(steps):
+    def run(steps: int) -> None:
         for _ in range(steps):
             x, y = next(batches)
             step(x.to(device), y.to(device))
@@ -147,11 +147,11 @@ def make_loop(dataset: Dataset, variant: StepVariant, batch_size: int) -> Callab
     torch.manual_seed(0)
     step = make_step(TutorialCNN().to(device), variant, device)
     memory_format = torch.contiguous_format if variant == "eager" else torch.channels_last
-    images = _scaled(dataset.train_images).to(device)
+    images = _scaled(dataset.train_images[:]).to(device)
     labels = torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device)
     batches = _endlessly(lambda: _shuffled_batches(len(labels), batch_size, device))
 
-    def run(steps):
+    def run(steps: int) -> None:
         for _ in range(steps):
             batch = next(batches)
             step(images[batch].contiguous(memory_format=memory_format), labels[batch])
@@ -199,7 +199,7 @@ def train_torch(
     torch.manual_seed(seed)
     model = TutorialCNN().to(device)
     step = make_step(model, "channels_last", device, learning_rate)
-    images = _scaled(dataset.train_images).to(device)
+    images = _scaled(dataset.train_images[:]).to(device)
     labels = torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device)
     costs, seconds = [], {"compiling": 0.0, "training": 0.0, "testing": 0.0}
     for epoch in range(epochs):

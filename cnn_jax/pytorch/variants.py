@@ -6,13 +6,16 @@ The functions that make a variant import its framework: a process that times one
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from cnn_jax.data.dataset import Dataset, scale_pixels
 
 if TYPE_CHECKING:
+    import optax
+    from flax import linen as nn
+
     from cnn_jax.pytorch.tutorial import StepVariant
 
 BATCH_SIZE = 100
@@ -83,13 +86,13 @@ def make_flax_loop(dataset: Dataset) -> RunSteps:
         for _ in range(steps):
             batch = batches[taken % len(batches)]
             taken += 1
-            params, opt_state, loss = step(params, opt_state, scale_pixels(images[batch]), labels[batch])
-        loss.block_until_ready()
+            params, opt_state, _ = step(params, opt_state, scale_pixels(images[batch]), labels[batch])
+        jax.block_until_ready(params)
 
     return run
 
 
-def make_flax_step(model, optimizer) -> Callable:
+def make_flax_step(model: "nn.Module", optimizer: "optax.GradientTransformation") -> Callable:
     """Return the tutorial's training step for a Flax model and an Optax optimiser.
 
     It is a jitted function of the weights, the optimiser's state, pixels (N, H, W, C) in [0, 1] and labels (N,), and
@@ -101,7 +104,8 @@ def make_flax_step(model, optimizer) -> Callable:
     @jax.jit
     def step(params, opt_state, pixels, labels):
         def loss_fn(params):
-            logits = model.apply({"params": params}, pixels)
+            # Flax returns a pair only if collections are mutable.
+            logits = cast(jax.Array, model.apply({"params": params}, pixels))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, gradients = jax.value_and_grad(loss_fn)(params)
@@ -145,7 +149,7 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
     return run
 
 
-def _torch(name: str, variant: "StepVariant", **properties) -> Variant:
+def _torch(name: str, variant: "StepVariant", **properties: Any) -> Variant:
     return Variant(name, "PyTorch", functools.partial(make_torch_loop, variant), **properties)
 
 

@@ -9,7 +9,9 @@ import functools
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jinja2
@@ -182,7 +184,7 @@ def run_network(trained: TrainedModel, image: np.ndarray) -> tuple[np.ndarray, l
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _logits_and_blocks(params: dict, images: jax.Array, *, model: nn.Module) -> tuple[jax.Array, dict]:
+def _logits_and_blocks(params: dict, images: jax.Array, *, model: nn.Module) -> tuple[jax.Array, Mapping[str, Any]]:
     def is_block(module: nn.Module, method: str) -> bool:
         return isinstance(module, ConvBlock)
 
