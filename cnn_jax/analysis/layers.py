@@ -1,4 +1,4 @@
-"""What a trained network does with its test images, layer by layer and mistake by mistake, and the pictures of it."""
+"""Look inside a trained network: its layers' outputs, its confusion matrix and mistakes, and pictures of them."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Layer:
     """A layer and its output for one image.
 
     Attributes:
-      name: As in `PlainCNN`.
+      name: Its name in `PlainCNN`.
       output: (height, width, channels) or (channels,), float32.
       parameters: The number of its trained parameters.
     """
@@ -48,7 +48,7 @@ class Mistake(NamedTuple):
       image: (height, width, channels), uint8.
       label: Its class.
       prediction: The class of the largest logit.
-      probability: What the network gives the predicted class, in [0, 1].
+      probability: The network's probability for the predicted class, in [0, 1].
     """
 
     image: np.ndarray
@@ -59,13 +59,13 @@ class Mistake(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A trained network, and what it does with the test images.
+    """The results of a trained network on the test images.
 
     Attributes:
       image: The first test image, (height, width, channels), uint8; `layers` shows its way through the network.
       label: Its class.
-      layers: In their order; empty for a network of another kind than `PlainCNN`.
-      kernels: Each convolution's, (3, 3, channels in, channels out), by the layer's name.
+      layers: Each with its output, in order; empty if the network's layers are not those of `PlainCNN`.
+      kernels: The kernels of each convolution, (3, 3, channels in, channels out), by the layer's name.
       confusion: (K, K), int: the number of test images by class (row) and predicted class (column).
       mistakes: The most confident ones, the most confident first; at most `SHOWN_MISTAKES`.
     """
@@ -89,7 +89,7 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     """Print each layer's output shape and number of parameters for a run's network, and draw what it has learned.
 
     Raises:
-      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+      NoCheckpointError: there is no such run, or none of its checkpoints can be used.
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
@@ -114,7 +114,7 @@ def plain_network(params: dict) -> PlainCNN | None:
 def tabulate(model: nn.Module, dataset: Dataset) -> str:
     """Return a table of a network's layers: input, output and parameters of each.
 
-    The shapes are those of one image. The tutorial's network takes 80 columns.
+    The shapes are those of one image. The table of the tutorial's network is 80 columns wide.
     """
     console, style = LAYER_TABLE["console_kwargs"], LAYER_TABLE["table_kwargs"]
     tabulate_for = summary.tabulate(model, jax.random.key(0), console_kwargs=console, table_kwargs=style)

@@ -1,4 +1,4 @@
-"""The same training in both frameworks from several seeds, each in its own process, and the report about it."""
+"""Train in both frameworks from several seeds, each in its own process, and report the differences."""
 
 import dataclasses
 import json
@@ -41,8 +41,8 @@ class FrameworkResult:
     """All seeds of one framework.
 
     Attributes:
-      accuracy: As in `SeedResult`, over the seeds, and so the next one.
-      unscaled_accuracy: On pixels in 0..255.
+      accuracy: On test images with pixels in [0, 1].
+      unscaled_accuracy: The same with pixels in 0..255.
       last_cost: The cost of the last epoch.
       seconds: The median over the seeds of each part of the time.
       runs: Each seed's result.
@@ -95,7 +95,7 @@ def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path 
     output.mkdir(parents=True, exist_ok=True)
     results = {framework: [] for framework in FRAMEWORKS}
     for each in range(seed, seed + seeds):
-        # In turn, so that whatever slows the machine down for a while slows both.
+        # The frameworks take turns, so that anything that slows the machine down for a while slows both.
         for framework in FRAMEWORKS:
             results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
     report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)

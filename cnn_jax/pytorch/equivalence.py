@@ -1,4 +1,4 @@
-"""How closely both frameworks compute the same function, from equal weights and an equal order of the images."""
+"""How closely both frameworks compute the same function, from equal weights and the same order of the images."""
 
 import dataclasses
 from collections.abc import Sequence

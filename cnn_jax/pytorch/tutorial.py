@@ -73,7 +73,7 @@ def make_step(model: nn.Module, variant: StepVariant, device: torch.device, lear
       variant: `eager` is the step as written; the others use the channels_last memory format, and in addition
         `bfloat16` uses autocast, `compiled` torch.compile, and `cuda_graph`, on a GPU only, replays a recorded step.
       device: Where the step runs.
-      learning_rate: Adam's.
+      learning_rate: Adam's learning rate.
 
     Returns:
       A function of images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64. It takes one step and returns the
@@ -167,13 +167,13 @@ def _endlessly(make_epoch: Callable[[], Iterable]) -> Iterator:
 
 @dataclasses.dataclass(frozen=True)
 class TorchRun:
-    """The results of a training in PyTorch.
+    """The results of training in PyTorch.
 
     Attributes:
-      costs: Mean of the batch losses of each epoch.
-      accuracy: On the test images with pixels in [0, 1], a fraction.
+      costs: The mean of the batch losses of each epoch.
+      accuracy: The fraction of correct test images, with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
-      seconds: Time of the first step (`compiling`), of the others (`training`) and of both tests (`testing`).
+      seconds: The time of the first step (`compiling`), of the others (`training`) and of both tests (`testing`).
     """
 
     costs: list[float]
@@ -192,8 +192,8 @@ def train_torch(
       seed: Seeds PyTorch's generator, which draws the initial weights and the shuffling.
       epochs: Passes over the training set.
       batch_size: Images per step.
-      learning_rate: Adam's.
-      report: Gets one line after each epoch.
+      learning_rate: Adam's learning rate.
+      report: Called with one line after each epoch.
     """
     device = default_device()
     torch.manual_seed(seed)

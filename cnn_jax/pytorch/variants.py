@@ -1,4 +1,4 @@
-"""Each variant of a training step that is timed, in PyTorch, in plain Flax and in cnn-jax.
+"""The variants of a training step that the benchmark times, in PyTorch, plain Flax and cnn-jax.
 
 The functions that make a variant import its framework: a process that times one framework has not loaded the other.
 """
@@ -22,8 +22,8 @@ BATCH_SIZE = 100
 LEARNING_RATE = 0.001
 
 # glibc returns the memory of large arrays to the system after every step, and each page of it faults in the next one.
-# PyTorch's tuning guide advises another allocator against that; these two settings have the same effect. channels_last
-# then takes 20 ms per step in place of 25.
+# PyTorch's tuning guide advises another allocator against that; these two settings have the same effect. With
+# channels_last, a step then takes 20 ms instead of 25.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 RunSteps = Callable[[int], None]
@@ -34,13 +34,13 @@ class Variant:
     """One way to compute a training step of 100 images.
 
     Attributes:
-      name: Its row in the table.
-      framework: What computes it.
-      make: Returns a function that runs a number of steps on a data set to their end, and continues in the data where
-        it stopped. It raises any exception where the machine lacks what the variant needs, such as a compiler.
+      name: Its name, as the table shows it.
+      framework: The framework that computes it.
+      make: Returns a function that runs a number of steps on a data set and waits for them; each call continues where
+        the last one stopped. Raises any exception if the machine lacks something, such as a compiler.
       environment: Environment variables that its process starts with.
-      needs_gpu: Whether it exists on a GPU only.
-      dtype: The operands of its convolutions.
+      needs_gpu: Whether it runs on a GPU only.
+      dtype: The type of its convolutions' operands.
     """
 
     name: str

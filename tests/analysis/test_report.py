@@ -1,4 +1,4 @@
-"""A run's page tells what the run did, in one file that opens without a network and runs nothing."""
+"""A run's page shows its results in one file that opens without a network and runs nothing."""
 
 import base64
 import html.parser
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.optax_promotes
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, small_mnist):
-    """Train on the small set, by the command, in a folder of its own, and return the run's folder."""
+    """Train on the small set with the command, in a new folder, and return the run's folder."""
     from cnn_jax.cli.commands import main
 
     def run(*options, data=small_mnist, epochs=1):
@@ -38,7 +38,7 @@ def of_three_seeds(train):
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would read: the words, by element, and everything that an element names."""
+    """A page as a browser reads it: its elements, their attributes, its words and its styles."""
 
     def __init__(self, text):
         super().__init__()
@@ -110,7 +110,7 @@ def test_a_run_of_several_seeds_shows_its_spread(of_three_seeds):
     assert f"each seed {' '.join(f'{accuracy:.4f}' for accuracy in accuracies)}" in text
 
 
-def test_the_page_tells_the_settings_the_versions_the_time_and_the_layers(of_three_seeds):
+def test_the_page_shows_the_settings_the_versions_the_time_and_the_layers(of_three_seeds):
     text = read(of_three_seeds).text
     for part in (
         "--batch-size 100",
@@ -134,7 +134,7 @@ def test_text_from_the_settings_is_escaped(train, small_mnist, tmp_path):
     assert len(_images(page)) == 8
 
 
-def test_a_run_with_held_out_images_tells_both_accuracies(train):
+def test_a_run_with_held_out_images_shows_both_accuracies(train):
     text = read(train("--validation", 100)).text
     assert re.search(r"test accuracy 0\.\d{4} on pixels in \[0, 1\], of 510 images", text)
     assert re.search(r"validation accuracy 0\.\d{4} of 100 images", text)

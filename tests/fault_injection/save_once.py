@@ -1,4 +1,4 @@
-"""Save one checkpoint where the oldest must then be deleted: `python -m tests.fault_injection.save_once FOLDER`.
+"""Save one checkpoint, after which the oldest must be deleted: `python -m tests.fault_injection.save_once FOLDER`.
 
 This is the process that is killed, or whose disk is filled, at each of its file operations in turn.
 """

@@ -1,4 +1,4 @@
-"""The faults that are injected, and what must hold afterwards. Each function returns a `Tally`."""
+"""The faults that are injected, and the checks that follow each. Each function returns a `Tally`."""
 
 import dataclasses
 import functools
@@ -261,7 +261,7 @@ def _write(file: Path, content: bytes | None) -> None:
 
 
 def _damages(content: bytes, flips: int, rng: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """Yield each way to damage a file, in words, and the content that it leaves; None where the file is deleted."""
+    """Yield each way to damage a file, in words, and the content that it leaves; None if the file is deleted."""
     yield "deleted", None
     for length in sorted({0, len(content) // 2, max(0, len(content) - 1)}):
         yield f"cut to {length} bytes", content[:length]

@@ -1,4 +1,4 @@
-"""What the benchmark compares does the same work, and its table says what was measured."""
+"""The benchmark's variants do the same work, and its table shows the measurements."""
 
 import os
 import signal
