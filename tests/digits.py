@@ -1,7 +1,7 @@
-"""Digits drawn as people write them, for the tests of reading; `python -m tests.digits DIR` writes them to a folder.
+"""Draw digits as people write them, to test reading; `python -m tests.digits DIR` writes them to a folder.
 
-Each is drawn from a seed, stroke by stroke, with a trembling pen on one of several kinds of paper: without a font, and
-without MNIST.
+A seeded generator draws each digit stroke by stroke, with a trembling pen on one of several kinds of paper, and uses
+neither a font nor MNIST.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ SHAPES = {
         [line((0.55, 0.02), (0.12, 0), (0.08, 0.45)),
          curve((0.08, 0.45), (0.35, 0.4), (0.55, 0.7), (0.25, 1), (0, 0.92))],
         [curve((0.1, 0.08), (0.06, 0.42), (0.3, 0.4), (0.5, 0.68), (0.28, 0.98), (0, 0.9)),
-         line((0.16, 0.0), (0.58, -0.04))],  # its bar apart
+         line((0.16, 0.0), (0.58, -0.04))],  # the bar does not touch the rest
     ],
     6: [
         [curve((0.45, 0), (0.12, 0.35), (0.02, 0.75), (0.28, 1), (0.52, 0.76), (0.3, 0.55), (0.05, 0.75))],
@@ -99,13 +99,13 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Pen:
-    """What writes.
+    """A pen.
 
     Attributes:
-      width: Of its strokes, where a digit's height is 1.
+      width: The width of its strokes, as a fraction of the digit's height.
       colour: Red, green and blue, in 0..255.
-      pressure: By how much of the width it varies.
-      grain: The share of the paper that shows through.
+      pressure: The fraction of the width by which the width varies.
+      grain: The fraction of the paper that shows through.
     """
 
     width: float
@@ -133,7 +133,7 @@ DARK_PAPERS = ["board", "slate"]
 
 
 def draw_digit(rng: np.random.Generator, strokes: list[np.ndarray], pen: Pen, paper: str) -> Image.Image:
-    """Draw a digit once, with a position, a size and an angle of its own."""
+    """Draw a digit at a random position, size and angle."""
     width, height = (int(side) for side in np.exp(rng.uniform(np.log(64), np.log(1000), size=2)))
     width, height = max(width, height // 3), max(height, width // 3)
     size = rng.uniform(0.35, 0.8) * min(width, height)
@@ -158,7 +158,7 @@ def draw_digit(rng: np.random.Generator, strokes: list[np.ndarray], pen: Pen, pa
 
 
 def _by_hand(rng, strokes):
-    """Turn, slant and stretch all strokes alike, and let each tremble and begin a little elsewhere."""
+    """Turn, slant and stretch all strokes alike, and let each tremble and shift a little."""
     angle, slant, stretch = np.radians(rng.uniform(-8, 8)), rng.uniform(-0.15, 0.25), rng.uniform(0.8, 1.3)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shape = turn @ np.array([[1, -slant], [0, 1]]) @ np.diag([stretch, 1])
@@ -226,7 +226,7 @@ def draw_digits(folder: Path, seed: int = 0) -> list[tuple[Path, int]]:
 
 
 def pixel_difference(digit: np.ndarray, other: np.ndarray) -> float:
-    """Return the mean difference of two digits' pixels, where a centre of mass may be rounded to the next pixel."""
+    """Return the mean difference of two digits' pixels, at the best shift by up to one pixel."""
     moved = [np.roll(digit, (down, right), axis=(0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     return min(np.abs(digit - other).mean() for digit in moved)
 

@@ -1,6 +1,6 @@
 """What a network has learned.
 
-layers.py  what a trained network does: layer by layer, class by class, mistake by mistake
-plots.py   every picture
-report.py  the page about a run; report.html is its template
+layers.py  runs a trained network layer by layer, and collects its confusion matrix and mistakes
+plots.py   draws every picture
+report.py  writes the page about a run; report.html is its template
 """

@@ -1,16 +1,17 @@
-"""What a trained network does with its test images, layer by layer and mistake by mistake, and the pictures of it."""
+"""Look inside a trained network: its layers' outputs, its confusion matrix and mistakes, and pictures of them."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from flax import linen as nn
+from flax.linen import summary
 
 from cnn_jax.analysis import plots
 from cnn_jax.core.evaluation import logits
@@ -31,7 +32,7 @@ class Layer:
     """A layer and its output for one image.
 
     Attributes:
-      name: As in `PlainCNN`.
+      name: Its name in `PlainCNN`.
       output: (height, width, channels) or (channels,), float32.
       parameters: The number of its trained parameters.
     """
@@ -48,7 +49,7 @@ class Mistake(NamedTuple):
       image: (height, width, channels), uint8.
       label: Its class.
       prediction: The class of the largest logit.
-      probability: What the network gives the predicted class, in [0, 1].
+      probability: The network's probability for the predicted class, in [0, 1].
     """
 
     image: np.ndarray
@@ -59,13 +60,13 @@ class Mistake(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A trained network, and what it does with the test images.
+    """The results of a trained network on the test images.
 
     Attributes:
       image: The first test image, (height, width, channels), uint8; `layers` shows its way through the network.
       label: Its class.
-      layers: In their order; empty for a network of another kind than `PlainCNN`.
-      kernels: Each convolution's, (3, 3, channels in, channels out), by the layer's name.
+      layers: Each with its output, in order; empty if the network's layers are not those of `PlainCNN`.
+      kernels: The kernels of each convolution, (3, 3, channels in, channels out), by the layer's name.
       confusion: (K, K), int: the number of test images by class (row) and predicted class (column).
       mistakes: The most confident ones, the most confident first; at most `SHOWN_MISTAKES`.
     """
@@ -89,7 +90,7 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     """Print each layer's output shape and number of parameters for a run's network, and draw what it has learned.
 
     Raises:
-      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+      NoCheckpointError: there is no such run, or none of its checkpoints can be used.
     """
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
@@ -114,9 +115,11 @@ def plain_network(params: dict) -> PlainCNN | None:
 def tabulate(model: nn.Module, dataset: Dataset) -> str:
     """Return a table of a network's layers: input, output and parameters of each.
 
-    The shapes are those of one image. The tutorial's network takes 80 columns.
+    The shapes are those of one image. The table of the tutorial's network is 80 columns wide.
     """
-    table = nn.tabulate(model, jax.random.key(0), **LAYER_TABLE)(scale_pixels(jnp.asarray(dataset.test_images[0])))
+    console, style = LAYER_TABLE["console_kwargs"], LAYER_TABLE["table_kwargs"]
+    tabulate_for = summary.tabulate(model, jax.random.key(0), console_kwargs=console, table_kwargs=style)
+    table = tabulate_for(scale_pixels(jnp.asarray(dataset.test_images[0])))
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 
@@ -157,7 +160,7 @@ def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
         return []
 
     @jax.jit
-    def outputs_by_name(params: dict, pixels: jax.Array) -> dict:
+    def outputs_by_name(params: dict, pixels: jax.Array) -> Mapping[str, Any]:
         _, kept = model.apply({"params": params}, pixels, capture_intermediates=True, mutable="intermediates")
         return kept["intermediates"]
 

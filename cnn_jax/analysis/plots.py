@@ -1,4 +1,4 @@
-"""Every picture that the program draws, in one style; the only file that knows matplotlib."""
+"""Draw all of the program's pictures in one style; only this file uses matplotlib."""
 
 import io
 import math
@@ -22,7 +22,7 @@ COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
 # Blue below 0, white at 0, red above; the gaps between tiles are NaN.
 SIGNED = LinearSegmentedColormap.from_list("signed", [COLOURS["PyTorch"], "#ffffff", COLOURS["cnn-jax"]], bad="#b4bcc6")
 COUNTS = LinearSegmentedColormap.from_list("counts", ["#ffffff", COLOURS["cnn-jax"]], bad="#e6e9ee")
-# Width of a report's pictures, in inches: their text can still be read when a telephone shows them at its own width.
+# Width of a report's pictures, in inches: their text stays legible when a phone scales them to its screen.
 NARROW = 5
 # A confusion matrix of more classes has no room for numbers.
 COUNTED_CLASSES = 20
@@ -45,7 +45,7 @@ def plot_comparison(
       file: Where the picture goes.
       distances: After each step from equal weights, the distance between the weights relative to how far they moved.
       cost_differences: At each step, the difference of the costs.
-      pytorch_cost_differences: The same between PyTorch and PyTorch in another memory format.
+      pytorch_cost_differences: The same between two PyTorch runs that differ only in their memory format.
     """
     figure, (cost_axes, accuracy_axes, drift_axes) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for i, (framework, of_seeds) in enumerate(accuracies.items()):
@@ -90,7 +90,7 @@ def plot_benchmark(
     Args:
       timings: For each variant its name, its framework, and the first quartile, median and third quartile.
       file: Where the picture goes.
-      floor: The least milliseconds that a step can take.
+      floor: The shortest time that a step can take, in milliseconds.
       title: What the steps ran on.
     """
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(timings) + 1.5), layout="constrained")
@@ -210,10 +210,11 @@ def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path
     _draw_image(first, image)
     first.set_title("image", fontsize=10)
     largest = max(np.abs(map_).max() for map_ in maps.values())
+    drawn = []
     for axes, (title, sheet) in zip(others, sheets.items(), strict=True):
-        drawn = _draw_sheet(axes, sheet, largest)
+        drawn.append(_draw_sheet(axes, sheet, largest))
         axes.set_title(f"{title}, {'x'.join(map(str, maps[title].shape))}", fontsize=10)
-    figure.colorbar(drawn, ax=others, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
+    figure.colorbar(drawn[-1], ax=others, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
     _save(figure, file)
 
 

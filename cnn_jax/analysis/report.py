@@ -27,7 +27,7 @@ def report_run(
     """Test every seed of a run's newest checkpoint, and write the page about the run.
 
     Raises:
-      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+      NoCheckpointError: there is no such run, or none of its checkpoints can be used.
       OSError: the page or a picture could not be written.
     """
     display, folder = Display(), RunFolder(run)
@@ -44,16 +44,16 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
 
     Args:
       file: The page.
-      folder: The run's, with its metrics, and its result where it has ended.
+      folder: The run's folder, with its metrics and, if it has ended, its result.
       trained: The run.
-      accuracies: Each seed's on the test images, in [0, 1].
+      accuracies: Each seed's accuracy on the test images, in [0, 1].
     """
     settings, dataset, step = trained.settings, trained.dataset, trained.step
     params = of_seed(trained.states.eval_params, 0)
     inspection, metrics = inspect_network(trained.model, params, dataset), folder.read_metrics()
     pictures = draw_pictures(inspection, metrics, folder.pictures)
     result = folder.read_result()
-    if result.get("step") != step:  # it is of an earlier end, after which the run was continued
+    if result.get("step") != step:  # it was written before the run was continued
         result = {}
     unscaled = [result["unscaled_test_accuracy"]] if "unscaled_test_accuracy" in result else None
     environment = jinja2.Environment(
@@ -80,7 +80,7 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
 
 
 def _numbers(trained: TrainedRun, result: dict, accuracies: list[float]) -> Rows:
-    """Return what is to be seen first."""
+    """Return the numbers at the top of the page."""
     epochs, step, program = trained.settings.epochs, trained.step, trained.program
     done = f"{epochs:g}" if step == program.last_step else f"{step / program.steps_per_epoch:.3g} of {epochs:g}"
     rows = [("test accuracy", describe_values(accuracies)), ("epochs", done), ("steps", f"{step:,}")]
@@ -127,5 +127,5 @@ def _settings(settings: TrainSettings) -> Rows:
 
 
 def _data_uri(picture: Picture) -> str:
-    """Return a URI that contains the picture itself."""
+    """Return a picture as a data URI."""
     return "data:image/png;base64," + base64.b64encode(picture.file.read_bytes()).decode()

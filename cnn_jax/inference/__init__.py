@@ -1,11 +1,11 @@
 """A trained network at work.
 
-pretrained.py    a trained network and how it was trained: a run's, or the packaged one
-torch_layout.py  weights in PyTorch's names and axes, there and back
-pictures.py      files with pictures as arrays, and every way in which such a file can be bad
-preprocess.py    a picture of a digit, laid out as MNIST's
+pretrained.py    loads a trained network and how it was trained, from a run or from the package
+torch_layout.py  converts weights to PyTorch's names and layout, and back
+pictures.py      reads picture files as arrays, and refuses bad ones
+preprocess.py    lays out a picture of a digit as MNIST does
 predict.py       the command `predict`
-export.py        a network as a file for another program, tested before it is kept
+export.py        writes a network for another program, and tests the file before it is kept
 demo/            the page to draw digits on: Python, board (HTML and JavaScript), style, and the answer's template
 trained/         the packaged weights
 """

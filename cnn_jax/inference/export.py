@@ -1,4 +1,4 @@
-"""A trained network as a file for another program, which reads the file and is tested before the file is kept."""
+"""Export a trained network for another program, and keep the file only if that program computes the same."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import StorageError
 
-# A file's logits may differ from ours by the larger of the two: so much, or this share of the largest logit. Other
-# programs add in another order; on MNIST the logits, of up to 54, differ by 3e-5.
+# A file's logits may differ from ours by the absolute tolerance, or by the relative one times the largest logit if that
+# is more. Other programs sum in another order: on MNIST, logits of up to 54 differ by 3e-5.
 ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-6
 PLATFORMS = ("cpu", "cuda", "tpu")
-# The oldest versions with all that the graph needs, so that many runtimes can read it.
+# The oldest versions that support the whole graph, so that many runtimes can read it.
 ONNX_OPERATORS, ONNX_FORMAT = 17, 8
 PIXELS = "pixels in [0, 1], 0 for paper: (N, height, width, channels)"
 
@@ -50,16 +50,16 @@ def export(
     data_dir: Path | None = None,
     platform: Platform | None = None,
 ) -> None:
-    """Write a network to a file, which is kept only if its own program computes the same on all test images.
+    """Write a network to a file, and keep it only if the program it is meant for computes the same on all test images.
 
     Raises:
       UsageError: the run has no such seed.
       NoCheckpointError: there is no such run.
-      StorageError: the file could not be written, or does not compute what the network does.
+      StorageError: the file could not be written, or its outputs differ from the network's.
     """
     new = Path(f"{output}.unchecked")
     with _writing(output):
-        new.touch()  # where this fails, nothing has been loaded yet
+        new.touch()  # fails before anything is loaded if the file cannot be written
     try:
         start_devices(platform)
         display = Display()
@@ -93,7 +93,7 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name:
 
     Args:
       to: The file's format.
-      file: Where it is now.
+      file: Its current path.
       trained: The network that was written to it.
       dataset: The data set that the network was trained on.
       name: The file's name in messages.
@@ -109,9 +109,9 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name:
         compute = FORMATS[to].load(file, trained)
         batches = np.split(dataset.test_images, range(BATCH_SIZE, len(expected), BATCH_SIZE))
         logits = np.concatenate([compute(scale_pixels(images)) for images in batches])
-    except Exception as error:  # each program has failures of its own
+    except Exception as error:  # each program raises its own exceptions
         raise StorageError(
-            f"{name} was not written: what was exported to {to} cannot be read ({type(error).__name__}: {error}); "
+            f"{name} was not written: the {to} export cannot be read ({type(error).__name__}: {error}); "
             "choose another --to"
         ) from error
     difference = float(np.abs(logits - expected).max())
@@ -121,10 +121,10 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name:
     # Not `difference > tolerance`, which a NaN would pass.
     if not difference <= tolerance or theirs != ours:
         raise StorageError(
-            f"{name} was not written: what was exported to {to} differs from the network {tested}: its logits by up to "
-            f"{difference:.1e}, its accuracy {theirs:.4f} in place of {ours:.4f}; choose another --to"
+            f"{name} was not written: the {to} export differs from the network {tested}: its logits by up to "
+            f"{difference:.1e}, its accuracy {theirs:.4f} instead of {ours:.4f}; choose another --to"
         )
-    return f"{to}: read again and tested {tested}: accuracy {theirs:.4f} as here, logits within {difference:.1e}"
+    return f"{to}: read back and tested {tested}: the same accuracy, {theirs:.4f}, and logits within {difference:.1e}"
 
 
 def _write_torch(trained: TrainedModel, file: Path) -> None:
@@ -149,7 +149,8 @@ def _load_torch(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.
 
 def _load_safetensors(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
     again = read_trained(file)
-    return lambda images: np.asarray(again.model.apply({"params": again.params}, images))
+    apply = jax.jit(again.model.apply)
+    return lambda images: np.asarray(apply({"params": again.params}, images))
 
 
 def _write_onnx(trained: TrainedModel, file: Path) -> None:
@@ -197,12 +198,13 @@ def _load_onnx(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.n
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]
+    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
 
 
 def _write_stablehlo(trained: TrainedModel, file: Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
-    apply = jax.jit(lambda images: trained.model.apply({"params": trained.params}, images))
+    params = jax.tree.map(jnp.asarray, trained.params)
+    apply = jax.jit(lambda images: trained.model.apply({"params": params}, images))
     exported = jax.export.export(apply, platforms=PLATFORMS)(
         jax.ShapeDtypeStruct((batch, *trained.image_shape), jnp.float32)
     )

@@ -1,4 +1,4 @@
-"""Pictures of digits: files as arrays, and every way in which such a file can be bad."""
+"""Read pictures of digits from files as arrays, and refuse every bad file with its reason."""
 
 import io
 import os
@@ -24,7 +24,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
     """Return the paths, each folder replaced by its images, sorted by name.
 
     Raises:
-      InputFileError: a folder has no file with the name of an image.
+      InputFileError: a folder contains no image file.
     """
     files = []
     for path in paths:
@@ -42,7 +42,7 @@ def read_digit(file: str) -> np.ndarray:
     """Return the digit in a PNG or JPEG file as an image for the network: (28, 28, 1), uint8, 0 for no ink.
 
     Args:
-      file: Its path, or `-` for standard input.
+      file: The picture's path, or `-` for standard input.
 
     Raises:
       InputFileError: the file is missing, empty, too large, damaged, not a regular file, of another kind, or shows no
@@ -82,7 +82,7 @@ def _read_bytes(file: str) -> bytes:
 def _decode(file: str, content: bytes) -> np.ndarray:
     """Decode an image: (H, W, 3), float32, in 0..255, upright, opaque, at most WORKING_SIZE pixels per side."""
     try:
-        # Pillow warns of large images, odd palettes and senseless EXIF; all of them are refused or repaired here.
+        # Pillow warns about large images, odd palettes and senseless EXIF; all of these are refused or repaired here.
         with warnings.catch_warnings(action="ignore"):
             # Pillow checks the checksums of a PNG's pixels only in `verify`.
             _open_image(file, content).verify()
@@ -104,10 +104,9 @@ def _open_image(file: str, content: bytes) -> Image.Image:
     """Read an image's header, and refuse images that are too large to decode, or too small."""
     try:
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-        too_large = image.width * image.height > MAXIMUM_PIXELS
     except Image.DecompressionBombError:
-        too_large = True
-    if too_large:
+        image = None
+    if image is None or image.width * image.height > MAXIMUM_PIXELS:
         raise InputFileError(f"{file} has more than {MAXIMUM_PIXELS:,} pixels; give a smaller picture")
     if min(image.size) < SMALLEST_SIDE * max(1, max(image.size) / WORKING_SIZE):
         raise InputFileError(

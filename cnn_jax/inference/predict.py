@@ -1,4 +1,4 @@
-"""The command `predict`: from files with pictures of digits to one line for each."""
+"""The command `predict`: classify pictures of digits, and print one line per file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError
 
-SHOWN_CLASSES = 3  # for each picture, the most probable first
+SHOWN_CLASSES = 3  # the most probable ones of each picture
 
 
 def predict(
@@ -30,8 +30,8 @@ def predict(
     """Say which digit each picture shows, and then report the files that cannot be read, one line each.
 
     Raises:
-      InputFileError: a file cannot be read; of several, it names the last.
-      UsageError: the network is not for such images.
+      InputFileError: a file cannot be read; if there are several, it names the last.
+      UsageError: the network takes images of another size.
       NoCheckpointError: there is no such run.
     """
     files, digits, failures = [], [], []
@@ -79,5 +79,5 @@ def _classify(
 
 
 def _printable(file: str) -> str:
-    """Return a file's name, with those of its bytes escaped that are not text."""
+    """Return a file's name, with the bytes that are not text escaped."""
     return os.fsencode(file).decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""A picture of a digit, laid out as MNIST lays out its own.
+"""Lay out a picture of a digit as MNIST does.
 
 The layout is the one that MNIST's authors describe (LeCun et al., Proc. IEEE 86, 1998, section III.A): the digit is
 scaled to fit 20x20 pixels with its aspect ratio kept, which smooths it, and placed into 28x28 by its centre of mass.
@@ -15,7 +15,7 @@ SIZE, FITTED_SIZE = 28, 20  # sides of MNIST's images, and of the box that a dig
 # for each of the network's.
 WORKING_SIZE = 512
 DETAIL = 8
-SMALLEST_SIDE = 8  # of a picture, in pixels
+SMALLEST_SIDE = 8  # pixels; smaller pictures are refused
 # Ink differs from the paper by at least FAINTEST of 255, by GRAIN standard deviations of the paper's noise, and by this
 # share of the darkest ink's difference.
 FAINTEST, GRAIN, SHARE_OF_DARKEST = 24, 6, 0.45
@@ -43,8 +43,8 @@ def prepare_digit(colours: np.ndarray) -> np.ndarray | None:
     noise = 1.4826 * np.median(np.abs(ink[:, distance:] - ink[:, :-distance])) / np.sqrt(2)
     faintest = max(FAINTEST, GRAIN * noise)
     threshold = _threshold(ink, faintest)
-    # What is connected to the picture's edge is a shadow, a rule, a frame or the table, provided that a digit is left
-    # without it. A fainter digit appears once everything connected to the edge is gone.
+    # Anything connected to the picture's edge is a shadow, a ruled line, a frame or the table, as long as a digit
+    # remains without it. A fainter digit appears once everything connected to the edge is gone.
     inside, isolated = (np.where(_connected_to_edge(ink > level), 0, ink) for level in (threshold, faintest))
     for candidate, level in (inside, threshold), (isolated, _threshold(isolated, faintest)):
         if _longer_side(_digit_mask(candidate > level)) > np.sqrt(ink.size) / 10:
@@ -70,43 +70,43 @@ def _longer_side(mask: np.ndarray) -> int:
 
 def _ink(colours: np.ndarray) -> np.ndarray:
     """Return how much each pixel differs from the paper around it, (H, W), float32: about 0 on the paper."""
-    # Along the axis on which the picture's colours vary most; in a grey picture that is brightness.
+    # Project the colours onto the axis along which they vary most; in a grey picture that is brightness.
     _, axes = np.linalg.eigh(np.cov(colours.reshape(-1, 3), rowvar=False))
     axis = axes[:, -1].astype(np.float32)
     grey = colours @ (axis / np.abs(axis).sum())
     window = round(np.sqrt(grey.size) / 2)  # wider than any stroke
     plane = _fit_plane(grey, margin=window)
     difference = grey - plane[window:-window, window:-window]
-    # Ink departs further from the paper than the paper does from itself.
+    # Ink differs from the paper by more than the paper varies, so it decides the sign of the skewness.
     if (difference**3).mean() < 0:
         difference, plane = -difference, -plane
     smooth = ndimage.gaussian_filter(difference, max(grey.shape) / WORKING_SIZE)
-    # A grey opening removes all that is narrower than its window and leaves the paper with its light and shadows. The
-    # paper is continued beyond the picture's edges, under the same light.
+    # A grey opening removes everything narrower than its window and leaves the paper with its light and shadows. The
+    # paper is extended beyond the picture's edges under the same light.
     extended = np.pad(smooth, window, mode="symmetric") + plane
     ink = (extended - ndimage.grey_opening(extended, size=(window, window)))[window:-window, window:-window]
     return ink - np.median(ink)
 
 
 def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
-    """Fit a plane to a picture by least absolute differences: the light on the paper, were it even.
+    """Fit a plane to a picture by least absolute differences: the light on plain paper.
 
     Solved by iteratively reweighted least squares (Schlossmacher, J. Am. Stat. Assoc. 68, 1973). SciPy's
     `least_squares` finds the same digits, but takes 1.6 times as long and 0.1 s to import.
 
     Args:
       grey: (H, W), float32.
-      margin: By how many pixels the plane extends beyond each of the picture's edges.
+      margin: Pixels by which the plane extends beyond each of the picture's edges.
 
     Returns:
       (H + 2 * margin, W + 2 * margin), float32.
     """
-    # The means of many pixels are fitted, because a pattern on the paper could escape a sample of single ones.
+    # Fit the means of blocks of pixels, because a sample of single pixels could miss a pattern on the paper.
     side = min(64, *grey.shape)
     values = np.asarray(Image.fromarray(grey).resize((side, side), Image.Resampling.BOX), np.float64).ravel()
     middles = (np.arange(side) + 0.5) / side
     inputs = np.stack([np.ones(side**2), np.repeat(middles, side), np.tile(middles, side)], axis=1)
-    weights = np.ones_like(values)
+    plane, weights = np.zeros(3), np.ones_like(values)
     for _ in range(10):
         plane = np.linalg.solve((inputs.T * weights) @ inputs, (inputs.T * weights) @ values)
         weights = 1 / np.maximum(np.abs(values - inputs @ plane), 1)
@@ -116,16 +116,16 @@ def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
 
 def _connected_to_edge(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask, (H, W) bool, that are connected to the picture's edge."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    labels = _number_parts(mask)
     edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     return np.isin(labels, edge[edge > 0])
 
 
 def _digit_mask(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask, (H, W) bool, in its largest connected part and in the parts that belong to it."""
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if count == 0:
+    if not mask.any():
         return mask
+    labels = _number_parts(mask)
     boxes = np.array([[[side.start, side.stop] for side in sides] for sides in ndimage.find_objects(labels)])
     sizes = np.bincount(labels.ravel())[1:]
     largest = int(sizes.argmax())
@@ -136,6 +136,13 @@ def _digit_mask(mask: np.ndarray) -> np.ndarray:
         parts = found
         box = np.stack([boxes[parts, :, 0].min(axis=0), boxes[parts, :, 1].max(axis=0)], axis=1)
     return np.isin(labels, np.array(parts) + 1)
+
+
+def _number_parts(mask: np.ndarray) -> np.ndarray:
+    """Number the connected parts of a mask, (H, W) bool, from 1; pixels that touch at a corner are connected."""
+    labels = np.zeros(mask.shape, np.int32)  # 0 outside the mask
+    ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
+    return labels
 
 
 def _is_close(box: np.ndarray, other: np.ndarray) -> bool:
@@ -154,10 +161,11 @@ def _trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
     size = [max(1, round(scale * side)) for side in padded.shape]
     resized = Image.fromarray(padded.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
     narrowest, widest = (DETAIL * width for width in STROKE_WIDTHS)
-    shape = ndimage.binary_closing(np.pad(np.asarray(resized) > threshold, round(widest)), np.ones((HOLE, HOLE)))
+    padded_shape = np.pad(np.asarray(resized) > threshold, round(widest))
+    shape = np.asarray(ndimage.binary_closing(padded_shape, np.ones((HOLE, HOLE))), bool)
     if not shape.any():
         return shape
-    inside, outside = ndimage.distance_transform_edt(shape), ndimage.distance_transform_edt(~shape)
+    inside, outside = (np.asarray(ndimage.distance_transform_edt(side)) for side in (shape, ~shape))
     # A stroke's pixels are on average a quarter of its width away from its edge.
     width = 4 * inside[shape].mean()
     growth = (np.clip(width, narrowest, widest) - width) / 2
@@ -176,12 +184,10 @@ def _fit(shape: np.ndarray) -> np.ndarray:
 def _centre(fitted: np.ndarray) -> np.ndarray:
     """Place a digit into 28x28 pixels with its centre of mass in the middle: (28, 28, 1), uint8."""
     image = np.zeros((SIZE, SIZE, 1), np.uint8)
-    centre = ndimage.center_of_mass(fitted)
-    top, left = (
-        int(np.clip(round(SIZE / 2 - middle), 0, SIZE - side))
-        for middle, side in zip(centre, fitted.shape, strict=True)
-    )
-    image[top : top + fitted.shape[0], left : left + fitted.shape[1], 0] = fitted
+    height, width = fitted.shape
+    corner = np.round(SIZE / 2 - np.asarray(ndimage.center_of_mass(fitted)))
+    top, left = np.clip(corner, 0, [SIZE - height, SIZE - width]).astype(int)
+    image[top : top + height, left : left + width, 0] = fitted
     return image
 
 

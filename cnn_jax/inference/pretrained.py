@@ -1,4 +1,4 @@
-"""A trained network and how it was trained: a run's, or the one in the package."""
+"""A trained network and how it was trained, from a run or from the package."""
 
 import dataclasses
 import json
@@ -33,16 +33,16 @@ class Provenance(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """The weights of one seed, and what is known about their training.
+    """The weights of one seed, and how they were trained.
 
     Attributes:
-      name: The run's, or the packaged file's.
+      name: The name of the run or of the file.
       params: The weights of a `CNN`, float32.
       features: Channels after the first and the second block.
-      num_classes: Classes to tell apart.
+      num_classes: The number of classes.
       image_shape: (height, width, channels) of the images.
       dataset: The data set that the network was trained on.
-      test_accuracy: On that data set's test images, in [0, 1]; None if it was not tested on them.
+      test_accuracy: The accuracy on that data set's test images, in [0, 1]; None if it was not measured.
       training: How it was trained.
     """
 
@@ -80,13 +80,13 @@ def load_trained_run(
 
     Args:
       run: The run's folder.
-      data_dir: Where tfds keeps its data sets; None for where the run found them.
+      data_dir: Where tfds keeps its data sets; None to look where the run did.
       warn: Called with a line about each damaged checkpoint.
       seed: Which of the run's seeds; None for the first.
 
     Raises:
       UsageError: the run has no such seed.
-      NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+      NoCheckpointError: there is no such run, or none of its checkpoints can be used.
     """
     # Orbax takes a second to import, and the packaged network does not need it.
     from cnn_jax.core.sharding import of_seed
@@ -107,7 +107,7 @@ def load_trained_run(
         params=jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i)),
         features=settings.features,
         num_classes=dataset.num_classes,
-        image_shape=tuple(dataset.train_images.shape[1:]),
+        image_shape=dataset.train_images.shape[1:],
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
         training=Provenance(recipe=settings.recipe, epochs=settings.epochs, seed=seed, steps=restored.step),
@@ -123,7 +123,7 @@ def write_trained(trained: TrainedModel, file: Path) -> None:
     """
     metadata = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
     metadata["versions"] = versions("cnn-jax", "jax", "jaxlib", "flax")
-    # All under one key, because safetensors writes several in an order that varies from one time to the next.
+    # Everything goes under one key, because safetensors writes several keys in an order that varies.
     content = save(params_to_torch(trained.params, trained.image_shape), metadata={"network": json.dumps(metadata)})
     file.write_bytes(content)
 
@@ -143,8 +143,8 @@ def read_trained(file: Path) -> TrainedModel:
         trained = TrainedModel(name=file.stem, params={}, **metadata | shapes)
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputFileError(f"{file} is not a network of this program ({error}); export one to safetensors") from error
-    images = np.zeros((1, *trained.image_shape), np.float32)
-    init = jax.eval_shape(lambda: trained.model.init(jax.random.key(0), images))["params"]
+    images = jax.ShapeDtypeStruct((1, *trained.image_shape), np.float32)
+    init = jax.eval_shape(trained.model.init, jax.random.key(0), images)["params"]
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), init)
     params = params_from_torch(tensors, template, trained.image_shape, source=file)
     return dataclasses.replace(trained, params=params)

@@ -1,4 +1,4 @@
-"""The network's weights as PyTorch names and lays them out, there and back, and the file that PyTorch reads."""
+"""Convert the network's weights to PyTorch's names and layout and back, and write the file that PyTorch reads."""
 
 import io
 from pathlib import Path
@@ -41,12 +41,12 @@ def params_from_torch(
 
     Args:
       tensors: Arrays under PyTorch's names.
-      template: Weights with the shapes that are wanted.
+      template: Weights with the expected shapes.
       image_shape: (height, width, channels) of the images that the network takes.
       source: The file they come from, for messages.
 
     Raises:
-      InputFileError: naming each tensor that is missing, unknown, of another shape or dtype, or not finite.
+      InputFileError: tensors are missing, unknown, of another shape or dtype, or not finite; it names each.
     """
     expected = params_to_torch(template, image_shape)
     complaints = [f"{name} is missing" for name in expected if name not in tensors]
@@ -77,8 +77,8 @@ def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
     try:
         import torch
     except ImportError as error:
-        raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
-    content = io.BytesIO()  # where PyTorch cannot write a file, it raises RuntimeError without the system's reason
+        raise UsageError("PyTorch weights need an extra: pip install 'cnn-jax[torch]'") from error
+    content = io.BytesIO()  # PyTorch's own error about a file that it cannot write hides the reason
     torch.save({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, content)
     file.write_bytes(content.getvalue())
 

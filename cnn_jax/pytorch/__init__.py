@@ -1,10 +1,10 @@
 """The tutorial in PyTorch, and the comparison with it. Needs the extra `torch`.
 
 tutorial.py        the tutorial's network and its training step in PyTorch
-import_weights.py  a file of PyTorch's weights, and the run that is made from it
-equivalence.py     how closely both frameworks compute the same function
-variants.py        each variant of a training step that is timed, in PyTorch and in JAX
-processes.py       what runs in new processes, and how they are started
-benchmark.py       all variants against each other and against the machine's limit
-compare.py         the same training in both frameworks from several seeds, and the report
+import_weights.py  makes a run from a file of PyTorch weights
+equivalence.py     measures how closely both frameworks compute the same function
+variants.py        the variants of a training step that are timed, in PyTorch and in JAX
+processes.py       starts the processes in which each framework is measured
+benchmark.py       times all variants, and compares them with the machine's limit
+compare.py         trains in both frameworks from several seeds, and reports the differences
 """

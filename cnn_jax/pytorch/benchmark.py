@@ -1,4 +1,4 @@
-"""A training step of this network in each variant, all measured in turn within one run, and the machine's limit."""
+"""Time a training step in every variant, all in turn within one run, and measure the machine's limit."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
 
 STEPS_PER_ROUND = 16
 STEPS_OF_15_EPOCHS = 9000
-# Bytes that a step moves per weight, at least: it reads and writes the weight and Adam's two moments, and writes and
+# The fewest bytes that a step moves per weight: it reads and writes the weight and Adam's two moments, and writes and
 # reads the gradient.
 BYTES_PER_WEIGHT = 4 * 8
 
@@ -35,7 +35,7 @@ class Floor:
 
     Attributes:
       flops: Floating-point operations of a step's matrix products.
-      bytes: Bytes that a step moves at least.
+      bytes: The fewest bytes that a step moves.
       flops_per_second: Measured on float32 matrix products, the best of three shapes.
       bytes_per_second: Measured on a copy.
       milliseconds: The larger of the two quotients.
@@ -50,19 +50,19 @@ class Floor:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What was measured of one variant.
+    """The measurements of one variant.
 
     Attributes:
-      framework: As in `Variant`, and so `dtype`.
+      framework: As in `Variant`.
       dtype: The operands' type.
-      import_seconds: As in `Startup`, and so the next two.
+      import_seconds: As in `Startup`, like the next two.
       load_seconds: Loading the data set.
       first_step_seconds: The first step, compilation included.
       peak_bytes: The process's peak memory.
       milliseconds: Per step, the median of the rounds.
       low: Their first quartile.
       high: Their third quartile.
-      all: Each round's.
+      all: The milliseconds per step of each round.
     """
 
     framework: str
@@ -162,7 +162,7 @@ def measure_floor() -> Floor:
     )
 
 
-def _fastest(function, *arguments, repeats: int = 10) -> float:
+def _fastest(function: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 10) -> float:
     """Return the seconds of the fastest call; the first one, which compiles, does not count."""
     function(*arguments).block_until_ready()
     times = []
@@ -176,12 +176,12 @@ def _fastest(function, *arguments, repeats: int = 10) -> float:
 def _measure_in_turn(
     variants: Sequence[Variant], rounds: int, data_dir: Path | None, display: Display
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Return each variant's timing by its name, and of those that cannot run here, why."""
+    """Return each variant's timing by its name, and likewise why a variant cannot run here."""
     started, left_out = [], {}
     with contextlib.ExitStack() as stack:
         for variant in variants:
             display.say(f"starting: {variant.name}")
-            # Without JAX's cache: what is measured is the first start of all, when nothing has been compiled yet.
+            # JAX's cache is off, so that the first step includes compiling, as it does on a new machine.
             environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", **variant.environment}
             name = f"the process of {variant.name}"
             worker = stack.enter_context(

@@ -1,4 +1,4 @@
-"""The same training in both frameworks from several seeds, each in its own process, and the report about it."""
+"""Train in both frameworks from several seeds, each in its own process, and report the differences."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -40,8 +41,8 @@ class FrameworkResult:
     """All seeds of one framework.
 
     Attributes:
-      accuracy: As in `SeedResult`, over the seeds, and so the next one.
-      unscaled_accuracy: On pixels in 0..255.
+      accuracy: On test images with pixels in [0, 1].
+      unscaled_accuracy: The same with pixels in 0..255.
       last_cost: The cost of the last epoch.
       seconds: The median over the seeds of each part of the time.
       runs: Each seed's result.
@@ -54,6 +55,17 @@ class FrameworkResult:
     runs: list[SeedResult]
 
 
+class AgreementSummary(TypedDict):
+    """The fields of `equivalence.Agreement`; `gradients` is the largest difference over all weights."""
+
+    logits: float
+    gradients: float
+    costs: list[float]
+    distances: list[float]
+    pytorch_costs: list[float]
+    float64_costs: list[float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """A whole comparison, as report.json holds it.
@@ -64,7 +76,7 @@ class Report:
       machine: The processor and its cores.
       versions: The version of each package.
       accuracy_difference: `mean` of cnn-jax minus PyTorch, `low` and `high` of its 95 % interval.
-      agreement: The fields of `equivalence.Agreement`; of the gradients, the largest difference alone.
+      agreement: How closely both frameworks compute the same function.
       frameworks: Each framework's results by its name.
     """
 
@@ -73,7 +85,7 @@ class Report:
     machine: str
     versions: dict[str, str]
     accuracy_difference: dict[str, float]
-    agreement: dict[str, float | list[float]]
+    agreement: AgreementSummary
     frameworks: dict[str, FrameworkResult]
 
 
@@ -83,7 +95,7 @@ def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path 
     output.mkdir(parents=True, exist_ok=True)
     results = {framework: [] for framework in FRAMEWORKS}
     for each in range(seed, seed + seeds):
-        # In turn, so that whatever slows the machine down for a while slows both.
+        # The frameworks take turns, so that anything that slows the machine down for a while slows both.
         for framework in FRAMEWORKS:
             results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
     report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
@@ -102,7 +114,7 @@ def read_report(file: Path) -> Report:
     return Report(**content)
 
 
-def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display) -> dict[str, float | list[float]]:
+def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display) -> AgreementSummary:
     """Measure over an epoch how closely both frameworks agree, in this process, unless that has been done."""
     file = output / "runs" / "agreement.json"
     if not file.exists():
@@ -157,9 +169,7 @@ def _write(file: Path, result: dict) -> None:
     write_atomically(file, json.dumps(result, indent=2) + "\n")
 
 
-def summarize(
-    results: Mapping[str, Sequence[SeedResult]], agreement: dict[str, float | list[float]], *, epochs: int
-) -> Report:
+def summarize(results: Mapping[str, Sequence[SeedResult]], agreement: AgreementSummary, *, epochs: int) -> Report:
     """Return the report of every seed's results, by framework, and of the agreement from equal weights."""
     ours, theirs = ([run.accuracy for run in results[framework]] for framework in FRAMEWORKS)
     return Report(

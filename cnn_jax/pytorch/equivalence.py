@@ -1,7 +1,8 @@
-"""How closely both frameworks compute the same function, from equal weights and an equal order of the images."""
+"""How closely both frameworks compute the same function, from equal weights and the same order of the images."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -81,17 +82,20 @@ def _logits_and_gradients(
     """Return the largest difference of the logits, and of each weight's gradient, as in `Agreement`."""
 
     @jax.jit
-    def forward_and_backward(params, images, labels):
-        def loss_fn(params):
-            logits = CNN().apply({"params": params}, scale_pixels(images))
+    def forward_and_backward(params: dict, images: jax.Array, labels: jax.Array) -> tuple[dict, jax.Array]:
+        def loss_fn(params: dict) -> tuple[jax.Array, jax.Array]:
+            # Flax returns a pair only if collections are mutable.
+            logits = cast(jax.Array, CNN().apply({"params": params}, scale_pixels(images)))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
         return jax.grad(loss_fn, has_aux=True)(params)
 
     gradients, logits = forward_and_backward(params, images, labels)
     torch_logits = model(to_torch_images(images))
-    nn.functional.cross_entropy(torch_logits, torch.from_numpy(labels.astype(np.int64))).backward()
-    torch_gradients = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    loss = nn.functional.cross_entropy(torch_logits, torch.from_numpy(labels.astype(np.int64)))
+    weights = dict(model.named_parameters())
+    of_weights = torch.autograd.grad(loss, list(weights.values()))
+    torch_gradients = {name: gradient.numpy() for name, gradient in zip(weights, of_weights, strict=True)}
     return float(np.abs(np.asarray(logits) - torch_logits.detach().numpy()).max()), {
         name: float(np.abs(gradient - torch_gradients[name]).max() / np.abs(torch_gradients[name]).max())
         for name, gradient in params_to_torch(gradients, images.shape[1:]).items()

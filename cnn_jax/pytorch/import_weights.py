@@ -1,4 +1,4 @@
-"""A file of PyTorch's weights, read with every check, and the run that is made from it."""
+"""Make a run from a file of PyTorch weights, after checking the file."""
 
 import contextlib
 import zipfile
@@ -40,14 +40,14 @@ def import_weights(file: Path, run: TrainSettings) -> None:
     display, folder = Display(), RunFolder(run.run_folder)
     with folder.locked(), open_checkpoints(folder.checkpoints, writing=True, warn=display.say) as checkpoints:
         if checkpoints.latest_step() is not None:
-            raise UsageError(f"the run {folder.path} is there already; give another --run-name")
+            raise UsageError(f"the run {folder.path} already exists; give another --run-name")
         folder.write_settings(run)
         checkpoints.save(0, states, losses, describe_run(run, dataset))
     display.say(f"{file} is now the run {folder.path}")
 
 
 def read_torch_file(file: Path) -> dict[str, np.ndarray]:
-    """Read a PyTorch `state_dict`, or a safetensors file where its name ends in `.safetensors`.
+    """Read a PyTorch `state_dict`, or a safetensors file if its name ends in `.safetensors`.
 
     Raises:
       InputFileError: the file is missing, damaged, too large, or holds something else; nothing in it is ever
@@ -69,10 +69,10 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
             raise InputFileError(f"{file} holds no state_dict; save one with torch.save(model.state_dict(), ...)")
         return {name: tensor.detach().numpy() for name, tensor in content.items()}
     except ImportError as error:
-        raise UsageError("weights of PyTorch need an extra: pip install 'cnn-jax[torch]'") from error
+        raise UsageError("PyTorch weights need an extra: pip install 'cnn-jax[torch]'") from error
     except InputFileError:
         raise
-    except Exception as error:  # a damaged file comes as any of a dozen types
+    except Exception as error:  # a damaged file raises one of a dozen types
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputFileError(
             f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
@@ -81,7 +81,7 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
 
 
 def _check_size_and_checksums(file: Path) -> None:
-    """Refuse a file that unpacks to too much, or whose parts do not have their checksums."""
+    """Refuse a file that unpacks to too much, or whose parts do not match their checksums."""
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(file)) if zipfile.is_zipfile(file) else None
         size = file.stat().st_size if archive is None else sum(entry.file_size for entry in archive.infolist())
@@ -89,4 +89,4 @@ def _check_size_and_checksums(file: Path) -> None:
             raise InputFileError(f"{file} unpacks to {size:,} bytes, more than 1 GiB; give the weights of this network")
         # PyTorch writes a CRC-32 of each part of its archives and never checks it.
         if archive is not None and (part := archive.testzip()) is not None:
-            raise InputFileError(f"{file} is damaged: its part {part} does not have its CRC-32; copy it again")
+            raise InputFileError(f"{file} is damaged: its part {part} does not match its CRC-32; copy it again")

@@ -1,4 +1,4 @@
-"""What runs in new processes: how one is started, and the functions that the benchmark and the comparison run in them.
+"""Start new processes, and the functions that the benchmark and the comparison run in them.
 
 A process that measures one framework must not have loaded the other, so everything imported at the top here is light.
 A process started by `python -m cnn_jax` imports only what unpickling its function needs; one started by the installed
@@ -24,7 +24,7 @@ from cnn_jax.data.dataset import load_dataset
 from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
 from cnn_jax.runtime.errors import StorageError
 
-# For a function whose pipe has closed; PyTorch's and JAX's own threads end in it.
+# The time that a function gets to return once its pipe is closed: enough for PyTorch's and JAX's threads to end.
 SECONDS_TO_END = 2
 
 
@@ -32,7 +32,7 @@ class Worker(NamedTuple):
     """A process that runs a function.
 
     Attributes:
-      name: What it is, for messages, such as "the training pytorch-seed777".
+      name: Its name in messages, such as "the training pytorch-seed777".
       process: The process itself.
       pipe: This end of its pipe; the function has the other.
     """
@@ -77,12 +77,13 @@ def start_worker(
 
     Args:
       function: A function at the top level of a module; it and its arguments are pickled.
-      arguments: What it gets after the pipe.
-      name: What the process is, for messages.
-      environment: Variables that are set before the process starts, besides this one's.
+      arguments: Its arguments after the pipe.
+      name: The process's name in messages.
+      environment: Environment variables of the process, in addition to this one's.
     """
     context = multiprocessing.get_context("spawn")
     pipe, other_end = context.Pipe()
+    assert isinstance(pipe, Connection)  # another class only on Windows
     process = context.Process(target=_run, args=(function, other_end, *arguments))
     with _environment(environment or {}):
         process.start()
@@ -109,7 +110,9 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this process was started by another
+    parent.join()
     time.sleep(SECONDS_TO_END)  # a function that waits for its pipe has ended by then, and one that computes has not
     os._exit(1)
 
@@ -130,7 +133,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 class Startup(NamedTuple):
-    """How long a variant's process took for what comes before its second step, in seconds.
+    """How long a variant's process took until the end of its first step, in seconds.
 
     Attributes:
       import_seconds: Importing PyTorch alone, or all of cnn-jax.
@@ -150,10 +153,10 @@ class StartupFailure(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A number of steps.
+    """The measurement of a number of steps.
 
     Attributes:
-      milliseconds: Their mean time per step.
+      milliseconds: The mean time per step.
       peak_bytes: The process's peak memory until their end.
     """
 
@@ -177,9 +180,8 @@ def time_variant(pipe: Connection, variant: Variant, data_dir: Path | None) -> N
     try:
         run = variant.make(dataset)
         run(1)
-    except (
-        Exception
-    ) as error:  # torch.compile needs a C++ compiler, a CUDA graph a driver: the other variants still run
+    except Exception as error:
+        # torch.compile needs a C++ compiler and a CUDA graph a driver; the other variants still run without them.
         pipe.send(StartupFailure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
         return
     pipe.send(Startup(imported - begin, loaded - imported, time.perf_counter() - loaded))
@@ -204,12 +206,12 @@ def _peak_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class SeedResult:
-    """One training.
+    """The result of one training.
 
     Attributes:
       seed: The seed of its initial weights and its shuffling.
-      costs: Mean of the batch losses of each epoch.
-      accuracy: On the test images with pixels in [0, 1], a fraction.
+      costs: The mean of the batch losses of each epoch.
+      accuracy: The fraction of correct test images, with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
       seconds: The process's time for `starting` (imports and data), `compiling`, `training` and `testing`.
     """

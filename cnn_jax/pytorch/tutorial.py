@@ -14,6 +14,8 @@ from torch import nn
 from cnn_jax.data.dataset import Dataset
 
 StepVariant = Literal["eager", "channels_last", "bfloat16", "compiled", "cuda_graph"]
+# From images and labels to the batch's mean loss.
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class TutorialCNN(nn.Module):
@@ -63,9 +65,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_step(
-    model: nn.Module, variant: StepVariant, device: torch.device, learning_rate: float = 0.001
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def make_step(model: nn.Module, variant: StepVariant, device: torch.device, learning_rate: float = 0.001) -> Step:
     """Return the tutorial's training step in a variant.
 
     Args:
@@ -73,20 +73,20 @@ def make_step(
       variant: `eager` is the step as written; the others use the channels_last memory format, and in addition
         `bfloat16` uses autocast, `compiled` torch.compile, and `cuda_graph`, on a GPU only, replays a recorded step.
       device: Where the step runs.
-      learning_rate: Adam's.
+      learning_rate: Adam's learning rate.
 
     Returns:
       A function of images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64. It takes one step and returns the
       batch's mean loss before it.
     """
     if variant != "eager":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's overloads lack it
     capturable = variant == "cuda_graph"
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=capturable)
     criterion = nn.CrossEntropyLoss()
     forward = torch.compile(model) if variant == "compiled" else model
 
-    def step(images, labels):
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=not capturable)
         with torch.autocast(device.type, torch.bfloat16) if variant == "bfloat16" else contextlib.nullcontext():
             cost = criterion(forward(images), labels)
@@ -97,7 +97,7 @@ def make_step(
     return _record_step(step, device) if variant == "cuda_graph" else step
 
 
-def _record_step(step: Callable, device: torch.device) -> Callable:
+def _record_step(step: Step, device: torch.device) -> Step:
     """Record a step of 100 images as a CUDA graph and return a function that replays it."""
     images = torch.zeros(100, 1, 28, 28, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(100, dtype=torch.int64, device=device)
@@ -111,7 +111,7 @@ def _record_step(step: Callable, device: torch.device) -> Callable:
     with torch.cuda.graph(graph):
         cost = step(images, labels)
 
-    def replay(batch, batch_labels):
+    def replay(batch: torch.Tensor, batch_labels: torch.Tensor) -> torch.Tensor:
         images.copy_(batch)
         labels.copy_(batch_labels)
         graph.replay()
@@ -125,11 +125,11 @@ def make_loop_as_written(dataset: Dataset, batch_size: int) -> Callable[[int], N
     device = default_device()
     torch.manual_seed(0)
     step = make_step(TutorialCNN().to(device), "eager", device)
-    images = TutorialImages(dataset.train_images, dataset.train_labels)
+    images = TutorialImages(dataset.train_images[:], dataset.train_labels)
     loader = torch.utils.data.DataLoader(images, batch_size=batch_size, shuffle=True, drop_last=True)
     batches = _endlessly(lambda: loader)
 
-    def run(steps):
+    def run(steps: int) -> None:
         for _ in range(steps):
             x, y = next(batches)
             step(x.to(device), y.to(device))
@@ -147,11 +147,11 @@ def make_loop(dataset: Dataset, variant: StepVariant, batch_size: int) -> Callab
     torch.manual_seed(0)
     step = make_step(TutorialCNN().to(device), variant, device)
     memory_format = torch.contiguous_format if variant == "eager" else torch.channels_last
-    images = _scaled(dataset.train_images).to(device)
+    images = _scaled(dataset.train_images[:]).to(device)
     labels = torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device)
     batches = _endlessly(lambda: _shuffled_batches(len(labels), batch_size, device))
 
-    def run(steps):
+    def run(steps: int) -> None:
         for _ in range(steps):
             batch = next(batches)
             step(images[batch].contiguous(memory_format=memory_format), labels[batch])
@@ -167,13 +167,13 @@ def _endlessly(make_epoch: Callable[[], Iterable]) -> Iterator:
 
 @dataclasses.dataclass(frozen=True)
 class TorchRun:
-    """The results of a training in PyTorch.
+    """The results of training in PyTorch.
 
     Attributes:
-      costs: Mean of the batch losses of each epoch.
-      accuracy: On the test images with pixels in [0, 1], a fraction.
+      costs: The mean of the batch losses of each epoch.
+      accuracy: The fraction of correct test images, with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
-      seconds: Time of the first step (`compiling`), of the others (`training`) and of both tests (`testing`).
+      seconds: The time of the first step (`compiling`), of the others (`training`) and of both tests (`testing`).
     """
 
     costs: list[float]
@@ -192,14 +192,14 @@ def train_torch(
       seed: Seeds PyTorch's generator, which draws the initial weights and the shuffling.
       epochs: Passes over the training set.
       batch_size: Images per step.
-      learning_rate: Adam's.
-      report: Gets one line after each epoch.
+      learning_rate: Adam's learning rate.
+      report: Called with one line after each epoch.
     """
     device = default_device()
     torch.manual_seed(seed)
     model = TutorialCNN().to(device)
     step = make_step(model, "channels_last", device, learning_rate)
-    images = _scaled(dataset.train_images).to(device)
+    images = _scaled(dataset.train_images[:]).to(device)
     labels = torch.from_numpy(dataset.train_labels.astype(np.int64)).to(device)
     costs, seconds = [], {"compiling": 0.0, "training": 0.0, "testing": 0.0}
     for epoch in range(epochs):

@@ -1,4 +1,4 @@
-"""Each variant of a training step that is timed, in PyTorch, in plain Flax and in cnn-jax.
+"""The variants of a training step that the benchmark times, in PyTorch, plain Flax and cnn-jax.
 
 The functions that make a variant import its framework: a process that times one framework has not loaded the other.
 """
@@ -6,21 +6,24 @@ The functions that make a variant import its framework: a process that times one
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from cnn_jax.data.dataset import Dataset, scale_pixels
 
 if TYPE_CHECKING:
+    import optax
+    from flax import linen as nn
+
     from cnn_jax.pytorch.tutorial import StepVariant
 
 BATCH_SIZE = 100
 LEARNING_RATE = 0.001
 
 # glibc returns the memory of large arrays to the system after every step, and each page of it faults in the next one.
-# PyTorch's tuning guide advises another allocator against that; these two settings have the same effect. channels_last
-# then takes 20 ms per step in place of 25.
+# PyTorch's tuning guide advises another allocator against that; these two settings have the same effect. With
+# channels_last, a step then takes 20 ms instead of 25.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 RunSteps = Callable[[int], None]
@@ -31,13 +34,13 @@ class Variant:
     """One way to compute a training step of 100 images.
 
     Attributes:
-      name: Its row in the table.
-      framework: What computes it.
-      make: Returns a function that runs a number of steps on a data set to their end, and continues in the data where
-        it stopped. It raises any exception where the machine lacks what the variant needs, such as a compiler.
+      name: Its name, as the table shows it.
+      framework: The framework that computes it.
+      make: Returns a function that runs a number of steps on a data set and waits for them; each call continues where
+        the last one stopped. Raises any exception if the machine lacks something, such as a compiler.
       environment: Environment variables that its process starts with.
-      needs_gpu: Whether it exists on a GPU only.
-      dtype: The operands of its convolutions.
+      needs_gpu: Whether it runs on a GPU only.
+      dtype: The type of its convolutions' operands.
     """
 
     name: str
@@ -83,13 +86,13 @@ def make_flax_loop(dataset: Dataset) -> RunSteps:
         for _ in range(steps):
             batch = batches[taken % len(batches)]
             taken += 1
-            params, opt_state, loss = step(params, opt_state, scale_pixels(images[batch]), labels[batch])
-        loss.block_until_ready()
+            params, opt_state, _ = step(params, opt_state, scale_pixels(images[batch]), labels[batch])
+        jax.block_until_ready(params)
 
     return run
 
 
-def make_flax_step(model, optimizer) -> Callable:
+def make_flax_step(model: "nn.Module", optimizer: "optax.GradientTransformation") -> Callable:
     """Return the tutorial's training step for a Flax model and an Optax optimiser.
 
     It is a jitted function of the weights, the optimiser's state, pixels (N, H, W, C) in [0, 1] and labels (N,), and
@@ -101,7 +104,8 @@ def make_flax_step(model, optimizer) -> Callable:
     @jax.jit
     def step(params, opt_state, pixels, labels):
         def loss_fn(params):
-            logits = model.apply({"params": params}, pixels)
+            # Flax returns a pair only if collections are mutable.
+            logits = cast(jax.Array, model.apply({"params": params}, pixels))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, gradients = jax.value_and_grad(loss_fn)(params)
@@ -145,7 +149,7 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
     return run
 
 
-def _torch(name: str, variant: "StepVariant", **properties) -> Variant:
+def _torch(name: str, variant: "StepVariant", **properties: Any) -> Variant:
     return Variant(name, "PyTorch", functools.partial(make_torch_loop, variant), **properties)
 
 

@@ -1,4 +1,4 @@
-"""What is shown of a trained network is what the network does, and every mistake shown is one."""
+"""The layers shown are those that the network computes, and every mistake shown is one."""
 
 import functools
 

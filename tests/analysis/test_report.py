@@ -1,4 +1,4 @@
-"""A run's page tells what the run did, in one file that opens without a network and runs nothing."""
+"""A run's page shows its results in one file that opens without a network and runs nothing."""
 
 import base64
 import html.parser
@@ -23,7 +23,7 @@ def of_three_seeds(trained_run):
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would read: the words, by element, and everything that an element names."""
+    """A page as a browser reads it: its elements, their attributes, its words and its styles."""
 
     def __init__(self, text):
         super().__init__()
@@ -95,7 +95,7 @@ def test_a_run_of_several_seeds_shows_its_spread(of_three_seeds):
     assert f"each seed {' '.join(f'{accuracy:.4f}' for accuracy in accuracies)}" in text
 
 
-def test_the_page_tells_the_settings_the_versions_the_time_and_the_layers(of_three_seeds):
+def test_the_page_shows_the_settings_the_versions_the_time_and_the_layers(of_three_seeds):
     text = read(of_three_seeds).text
     for part in (
         "--batch-size 100",
@@ -119,7 +119,7 @@ def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
     assert len(_images(page)) == 8
 
 
-def test_a_run_with_held_out_images_tells_both_accuracies(trained_run):
+def test_a_run_with_held_out_images_shows_both_accuracies(trained_run):
     text = read(trained_run("--validation", 100, epochs=1)).text
     assert re.search(r"test accuracy 0\.\d{4} on pixels in \[0, 1\], of 510 images", text)
     assert re.search(r"validation accuracy 0\.\d{4} of 100 images", text)

@@ -1,4 +1,4 @@
-"""All the fault injection: `python -m tests.fault_injection --seed 1 --kills 200`. It ends with a table."""
+"""Run all fault injection: `python -m tests.fault_injection --seed 1 --kills 200`. It prints a table at the end."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pyth
 def main() -> None:
     """Inject faults into the program, and into copies of it with one thing broken.
 
-    It ends with 0 if the program keeps every promise and each broken copy breaks one, else with 1.
+    The exit code is 0 if the program keeps every promise and each broken copy breaks one, else 1.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.fault_injection", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seeds every random choice")

@@ -1,6 +1,6 @@
 """The program with one thing broken on purpose: `python -m tests.fault_injection.mutants NAME COMMAND ...`.
 
-Fault injection that this passes proves nothing.
+Fault injection proves nothing if one of these passes it.
 """
 
 import sys
@@ -13,12 +13,12 @@ from cnn_jax.runtime.signals import end_on_signals
 
 
 def digest_off() -> None:
-    """Believe every checkpoint."""
+    """Accept every checkpoint unchecked."""
     checkpoint.digest = lambda tree, meta: ""
 
 
 def optimizer_left_out() -> None:
-    """Continue with Adam's moments and count as at the start."""
+    """Reset Adam's moments and count whenever a run continues."""
     read = checkpoint.Checkpoints._read
 
     def read_without_optimizer(self, step, template):

@@ -1,4 +1,4 @@
-"""Starts real trainings on a few real images as processes, and compares how two of them ended, bit for bit."""
+"""Start real trainings on a few real images as processes, and compare their final states bit for bit."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ class Trainer:
     mutant: str | None = None
 
     def start(self, folder: Path, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-        """Start to train the run `run` in a folder, or to continue it."""
+        """Start or continue training the run `run` in a folder."""
         program = ["-m", "cnn_jax"] if self.mutant is None else ["-m", "tests.fault_injection.mutants", self.mutant]
         arguments = [
             "train", "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,

@@ -1,4 +1,4 @@
-"""Save one checkpoint where the oldest must then be deleted: `python -m tests.fault_injection.save_once FOLDER`.
+"""Save one checkpoint, after which the oldest must be deleted: `python -m tests.fault_injection.save_once FOLDER`.
 
 This is the process that is killed, or whose disk is filled, at each of its file operations in turn.
 """
@@ -6,10 +6,10 @@ This is the process that is killed, or whose disk is filled, at each of its file
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax.core.training import TrainState
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runtime.errors import one_line_failures
 
@@ -17,11 +17,11 @@ STEPS = (10, 20, 30)
 SAVED = 40
 
 
-def content(step: int) -> tuple[dict, jax.Array]:
+def content(step: int) -> tuple[TrainState, np.ndarray]:
     """Return a state and losses that differ from step to step."""
     generator = np.random.default_rng(step)
-    kernel, losses = (jnp.asarray(generator.normal(size=size), jnp.float32) for size in ((300, 10), (20,)))
-    return {"params": {"kernel": kernel}, "step": jnp.int32(step)}, losses
+    kernel, losses = (generator.normal(size=size).astype(np.float32) for size in ((300, 10), (1, 20)))
+    return TrainState(jnp.int32(step), {"kernel": jnp.asarray(kernel)}, opt_state=(), ema_params=None), losses
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The faults that are injected, and what must hold afterwards. Each function returns a `Tally`."""
+"""The faults that are injected, and the checks that follow each. Each function returns a `Tally`."""
 
 import dataclasses
 import functools
@@ -209,7 +209,7 @@ def _digest_mnist(data_dir: Path) -> str:
 
 
 def _digest_idx(file: Path, ndim: int) -> str:
-    return hashlib.sha256(read_idx(file, ndim=ndim)).hexdigest()
+    return hashlib.sha256(read_idx(file, ndim=ndim).tobytes()).hexdigest()
 
 
 def killed_preparations(*, count: int, rng: random.Random) -> Tally:
@@ -261,7 +261,7 @@ def _write(file: Path, content: bytes | None) -> None:
 
 
 def _damages(content: bytes, flips: int, rng: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """Yield each way to damage a file, in words, and the content that it leaves; None where the file is deleted."""
+    """Yield each way to damage a file, in words, and the content that it leaves; None if the file is deleted."""
     yield "deleted", None
     for length in sorted({0, len(content) // 2, max(0, len(content) - 1)}):
         yield f"cut to {length} bytes", content[:length]
@@ -374,12 +374,15 @@ def _restore_and_judge(steps: Path, what: str, allowed: tuple[int, ...], tally: 
     except NoCheckpointError as error:
         tally.failures.append(f"{what}: {error}")
         return
-    step = None if restored is None else int(restored.state["step"])
+    if restored is None:
+        tally.failures.append(f"{what}: nothing was restored; {warnings}")
+        return
+    step = int(restored.state.step)
     if step not in allowed:
         tally.failures.append(f"{what}: step {step} was restored; {warnings}")
         return
     state, losses = content(step)
-    same = np.array_equal(restored.state["params"]["kernel"], state["params"]["kernel"])
+    same = np.array_equal(restored.state.params["kernel"], state.params["kernel"])
     if not same or not np.array_equal(restored.losses, losses):
         tally.count("silent changes")
         tally.failures.append(f"{what}: the arrays of step {step} are not those that were saved")

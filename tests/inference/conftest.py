@@ -1,4 +1,4 @@
-"""What the tests of trained networks share."""
+"""Fixtures that the tests of trained networks share."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The page answers while one draws, keeps to this machine, and takes nothing but drawings."""
+"""The page answers while you draw, listens on this machine only, and accepts nothing but drawings."""
 
 import base64
 import contextlib
@@ -36,7 +36,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def port():
-    """The port of a page that is served by a process of its own, with a proxy set that nothing answers at."""
+    """The port of a page that another process serves, with proxies set at which nothing answers."""
     number = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "cnn_jax", "demo", "--port", str(number)],
@@ -206,7 +206,7 @@ def test_a_drawing_comes_back_as_it_was_drawn():
 
 @pytest.fixture
 def browser(tmp_path, port):
-    """A real browser without a window, on the page, with all that it asks for noted."""
+    """A real browser without a window that has loaded the page and logs its requests."""
     selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
@@ -244,7 +244,7 @@ def maps(driver):
 
 
 def draw(driver, moves, *, start):
-    """Press the mouse on the board, so far from its middle, and move it; the button stays down."""
+    """Press the mouse button at an offset from the board's middle, and move; the button stays down."""
     from selenium.webdriver import ActionChains
 
     board = driver.find_element("css selector", "#board canvas")
@@ -265,7 +265,7 @@ def ink_on_board(driver):
 
 
 def release(driver):
-    """Let the mouse go."""
+    """Release the mouse button."""
     from selenium.webdriver import ActionChains
 
     ActionChains(driver).release().perform()

@@ -1,4 +1,4 @@
-"""Every exported file computes what the network does, in the program that it is for, or is not written."""
+"""Every exported file computes the network's outputs in the program it is meant for, or is not written."""
 
 import dataclasses
 import importlib.util
@@ -26,7 +26,7 @@ def test_images():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder for what `exported` exports."""
+    """A folder for the exported files."""
     return tmp_path_factory.mktemp("exported")
 
 
@@ -46,7 +46,7 @@ def exported(command, tfds_folder, files):
 
 
 def need(to):
-    """Skip where the program of a format is not installed."""
+    """Skip if the program of a format is not installed."""
     for package in {"torch": ("torch",), "onnx": ("onnx", "onnxruntime")}.get(to, ()):
         pytest.importorskip(package, reason=f"needs {package}")
 
@@ -57,14 +57,14 @@ def test_a_file_is_tested_on_all_test_images_before_it_is_there(to, exported):
     file = exported(to)
     tested, done = (file.parent / f"{to}.log").read_text().splitlines()[-2:]
     assert tested.startswith(
-        f"{to}: read again and tested on 10,000 test images: accuracy 0.9881 as here, logits within "
+        f"{to}: read back and tested on 10,000 test images: the same accuracy, 0.9881, and logits within "
     )
     assert float(tested.rpartition(" ")[2]) <= 1e-4
     assert done == f"the packaged network, seed 777, after 9,000 steps is now {file}"
     assert not list(file.parent.glob("*.unchecked"))
 
 
-# Exports in every format that can be, where no file may have more than 1,000 bytes.
+# Exports to the given formats while no file may exceed 1,000 bytes.
 EXPORT_TO_A_FULL_DISK = """
 import resource, sys
 from cnn_jax.cli.commands import main
@@ -164,7 +164,7 @@ def test_a_run_of_other_images_channels_and_classes_is_exported_too(to, odd_run,
     need(to)
     code, _, err = command("export", odd_run, "--to", to, "--output", tmp_path / "network")
     assert code == 0, err
-    assert f"{to}: read again and tested on 100 test images: accuracy " in err
+    assert f"{to}: read back and tested on 100 test images: the same accuracy, " in err
     assert err.endswith(f"{odd_run}, seed 777, after 18 steps is now {tmp_path}/network\n")
     if to == "safetensors":
         assert read_trained(tmp_path / "network").image_shape == (23, 21, 1)
@@ -187,7 +187,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(to, odd_run, com
     code, out, err = command("export", odd_run, "--to", to, "--output", tmp_path / "network")
     assert (code, out) == (4, "")
     assert err.splitlines()[-1].startswith(
-        f"error: {tmp_path}/network was not written: what was exported to {to} differs from the network on 100 test "
+        f"error: {tmp_path}/network was not written: the {to} export differs from the network on 100 test "
         "images: its logits by up to "
     )
     assert [file.name for file in tmp_path.iterdir()] == ["network"]
@@ -201,7 +201,7 @@ def test_a_file_that_its_program_cannot_read_is_not_left_behind(to, odd_run, com
     monkeypatch.setitem(export.FORMATS, to, damaged)
     code, _, err = command("export", odd_run, "--to", to, "--output", tmp_path / "network")
     assert code == 4
-    assert f"error: {tmp_path}/network was not written: what was exported to {to} cannot be read (" in err
+    assert f"error: {tmp_path}/network was not written: the {to} export cannot be read (" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Whatever a picture of a digit is stored as, it is prepared alike; what is no such picture is refused by name."""
+"""A picture of a digit is prepared alike in every format and mode; anything else is refused by name."""
 
 import io
 import os
@@ -20,7 +20,7 @@ def in_16_bits(plain):
 
 
 def with_alpha(plain):
-    """Black ink of which only the alpha tells where it is, under nothing."""
+    """Black everywhere; only the alpha channel shows where the ink is."""
     return Image.merge("LA", (Image.new("L", plain.size), plain.point(lambda value: 255 - value)))
 
 
@@ -93,7 +93,7 @@ def test_a_picture_of_12_megapixels_is_read_as_a_small_one(plain, read):
 
 
 def png_of(width, height):
-    """A PNG of a few hundred bytes that announces so many pixels, all 0."""
+    """A PNG of a few hundred bytes whose header announces this size."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

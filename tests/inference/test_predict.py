@@ -1,4 +1,4 @@
-"""Pictures of digits become a line each, in the order in which they were named."""
+"""Each picture of a digit gets one line, in the order given."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tests.helpers import EMBEDDED
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A folder of drawn digits, and a list of its files and what each shows."""
+    """A folder of drawn digits, and a list of its files and the digit that each shows."""
     folder = tmp_path_factory.mktemp("digits")
     return folder, draw_digits(folder)
 
@@ -56,7 +56,7 @@ def three(drawn):
     return [str(file) for file, _ in chosen], [digit for _, digit in chosen]
 
 
-def test_stdout_gets_a_line_a_file_in_the_order_given(three, command):
+def test_stdout_gets_one_line_per_file_in_the_order_given(three, command):
     files, digits = three
     code, out, err = command("predict", *files)
     assert (code, out) == (0, "".join(f"{file}: {digit}\n" for file, digit in zip(files, digits, strict=True))), err
@@ -66,12 +66,12 @@ def test_a_person_sees_what_the_network_saw_and_the_three_most_probable_digits(t
     files, digits = three
     code, out, err = command("predict", files[0])
     assert (code, out) == (0, f"{files[0]}: {digits[0]}\n")
-    *picture, told = err.splitlines()
+    *picture, line = err.splitlines()
     assert len(picture) == 14
     assert set("".join(picture)) == set(" ▀▄█")
     seen = read_digit(files[0])[..., 0] >= 128
     assert sum("▀▄".count(block) + 2 * "█".count(block) for block in "".join(picture)) == seen.sum()
-    assert re.fullmatch(rf"{re.escape(files[0])}: {digits[0]} with [\d.]+%, \d with [\d.]+%, \d with [\d.]+%", told)
+    assert re.fullmatch(rf"{re.escape(files[0])}: {digits[0]} with [\d.]+%, \d with [\d.]+%, \d with [\d.]+%", line)
 
 
 def test_json_holds_all_probabilities_in_the_order_given_and_is_all_there_is(three, command):

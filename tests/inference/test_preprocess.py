@@ -1,4 +1,4 @@
-"""A digit is laid out alike on whatever paper, in whatever light and with whatever pen it was written."""
+"""A digit is laid out alike whatever its paper, its light and its pen."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_coloured_ink_as_bright_as_its_paper_is_seen(plain, read):
 
 
 def drawn_with(width):
-    """A large picture of a digit that a pen of so many pixels wrote."""
+    """A large picture of a digit, written with a pen of this width in pixels."""
     picture = Image.new("L", (2000, 2000), 255)
     for stroke in SHAPES[2][0]:
         points = [tuple(point) for point in (stroke * 1400 + 300).tolist()]
@@ -63,12 +63,12 @@ def grainy(page):
 
 
 def torn(page):
-    """The digit in two parts, by a bar of paper across it."""
+    """The digit, cut in two by a bar of paper."""
     return np.where(np.abs(np.arange(len(page)) - 0.45 * len(page))[:, np.newaxis] < 3, 250, page)
 
 
 def in_pencil(page):
-    """Ink that the paper's grain leaves holes in."""
+    """Ink with the holes that the paper's grain leaves."""
     return np.where(np.random.default_rng(6).random(page.shape) < 0.35, 250, page)
 
 

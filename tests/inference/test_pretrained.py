@@ -1,4 +1,4 @@
-"""The packaged network is what it says it is, and every file of one is read unchanged or refused."""
+"""The packaged network is as accurate as it states, and every network's file is read back unchanged or refused."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Both frameworks compute the same function, and weights move between them unharmed or not at all."""
+"""Both frameworks compute the same function, and weights move between them unchanged or not at all."""
 
 import dataclasses
 import json
@@ -108,7 +108,7 @@ def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(st
         torch.testing.assert_close(exported[name], weight, rtol=0, atol=0)
     code, _, err = command("import-torch", file, *where)
     assert code == 2
-    assert "is there already; give another --run-name" in err
+    assert "already exists; give another --run-name" in err
 
 
 def test_an_imported_run_can_be_trained_on_with_any_settings(state_dict, command, small_mnist, tmp_path):
@@ -172,7 +172,7 @@ def test_tensors_that_do_not_fit_are_refused_and_named(change, complaint, state_
 
 
 class Exploit:
-    """What a pickle of unknown origin may hold."""
+    """An object that a pickle of unknown origin may contain."""
 
     def __reduce__(self):
         return print, ("executed",)

@@ -1,6 +1,6 @@
-"""A page to draw digits on, which shows the network's answer while one draws; only this file knows Gradio.
+"""A page to draw digits on that shows the network's answer while you draw; only this file uses Gradio.
 
-The board is a canvas of our own. Gradio's editors send a drawing only at the end of a stroke, and as a file; this one
+The board is our own canvas. Gradio's editors send a drawing only at the end of a stroke, and as a file; this one
 sends its pixels at every move, always the same number of them, so that nothing has to be decoded or kept.
 """
 
@@ -9,7 +9,9 @@ import functools
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jinja2
@@ -57,7 +59,7 @@ def serve(
     """Serve the page until the process is ended.
 
     Raises:
-      UsageError: the network is not for such images, or the address is in use or not this machine's.
+      UsageError: the network takes images of another size, or the address is in use or not this machine's.
       NoCheckpointError: there is no such run.
     """
     try:
@@ -70,7 +72,7 @@ def serve(
     display = Display()
     trained = load_trained(run, data_dir, display.say)
     check_takes_digits(trained.image_shape, str(run and run.name))
-    # Gradio asks its own server, and nobody else, whether it is running; a proxy must not answer in its place.
+    # Gradio asks its own server whether it is running; a proxy must not answer in its place.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
     page = build_page(trained)
     page.launch(
@@ -122,7 +124,7 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
             answer,
             board,
             answered,
-            # While an answer is awaited, Gradio holds back what is drawn, and then sends only the newest.
+            # While an answer is awaited, Gradio holds back new drawings, and then sends only the latest.
             trigger_mode="always_last",
             concurrency_limit=1,
             show_progress="hidden",
@@ -138,7 +140,7 @@ def read_drawing(drawing: object) -> np.ndarray:
       drawing: The value that a browser sent; the board sends the bytes in base64.
 
     Raises:
-      gr.Error: it is anything else; the browser shows the message, without a traceback.
+      gr.Error: the value is anything else; the browser shows the message, without a traceback.
     """
     try:
         ink = base64.b64decode(drawing, validate=True) if isinstance(drawing, str) else b""
@@ -182,7 +184,7 @@ def run_network(trained: TrainedModel, image: np.ndarray) -> tuple[np.ndarray, l
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _logits_and_blocks(params: dict, images: jax.Array, *, model: nn.Module) -> tuple[jax.Array, dict]:
+def _logits_and_blocks(params: dict, images: jax.Array, *, model: nn.Module) -> tuple[jax.Array, Mapping[str, Any]]:
     def is_block(module: nn.Module, method: str) -> bool:
         return isinstance(module, ConvBlock)
 
@@ -200,7 +202,7 @@ def _sheet(maps: np.ndarray) -> np.ndarray:
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    """Return a URI that contains a grey picture, (H, W), uint8, itself."""
+    """Return a grey picture, (H, W), uint8, as a data URI."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 
