@@ -36,7 +36,8 @@ from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys, run_steps, train_step
-from cnn_jax.data.dataset import load_dataset, scale_pixels
+from cnn_jax.data.dataset import scale_pixels
+from cnn_jax.data.loading import load_dataset
 
 # GPUs and TPUs round the factors of a product unless told otherwise. Here both sides of an equality should agree.
 jax.config.update("jax_default_matmul_precision", "highest")

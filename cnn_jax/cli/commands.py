@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from cnn_jax.cli.parser import Command, parse, parse_command
-from cnn_jax.data.dataset import check_sizes, count_train_examples
+from cnn_jax.data.dataset import check_sizes
+from cnn_jax.data.loading import count_train_examples
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     Epochs,

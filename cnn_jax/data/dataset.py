@@ -4,19 +4,16 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
-from cnn_jax.data.idx import count_idx_examples, read_idx_folder
 from cnn_jax.runtime.errors import UsageError
 
 Images = UInt8[np.ndarray, "n h w c"]
 Labels = Int32[np.ndarray, " n"]  # in 0..num_classes-1
 
-MNIST_TRAIN_EXAMPLES = 60_000
 EXAMPLES_PER_READ = 10_000
 PIXEL_MAXIMUM = np.float32(255)
 
@@ -60,63 +57,6 @@ class Dataset:
     test_images: UInt8[np.ndarray, "m h w c"]
     test_labels: Int32[np.ndarray, " m"]
     num_classes: int
-
-
-def load_dataset(
-    dataset: str, dataset_dir: Path | None, data_dir: Path | None, *, resident_bytes: int | None = None
-) -> Dataset:
-    """Load a data set into memory; tfds prepares it first where that has not been done.
-
-    Args:
-      dataset: A tfds name, `mnist` for the embedded files; unused when `dataset_dir` is given.
-      dataset_dir: A folder of four IDX files, plain, .gz or .xz.
-      data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
-      resident_bytes: tfds's training images stay on the disk where they are more; None loads however many they are.
-
-    Raises:
-      UsageError: the set is unknown or is not an image classification set.
-      InputFileError: a file is missing, damaged, or disagrees with another.
-      StorageError: the set could not be prepared or read.
-    """
-    if dataset_dir is not None:
-        train_images, train_labels, test_images, test_labels = read_idx_folder(dataset_dir)
-        return Dataset(
-            name=dataset_dir.resolve().name,
-            train_images=train_images[..., np.newaxis],
-            train_labels=train_labels.astype(np.int32),
-            test_images=test_images[..., np.newaxis],
-            test_labels=test_labels.astype(np.int32),
-            num_classes=int(train_labels.max()) + 1,
-        )
-    from cnn_jax.data import tfds
-
-    if dataset == "mnist":
-        return tfds.load_mnist(data_dir, resident_bytes)
-    return tfds.load_tfds(dataset, data_dir, resident_bytes)
-
-
-def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> int | None:
-    """Check, without loading anything, that a data set is known, and return the size of its training set.
-
-    Args:
-      dataset: A tfds name; unused when `dataset_dir` is given.
-      dataset_dir: A folder of four IDX files.
-      data_dir: Where tfds keeps its data sets; None for tfds's own choice.
-
-    Returns:
-      The number of training examples, or None where it is known only after tfds has prepared the set.
-
-    Raises:
-      UsageError: there is no such data set or folder, or it is not an image classification set.
-      InputFileError: one of the four files is missing or is not an IDX file.
-    """
-    if dataset_dir is not None:
-        return count_idx_examples(dataset_dir)
-    if dataset == "mnist":
-        return MNIST_TRAIN_EXAMPLES
-    from cnn_jax.data import tfds
-
-    return tfds.count_tfds_examples(dataset, data_dir)
 
 
 def check_sizes(batch_size: int, validation: int | None, train_examples: int) -> None:

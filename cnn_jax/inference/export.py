@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.core.evaluation import BATCH_SIZE
-from cnn_jax.data.dataset import Dataset, load_dataset, scale_pixels
+from cnn_jax.data.dataset import Dataset, scale_pixels
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.inference.pretrained import PACKAGED, TrainedModel, load_trained_run, read_trained, write_trained
 from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
 from cnn_jax.runs.settings import Platform

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.analysis.plots import plot_benchmark
-from cnn_jax.data.dataset import load_dataset
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_worker, time_variant
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant

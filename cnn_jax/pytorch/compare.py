@@ -13,7 +13,7 @@ import numpy as np
 
 from cnn_jax.analysis.plots import plot_comparison
 from cnn_jax.core.statistics import difference_interval, mean_interval
-from cnn_jax.data.dataset import load_dataset
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.processes import SeedResult, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runtime.devices import describe_machine, versions

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cnn_jax.data.dataset import load_dataset
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
 from cnn_jax.runtime.errors import StorageError
 

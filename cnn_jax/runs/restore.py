@@ -13,7 +13,8 @@ from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.model import CNN
 from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set
 from cnn_jax.core.training import TrainState
-from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint, load_dataset
+from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder, deciding_settings
 from cnn_jax.runs.program import Program, Sizes, evaluate_seeds, make_program

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 from cnn_jax.core import input_pipeline
 from cnn_jax.core.input_pipeline import resident, streamed
 from cnn_jax.core.sharding import make_mesh
-from cnn_jax.data.dataset import Dataset, RecordedImages, hold_out, load_dataset
+from cnn_jax.data.dataset import Dataset, RecordedImages, hold_out
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.runs.program import Sizes, make_program
 from cnn_jax.runs.settings import TrainSettings
 from tests.helpers import assert_same_run

@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cnn_jax.data.dataset import count_train_examples, load_dataset
 from cnn_jax.data.idx import idx_header, read_idx
+from cnn_jax.data.loading import count_train_examples, load_dataset
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
 from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
 from tests.helpers import EMBEDDED, flip_a_bit, write_idx
@@ -45,7 +45,7 @@ def test_mnist_comes_from_tfds_as_it_was_published(tfds_folder):
 def test_two_processes_that_prepare_mnist_at_once_both_get_it(tmp_path, program):
     code = f"""
 from pathlib import Path
-from cnn_jax.data.dataset import load_dataset
+from cnn_jax.data.loading import load_dataset
 import sys
 print(len(load_dataset("mnist", None, Path({str(tmp_path)!r})).train_labels), "tensorflow" in sys.modules)
 """

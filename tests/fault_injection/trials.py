@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.data.dataset import fingerprint, load_dataset
+from cnn_jax.data.dataset import fingerprint
 from cnn_jax.data.idx import read_idx
+from cnn_jax.data.loading import load_dataset
 from cnn_jax.data.mnist.builder import SHA256
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runtime.errors import InputFileError, NoCheckpointError

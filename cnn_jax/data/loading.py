@@ -1,0 +1,67 @@
+"""A data set by its name or its folder, from wherever it is."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.idx import count_idx_examples, read_idx_folder
+
+MNIST_TRAIN_EXAMPLES = 60_000
+
+
+def load_dataset(
+    dataset: str, dataset_dir: Path | None, data_dir: Path | None, *, resident_bytes: int | None = None
+) -> Dataset:
+    """Load a data set into memory; tfds prepares it first where that has not been done.
+
+    Args:
+      dataset: A tfds name, `mnist` for the embedded files; unused when `dataset_dir` is given.
+      dataset_dir: A folder of four IDX files, plain, .gz or .xz.
+      data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
+      resident_bytes: tfds's training images stay on the disk where they are more; None loads however many they are.
+
+    Raises:
+      UsageError: the set is unknown or is not an image classification set.
+      InputFileError: a file is missing, damaged, or disagrees with another.
+      StorageError: the set could not be prepared or read.
+    """
+    if dataset_dir is not None:
+        train_images, train_labels, test_images, test_labels = read_idx_folder(dataset_dir)
+        return Dataset(
+            name=dataset_dir.resolve().name,
+            train_images=train_images[..., np.newaxis],
+            train_labels=train_labels.astype(np.int32),
+            test_images=test_images[..., np.newaxis],
+            test_labels=test_labels.astype(np.int32),
+            num_classes=int(train_labels.max()) + 1,
+        )
+    from cnn_jax.data import tfds  # it takes longer to import than everything else here
+
+    if dataset == "mnist":
+        return tfds.load_mnist(data_dir, resident_bytes)
+    return tfds.load_tfds(dataset, data_dir, resident_bytes)
+
+
+def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> int | None:
+    """Check, without loading anything, that a data set is known, and return the size of its training set.
+
+    Args:
+      dataset: A tfds name; unused when `dataset_dir` is given.
+      dataset_dir: A folder of four IDX files.
+      data_dir: Where tfds keeps its data sets; None for tfds's own choice.
+
+    Returns:
+      The number of training examples, or None where it is known only after tfds has prepared the set.
+
+    Raises:
+      UsageError: there is no such data set or folder, or it is not an image classification set.
+      InputFileError: one of the four files is missing or is not an IDX file.
+    """
+    if dataset_dir is not None:
+        return count_idx_examples(dataset_dir)
+    if dataset == "mnist":
+        return MNIST_TRAIN_EXAMPLES
+    from cnn_jax.data import tfds
+
+    return tfds.count_tfds_examples(dataset, data_dir)
