@@ -153,7 +153,7 @@ def inspect_network(model: nn.Module, params: dict, dataset: Dataset) -> Inspect
 def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
     """Return every layer's output for an image (height, width, channels), uint8, given the weights of a `CNN`.
 
-    The list is empty for a network of another kind.
+    The list is empty if the network's layers are not those of `PlainCNN`.
     """
     model = plain_network(params)
     if model is None:

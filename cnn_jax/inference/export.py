@@ -34,7 +34,7 @@ class Format(NamedTuple):
 
     Attributes:
       write: Writes a network to a file; raises OSError if it cannot.
-      load: Reads a network's file with the program that the format is for, and returns a function from images
+      load: Reads a network's file with the program that uses the format, and returns a function from images
         (N, height, width, channels), float32, in [0, 1], to logits (N, num_classes), float32.
     """
 

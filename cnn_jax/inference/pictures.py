@@ -45,8 +45,8 @@ def read_digit(file: str) -> np.ndarray:
       file: The picture's path, or `-` for standard input.
 
     Raises:
-      InputFileError: the file is missing, empty, too large, damaged, not a regular file, of another kind, or shows no
-        digit.
+      InputFileError: the file is missing, empty, too large, damaged, not a regular file, of another format, or shows
+        no digit.
     """
     digit = prepare_digit(_decode(file, _read_bytes(file)))
     if digit is None:

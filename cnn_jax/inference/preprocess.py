@@ -91,7 +91,7 @@ def _ink(colours: np.ndarray) -> np.ndarray:
 def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
     """Fit a plane to a picture by least absolute differences: the light on plain paper.
 
-    Solved by iteratively reweighted least squares (Schlossmacher, J. Am. Stat. Assoc. 68, 1973). SciPy's
+    It is found by iteratively reweighted least squares (Schlossmacher, J. Am. Stat. Assoc. 68, 1973). SciPy's
     `least_squares` finds the same digits, but takes 1.6 times as long and 0.1 s to import.
 
     Args:
@@ -199,7 +199,7 @@ def check_takes_digits(image_shape: tuple[int, int, int], run: str) -> None:
       run: The name of the network in the message.
 
     Raises:
-      UsageError: they differ.
+      UsageError: the shapes differ.
     """
     if image_shape != (SIZE, SIZE, 1):
         size = "x".join(map(str, image_shape))

@@ -116,7 +116,7 @@ def test_a_network_of_any_size_without_mistakes_or_epochs_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["inspect", "report"])
-def test_what_is_not_a_run_cannot_be_looked_at(name, command, tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(name, command, tmp_path):
     code, out, err = command(name, "no-such-run", "--checkpoint-dir", tmp_path)
     assert (code, out) == (3, "")
     assert "no-such-run is not a run" in err

@@ -106,7 +106,7 @@ def random_signals(trainer: Trainer, reference: str, *, count: int, rng: random.
                 begin = time.monotonic()
                 complaint = process.communicate()[1]
                 milliseconds = round(1e3 * (time.monotonic() - begin))
-                if process.returncode == 0:  # its last step was behind it
+                if process.returncode == 0:  # it had already taken its last step
                     break
                 tally.trials += 1
                 if process.returncode != 128 + number or "Traceback" in complaint:

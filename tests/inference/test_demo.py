@@ -108,7 +108,7 @@ def test_a_drawing_that_is_sent_is_answered(port):
         in_base64(np.zeros((demo.BOARD * 6, demo.BOARD), np.uint8)),
     ],
 )
-def test_what_is_no_drawing_of_the_boards_size_is_refused_without_a_traceback(drawing, port):
+def test_anything_but_a_drawing_of_the_boards_size_is_refused_without_a_traceback(drawing, port):
     answer = send_drawing(port, drawing)
     assert "a drawing is 140x140 bytes in base64; load the page again" in answer
     assert not any(word in answer for word in ("Traceback", "demo.py", "root:"))

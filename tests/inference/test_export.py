@@ -52,7 +52,7 @@ def need(to):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_file_is_tested_on_all_test_images_before_it_is_there(to, exported):
+def test_a_file_is_tested_on_all_test_images_before_it_is_kept(to, exported):
     need(to)
     file = exported(to)
     tested, done = (file.parent / f"{to}.log").read_text().splitlines()[-2:]
@@ -77,9 +77,7 @@ for to in sys.argv[2:]:
 """
 
 
-def test_where_the_disk_is_full_the_file_that_was_asked_for_is_named_and_nothing_is_left(
-    exported, program, tfds_folder, tmp_path
-):
+def test_on_a_full_disk_the_output_is_named_and_nothing_is_left_behind(exported, program, tfds_folder, tmp_path):
     exported("safetensors")  # has the data prepared, while there is room
     needed = {"torch": "torch", "onnx": "onnxruntime"}
     formats = [to for to in FORMATS if to not in needed or importlib.util.find_spec(needed[to])]
@@ -205,7 +203,7 @@ def test_a_file_that_its_program_cannot_read_is_not_left_behind(to, odd_run, com
     assert list(tmp_path.iterdir()) == []
 
 
-def test_logits_that_are_no_numbers_do_not_pass(odd_run, command, tmp_path, monkeypatch):
+def test_an_export_whose_logits_are_nan_is_not_left_behind(odd_run, command, tmp_path, monkeypatch):
     blind = lambda file, network: lambda images: np.full((len(images), 4), np.nan)  # noqa: E731
     monkeypatch.setitem(export.FORMATS, "stablehlo", export.FORMATS["stablehlo"]._replace(load=blind))
     code, _, err = command("export", odd_run, "--to", "stablehlo", "--output", tmp_path / "network")

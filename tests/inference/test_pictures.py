@@ -152,7 +152,7 @@ def flipped(content):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_picture_of_a_digit_is_refused_in_a_line_that_names_it(kind, plain, command, tmp_path):
+def test_anything_but_a_picture_of_a_digit_is_refused_in_one_line_that_names_it(kind, plain, command, tmp_path):
     make, complaint = BAD[kind]
     (tmp_path / "bad.png").write_bytes(make(plain))
     code, out, err = command("predict", tmp_path / "bad.png")
@@ -184,7 +184,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_what_is_no_file_is_refused_and_not_waited_for(kind, command, tmp_path):
+def test_anything_but_a_file_is_refused_without_waiting_for_it(kind, command, tmp_path):
     if kind == "an unreadable file" and os.geteuid() == 0:
         pytest.skip("root may read it")
     make, complaint = PLACES[kind]

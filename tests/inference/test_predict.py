@@ -74,7 +74,7 @@ def test_a_person_sees_what_the_network_saw_and_the_three_most_probable_digits(t
     assert re.fullmatch(rf"{re.escape(files[0])}: {digits[0]} with [\d.]+%, \d with [\d.]+%, \d with [\d.]+%", line)
 
 
-def test_json_holds_all_probabilities_in_the_order_given_and_is_all_there_is(three, command):
+def test_json_holds_all_probabilities_in_the_order_given_and_nothing_else_is_printed(three, command):
     files, digits = three
     code, out, err = command("predict", *files, "--json")
     results = json.loads(out)

@@ -67,7 +67,7 @@ def test_the_costs_of_100_adam_steps_agree_in_float64_at_every_step(agreement):
 
 
 @pytest.mark.slow
-def test_in_float32_rounding_parts_the_costs_no_further_than_pytorch_from_itself(agreement):
+def test_in_float32_rounding_separates_the_costs_no_further_than_two_runs_of_pytorch(agreement):
     assert len(agreement.costs) == 100
     assert max(agreement.costs[:20]) < 1e-4
     assert max(agreement.costs) < 5e-3 > max(agreement.pytorch_costs)
@@ -214,7 +214,7 @@ def test_training_in_pytorch_learns_and_repeats(mnist):
     assert train_torch(small, **arguments).costs == pytest.approx(run.costs, rel=1e-3)
 
 
-def test_the_report_says_what_was_found(tmp_path):
+def test_the_report_states_its_finding(tmp_path):
     def results(*accuracies):
         seconds = {"starting": 1.0, "compiling": 2.0, "training": 65.0, "testing": 3.0}
         return [SeedResult(seed, [0.2, 0.1], value, value - 0.01, seconds) for seed, value in enumerate(accuracies)]
