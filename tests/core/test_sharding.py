@@ -37,7 +37,7 @@ def train(train_set, program, *, steps=10):
     return states, to_host(losses)
 
 
-@pytest.mark.parametrize("recipe", ["tutorial", "accurate"])
+@pytest.mark.parametrize("recipe", ["tutorial", pytest.param("accurate", marks=pytest.mark.slow)])
 def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
     states, losses = train(train_set, program_of(777, 3, recipe=recipe))
     for i in range(3):

@@ -42,6 +42,7 @@ def test_mnist_comes_from_tfds_as_it_was_published(tfds_folder):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_that_prepare_mnist_at_once_both_get_it(tmp_path, program):
     code = f"""
 from pathlib import Path

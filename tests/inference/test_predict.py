@@ -35,6 +35,7 @@ def test_at_least_95_percent_of_drawn_digits_are_read_right(drawn, command):
     assert len(wrong) <= 0.05 * len(files), wrong
 
 
+@pytest.mark.slow
 def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path):
     images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)[:500]
     labels = read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1)[:500]

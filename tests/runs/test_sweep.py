@@ -23,6 +23,7 @@ def study_of(folder):
     return optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder / 'sweep' / 'study.db'}")
 
 
+@pytest.mark.slow
 def test_a_sweep_scores_trials_on_validation_and_draws_what_came_of_it(command, arguments, tmp_path):
     code, out, err = command("sweep", "--trials", 3, "--features", 4, 8, 8, 16, "--recipe", "tutorial", *arguments)
     assert (code, out) == (0, ""), err

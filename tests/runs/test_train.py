@@ -185,6 +185,7 @@ def test_a_run_is_not_continued_on_data_that_have_changed(train, tmp_path, small
     assert f"the data in {data} are not those that the run" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_differ(train, tmp_path, small_mnist,
                                                                                     program):  # fmt: skip
     assert train(epochs=1)[0] == 0
@@ -247,6 +248,7 @@ def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
     assert f"process {os.getpid()} is writing the run" in err
 
 
+@pytest.mark.slow
 def test_different_runs_train_side_by_side(tmp_path, small_mnist, program, uninterrupted):
     processes = [
         program("train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,

@@ -63,6 +63,7 @@ def test_on_a_terminal_there_is_a_progress_bar_with_cost_speed_and_time_left(on_
     assert re.search(COLOUR, seen)
 
 
+@pytest.mark.slow
 def test_80_columns_are_enough_and_no_color_switches_the_colours_off(on_a_terminal):
     _, seen = on_a_terminal(COLUMNS="80", NO_COLOR="1")
     assert not re.search(COLOUR, seen)
