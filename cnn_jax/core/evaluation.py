@@ -33,6 +33,11 @@ class Evaluation:
     count: int
     loss: float
 
+    @classmethod
+    def of(cls, correct: Array | np.int32, loss: Array | np.float32, images: Array | np.int32) -> "Evaluation":
+        """Return what one network's `Sums` over a test set come to."""
+        return cls(correct=int(correct), count=int(images), loss=float(loss) / int(images))
+
     @property
     def accuracy(self) -> float:
         """The fraction of correct images, in [0, 1]."""
@@ -70,8 +75,7 @@ def evaluate(
       labels: Their classes.
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
-    sums = sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model)
-    return Evaluation(correct=int(sums.correct), count=int(sums.images), loss=float(sums.loss) / int(sums.images))
+    return Evaluation.of(*sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model))
 
 
 def pixel_scale(*, unscaled: bool) -> np.float32:

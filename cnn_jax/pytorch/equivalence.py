@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import optax
 import torch
 from torch import nn
 
-from cnn_jax.core.model import CNN
+from cnn_jax.core.model import CNN, forward
 from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.training import batch_indices, create_train_state, make_keys, train_step
 from cnn_jax.data.dataset import Dataset, scale_pixels
@@ -84,8 +83,7 @@ def _logits_and_gradients(
     @jax.jit
     def forward_and_backward(params: dict, images: jax.Array, labels: jax.Array) -> tuple[dict, jax.Array]:
         def loss_fn(params: dict) -> tuple[jax.Array, jax.Array]:
-            # Flax returns a pair only if collections are mutable.
-            logits = cast(jax.Array, CNN().apply({"params": params}, scale_pixels(images)))
+            logits = forward(CNN(), params, scale_pixels(images))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
         return jax.grad(loss_fn, has_aux=True)(params)

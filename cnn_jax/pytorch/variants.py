@@ -6,7 +6,7 @@ The functions that make a variant import its framework: a process that times one
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -101,11 +101,12 @@ def make_flax_step(model: "nn.Module", optimizer: "optax.GradientTransformation"
     import jax
     import optax
 
+    from cnn_jax.core.model import forward
+
     @jax.jit
     def step(params, opt_state, pixels, labels):
         def loss_fn(params):
-            # Flax returns a pair only if collections are mutable.
-            logits = cast(jax.Array, model.apply({"params": params}, pixels))
+            logits = forward(model, params, pixels)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, gradients = jax.value_and_grad(loss_fn)(params)

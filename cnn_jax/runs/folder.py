@@ -19,6 +19,9 @@ DECIDING_FIELDS = (
     "precision",
 )  # fmt: skip
 
+# What this process measured of an epoch, of all seeds together.
+MEASURED_FIELDS = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
+
 
 def deciding_settings(settings: TrainSettings) -> dict:
     """Return the settings that a run's results depend on, as JSON's types."""
@@ -74,8 +77,7 @@ class EpochMetrics:
         seeds = {"cost": self.cost, f"{self.tested_on}_accuracy": self.accuracy, f"{self.tested_on}_loss": self.loss}
         line = {"epoch": self.epoch, "step": self.step}
         line |= {name: statistics.fmean(values) for name, values in seeds.items()}
-        line |= {name: getattr(self, name) for name in ("seconds", "examples_per_second")}
-        line |= {name: getattr(self, name) for name in ("step_milliseconds", "compile_seconds")}
+        line |= {name: getattr(self, name) for name in MEASURED_FIELDS}
         return json.dumps(line | ({"seeds": seeds} if len(self.cost) > 1 else {}))
 
     @classmethod
@@ -87,7 +89,7 @@ class EpochMetrics:
         cost, accuracy, loss = (
             seeds[name] if seeds else [line[name]] for name in ("cost", f"{tested_on}_accuracy", f"{tested_on}_loss")
         )
-        names = ("epoch", "step", "seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
+        names = ("epoch", "step", *MEASURED_FIELDS)
         return cls(cost=cost, accuracy=accuracy, loss=loss, tested_on=tested_on, **{name: line[name] for name in names})
 
 

@@ -34,6 +34,7 @@ from cnn_jax.core.sharding import (
 from cnn_jax.core.training import SeedEpoch, TrainState
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.devices import device_bytes
 
 log = logging.getLogger(__name__)
 
@@ -159,12 +160,12 @@ def compile_program(
       The program, which trains as many seeds at once as fit the memory of an accelerator.
     """
     steps = program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
-    device, seeds_here = program.mesh.devices.flat[0], settings.seeds // program.mesh.shape[SEEDS]
-    if seeds_here > 1 and device.platform != "cpu":
+    seeds_here = settings.seeds // program.mesh.shape[SEEDS]
+    if seeds_here > 1 and program.mesh.devices.flat[0].platform != "cpu":
         memory = steps.memory_analysis()
         assert memory is not None, "an accelerator's compiler knows what memory a program needs"
         seed_bytes = memory.temp_size_in_bytes
-        seeds_at_once = count_seeds_at_once(seeds_here, seed_bytes, device.memory_stats()["bytes_limit"])
+        seeds_at_once = count_seeds_at_once(seeds_here, seed_bytes, device_bytes())
         program = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
         program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
         log.info("seeds trained at once: %d", seeds_at_once)
@@ -184,7 +185,4 @@ def evaluate_seeds(
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
     sums = to_host(program.sum_images(states.eval_params, *test_set, pixel_scale(unscaled=unscaled)))
-    return [
-        Evaluation(correct=int(correct), count=int(count), loss=float(loss) / int(count))
-        for correct, loss, count in zip(*sums, strict=True)
-    ]
+    return [Evaluation.of(*of_seed) for of_seed in zip(*sums, strict=True)]
