@@ -1,6 +1,9 @@
 """What holds for every test, and the real data that they share."""
 
+import contextlib
+import ctypes
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +18,15 @@ jaxtyping.install_import_hook(["cnn_jax.core", "cnn_jax.data"], "beartype.bearty
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """Give each of several workers cores of its own: XLA's threads wait for each other by turning in circles."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+        os.sched_setaffinity(0, cores[number::count] or cores)
+
+
 @pytest.fixture(autouse=True)
 def strict_dtype_promotion(request):
     """Let no dtype be converted silently, except where the path runs through Optax, whose Adam relies on it."""
@@ -24,11 +36,13 @@ def strict_dtype_promotion(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_code(tmp_path_factory):
-    """Keep what the tests and the programs that they start compile in one place, which goes when they end."""
-    folder = tmp_path_factory.mktemp("compiled")
+def compiled_code(request):
+    """Keep what the tests and the programs that they start compile, for each other and for the next time."""
+    folder = request.config.cache.mkdir("compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,6 +70,9 @@ def compiled_programs():
     """Forget what a file's tests have compiled when they end: all of it together takes gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from cnn_jax.core.sharding import make_mesh, of_seed
 from cnn_jax.inference.torch_layout import params_from_torch
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder
-from cnn_jax.runs.program import Sizes, make_program
+from cnn_jax.runs.program import Sizes, make_program, start_states
 from cnn_jax.runs.restore import describe_run, load_run_data
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
@@ -32,7 +32,7 @@ def import_weights(file: Path, run: TrainSettings) -> None:
     start_devices(run.platform)
     dataset = load_run_data(run)
     program = make_program(run, Sizes.of(dataset, run), make_mesh(1, jax.devices()))
-    states = jax.device_get(program.start())
+    states = jax.device_get(start_states(program))
     template = of_seed(states.params, 0)
     params = params_from_torch(tensors, template, dataset.train_images.shape[1:], source=file)
     states = states._replace(params=jax.tree.map(lambda leaf: np.asarray(leaf)[np.newaxis], params))

@@ -128,7 +128,7 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
     from jax.sharding import PartitionSpec as P
 
     from cnn_jax.core.sharding import make_mesh, shard
-    from cnn_jax.runs.program import Sizes, make_program
+    from cnn_jax.runs.program import Sizes, make_program, start_states
     from cnn_jax.runs.settings import TrainSettings
 
     settings, devices = TrainSettings(seed=0, seeds=seeds, precision=dtype), jax.devices()
@@ -136,7 +136,7 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
     mesh = make_mesh(seeds, devices)
     program = make_program(settings, Sizes.of(dataset, settings), mesh, seeds_at_once=seeds_at_once)
     data = shard((dataset.train_images, dataset.train_labels), mesh, P())
-    states, epoch, first = program.start(), program.epoch(np.int32(0)), 0
+    states, epoch, first = start_states(program), program.epoch(np.int32(0)), 0
 
     def run(steps: int) -> None:
         nonlocal states, first

@@ -21,7 +21,7 @@ from cnn_jax.core.sharding import SEEDS, TestSet, make_mesh, shard, shard_test_s
 from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.runs.checkpoint import Checkpoints, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
-from cnn_jax.runs.program import Program, Progress, Sizes, compile_program, evaluate_seeds, make_program
+from cnn_jax.runs.program import Program, Progress, Sizes, compile_program, evaluate_seeds, make_program, start_states
 from cnn_jax.runs.restore import (
     TrainedRun,
     checkpoint_shapes,
@@ -262,7 +262,7 @@ def restore_progress(
         metrics = on_process_0(run.folder.read_metrics)
     if restored is None:
         with run.clock.part("compiling"):
-            progress = Progress(0, program.start(), losses)
+            progress = Progress(0, start_states(program), losses)
     else:
         check_origin(settings, run, restored.meta, meta)
         states = shard(restored.state, program.mesh, P(SEEDS))

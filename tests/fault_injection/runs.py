@@ -40,7 +40,7 @@ class Trainer:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.data.parent / "compiled")} | (environment or {}),
+            env={"JAX_COMPILATION_CACHE_DIR": str(self.data.parent / "compiled"), **os.environ, **(environment or {})},
         )
 
     def finish(self, folder: Path) -> tuple[int, str]:

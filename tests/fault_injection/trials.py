@@ -289,7 +289,7 @@ def fuzz(*, examples: int) -> Tally:
     """Run `tests/test_fuzz.py` with more examples: command lines, IDX files, files of weights and pictures."""
     tally = Tally("fuzzed command lines, IDX files, files of weights and pictures")
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py"],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_fuzz.py"],
         capture_output=True,
         text=True,
         cwd=ROOT,

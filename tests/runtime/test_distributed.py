@@ -49,7 +49,8 @@ def alone(trained_run):
     return trained_run(epochs=EPOCHS)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(start, alone, tmp_path, processes):
     ended = finish(start("run", processes=processes))
     assert [code for code, _, _ in ended] == [0] * processes, ended
