@@ -32,6 +32,7 @@ OWNERS = {
     "torch": ("inference/torch_layout.py", "inference/export.py", "pytorch/"),
     "PIL": ("inference/pictures.py", "inference/preprocess.py", "pytorch/tutorial.py"),
     "rich": ("runtime/display.py",),
+    "msgspec": ("runtime/records.py",),
 }
 
 FILES = sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py"))

@@ -98,7 +98,7 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     params = of_seed(trained.states.eval_params, 0)
     display.result(tabulate(plain_network(params) or trained.model, trained.dataset))
     inspection = inspect_network(trained.model, params, trained.dataset)
-    pictures = draw_pictures(inspection, folder.read_metrics(), folder.pictures)
+    pictures = draw_pictures(inspection, trained.metrics, folder.pictures)
     which_seed = f", of seed {trained.settings.seed}" if trained.settings.seeds > 1 else ""
     display.say(f"{len(pictures)} pictures{which_seed} after {trained.step:,} steps are in {folder.path / 'pictures'}")
 

@@ -44,18 +44,19 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
 
     Args:
       file: The page.
-      folder: The run's folder, with its metrics and, if it has ended, its result.
+      folder: The run's folder, with its result if it has ended.
       trained: The run.
       accuracies: Each seed's accuracy on the test images, in [0, 1].
     """
     settings, dataset, step = trained.settings, trained.dataset, trained.step
     params = of_seed(trained.states.eval_params, 0)
-    inspection, metrics = inspect_network(trained.model, params, dataset), folder.read_metrics()
+    inspection, metrics = inspect_network(trained.model, params, dataset), trained.metrics
     pictures = draw_pictures(inspection, metrics, folder.pictures)
     result = folder.read_result()
-    if result.get("step") != step:  # it was written before the run was continued
-        result = {}
-    unscaled = [result["unscaled_test_accuracy"]] if "unscaled_test_accuracy" in result else None
+    if result is not None and result.step != step:  # it was written before the run was continued
+        result = None
+    unscaled = None if result is None or result.unscaled_test_accuracy is None else [result.unscaled_test_accuracy]
+    seconds = {} if result is None else result.seconds
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -67,26 +68,26 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
         title=folder.path.resolve().name,
         subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
         which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
-        numbers=_numbers(trained, result, accuracies),
-        results=result_rows(trained, accuracies, unscaled, metrics) + _last_epoch(metrics),
-        times=[(name, describe_seconds(seconds)) for name, seconds in result.get("seconds", {}).items()],
+        numbers=_numbers(trained, seconds, accuracies),
+        results=result_rows(trained, accuracies, unscaled) + _last_epoch(metrics),
+        times=[(name, describe_seconds(seconds)) for name, seconds in seconds.items()],
         pictures=pictures,
         drawn=dataset.test_images.shape[-1] != 3,
         layers=_layers(inspection),
         settings=_settings(settings),
-        versions=list((result["versions"] | {"device": result["device"]}).items()) if result else [],
+        versions=[] if result is None else [*result.versions.items(), ("device", result.device)],
     )
     write_atomically(file, page)
 
 
-def _numbers(trained: TrainedRun, result: dict, accuracies: list[float]) -> Rows:
+def _numbers(trained: TrainedRun, seconds: dict[str, float], accuracies: list[float]) -> Rows:
     """Return the numbers at the top of the page."""
     epochs, step, program = trained.settings.epochs, trained.step, trained.program
     done = f"{epochs:g}" if step == program.last_step else f"{step / program.steps_per_epoch:.3g} of {epochs:g}"
     rows = [("test accuracy", describe_values(accuracies)), ("epochs", done), ("steps", f"{step:,}")]
     # A run that was killed before its report is reported by a process that trained nothing.
-    if "training" in result.get("seconds", {}):
-        rows.append(("training", describe_seconds(result["seconds"]["training"])))
+    if "training" in seconds:
+        rows.append(("training", describe_seconds(seconds["training"])))
     return rows
 
 

@@ -86,7 +86,7 @@ def train(settings: TrainSettings) -> None:
 
                 with run.clock.part("reporting"):
                     write_report(run.folder.report, run.folder, result.run, result.accuracies)
-        rows = result_rows(result.run, result.accuracies, result.unscaled_accuracies, result.metrics)
+        rows = result_rows(result.run, result.accuracies, result.unscaled_accuracies)
         rows += [(part, describe_seconds(seconds)) for part, seconds in run.clock.seconds.items()]
         run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
     target = settings.target_accuracy

@@ -76,7 +76,7 @@ def export(
             new.replace(output)
     finally:
         new.unlink(missing_ok=True)
-    seed, steps = trained.training["seed"], trained.training["steps"]
+    seed, steps = trained.training.seed, trained.training.steps
     source = run or "the packaged network"
     display.say(f"{source}, seed {seed}, after {steps:,} steps is now {output}")
 

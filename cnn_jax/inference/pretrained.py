@@ -1,10 +1,8 @@
 """A trained network and how it was trained, from a run or from the package."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
 
 import jax
 import numpy as np
@@ -18,17 +16,30 @@ from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.devices import versions
 from cnn_jax.runtime.errors import InputFileError, UsageError
+from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Size, decode, encode
 
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
 
 
-class Provenance(TypedDict):
+class Provenance(Record, frozen=True, kw_only=True):
     """How a network was trained: `steps` is the number of steps that were taken, which may be fewer than planned."""
 
     recipe: str
-    epochs: float
-    seed: int
-    steps: int
+    epochs: NotNegative
+    seed: Count
+    steps: Count
+
+
+class NetworkRecord(Record, frozen=True, kw_only=True):
+    """What a safetensors file records of its weights: a `TrainedModel` without its name and weights."""
+
+    features: tuple[Size, Size]
+    num_classes: Size
+    image_shape: tuple[Size, Size, Size]
+    dataset: str
+    test_accuracy: Fraction | None
+    training: Provenance
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +111,7 @@ def load_trained_run(
     if not 0 <= i < settings.seeds:
         last_seed = settings.seed + settings.seeds - 1
         raise UsageError(f"--seed {seed}: the run {folder.path} has the seeds {settings.seed} to {last_seed}")
-    tested = (epoch for epoch in folder.read_metrics() if epoch.tested_on == "test" and epoch.step == restored.step)
+    tested = (epoch for epoch in restored.metrics if epoch.tested_on == "test" and epoch.step == restored.step)
     accuracies = [epoch.accuracy[i] for epoch in tested]
     trained = TrainedModel(
         name=folder.path.name,
@@ -121,10 +132,10 @@ def write_trained(trained: TrainedModel, file: Path) -> None:
     Raises:
       OSError: it could not be written.
     """
-    metadata = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
-    metadata["versions"] = versions("cnn-jax", "jax", "jaxlib", "flax")
+    recorded = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
+    record = NetworkRecord(**recorded, versions=versions("cnn-jax", "jax", "jaxlib", "flax"))
     # Everything goes under one key, because safetensors writes several keys in an order that varies.
-    content = save(params_to_torch(trained.params, trained.image_shape), metadata={"network": json.dumps(metadata)})
+    content = save(params_to_torch(trained.params, trained.image_shape), metadata={"network": encode(record)})
     file.write_bytes(content)
 
 
@@ -136,13 +147,13 @@ def read_trained(file: Path) -> TrainedModel:
     """
     try:
         with safe_open(file, framework="numpy") as content:
-            metadata = json.loads(content.metadata()["network"])
+            metadata = content.metadata()["network"]
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no dict
-        metadata.pop("versions")
-        shapes = {name: tuple(metadata[name]) for name in ("features", "image_shape")}
-        trained = TrainedModel(name=file.stem, params={}, **metadata | shapes)
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise InputFileError(f"{file} is not a network of this program ({error}); export one to safetensors") from error
+    record = decode(metadata, NetworkRecord, source=file, remedy="export a network to safetensors again")
+    recorded = {name: getattr(record, name) for name in record.__struct_fields__ if name != "versions"}
+    trained = TrainedModel(name=file.stem, params={}, **recorded)
     images = jax.ShapeDtypeStruct((1, *trained.image_shape), np.float32)
     init = jax.eval_shape(trained.model.init, jax.random.key(0), images)["params"]
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), init)

@@ -119,12 +119,12 @@ class Checkpoints:
             "make room there, then run the same command again to continue from the one before"
         )
 
-    def restore_latest(self, state: TrainState, losses: Losses | jax.ShapeDtypeStruct) -> Restored | None:
+    def restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:
         """Read the newest checkpoint that is sound; move those aside that are newer and are not.
 
         Args:
-          state: A state of the types and shapes that are wanted: arrays or `jax.ShapeDtypeStruct`s.
-          losses: Likewise.
+          structure: Returns a state with the paths that a checkpoint's has, by what it recorded; the arrays' shapes and
+            dtypes are those that were saved.
 
         Returns:
           What was saved, or None where nothing has ever been saved.
@@ -132,13 +132,13 @@ class Checkpoints:
         Raises:
           NoCheckpointError: not one is sound.
         """
-        return on_process_0(self._restore_latest, jax.tree.map(_abstract, {"state": state, "losses": losses}))
+        return on_process_0(self._restore_latest, structure)
 
-    def _restore_latest(self, template: dict) -> Restored | None:
+    def _restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _quiet_orbax():
                 try:
-                    return self._read(step, template)
+                    return self._read(step, structure)
                 except Exception as error:  # Orbax raises ValueError, KeyError, FileNotFoundError and bare Exception
                     reason = _describe(error)
                 _let_orbax_end()
@@ -150,24 +150,27 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step, template):
+    def _read(self, step, structure):
         meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
-        if meta["schema"] == 2:
-            template = template | {"state": _TrainState2(*template["state"])}
-        elif meta["schema"] != SCHEMA_VERSION:
+        if meta["schema"] not in (2, SCHEMA_VERSION):
             raise ValueError(f"it has version {meta['schema']} of the format, not {SCHEMA_VERSION}")
-        # Compared first: Orbax notices another shape while it reads several arrays at once, and converts another
-        # dtype in silence.
-        differing = _shapes(template).items() ^ _shapes(self._manager.item_metadata(step)[STATE].tree).items()
-        if differing:
-            raise ValueError(f"it holds other arrays: {', '.join(sorted({name for name, _ in differing}))}")
+        template = {"state": structure(meta), "losses": jax.ShapeDtypeStruct((), np.float32)}
+        if meta["schema"] == 2:
+            template["state"] = _TrainState2(*template["state"])
+        # Orbax converts another dtype in silence, so each array is asked for as it was saved.
+        saved = _abstract(self._manager.item_metadata(step)[STATE].tree)
+        wanted, form = jax.tree_util.tree_flatten_with_path(template)
+        if differing := saved.keys() ^ {_name(path) for path, _ in wanted}:
+            raise ValueError(f"it holds other arrays: {', '.join(sorted(differing))}")
+        template = jax.tree.unflatten(form, [saved[_name(path)] for path, _ in wanted])
         args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(template)})
         tree = self._manager.restore(step, args=args)[STATE]
-        saved = meta.pop("digest")
-        if meta["step"] != step or digest(tree, meta) != saved:
+        right = meta.pop("digest")
+        if meta["step"] != step or digest(tree, meta) != right:
             raise ValueError("its bytes are not those that were saved")
         state = TrainState(*tree["state"]) if meta["schema"] == 2 else tree["state"]
-        return Restored(*jax.device_get((state, tree["losses"])), meta)
+        state, losses = jax.device_get((state, tree["losses"]))
+        return Restored(state, losses, meta)
 
     def _leave_out(self, step, reason):
         if not self._writing:  # it may be another process's, which is writing or deleting it just now
@@ -265,14 +268,15 @@ def _describe(error: Exception) -> str:
     return textwrap.shorten(str(error), 200, placeholder="...") or type(error).__name__
 
 
-def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device)
-
-
-def _shapes(tree: object) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and dtype of every array of a tree, under its path: `state.params.fc.bias`."""
+def _abstract(tree: object) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shape and dtype of every array of a tree, under its name, to be read to one device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), str(leaf.dtype))
+        _name(path): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=sharding)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    """Return an array's path in a tree: `state.params.fc.bias`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -7,17 +7,21 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
+from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, UsageError, suggest
 from cnn_jax.runtime.files import AlreadyLockedError, first_free, locked, sync, write_atomically
+from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, convert, decode, unreadable
 
 # What a run's results depend on. Its other settings may change from one start to the next.
 DECIDING_FIELDS = (
     "dataset", "dataset_dir", "recipe", "batch_size", "learning_rate", "seed", "seeds", "validation", "features",
     "precision",
 )  # fmt: skip
+
+# What config.json held once and no longer does.
+FORMER_FIELDS = {"debug"}
 
 # What this process measured of an epoch, of all seeds together.
 MEASURED_FIELDS = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
@@ -35,13 +39,53 @@ def _as_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _from_json(value: Any, kind: Any) -> Any:
-    """Return what `_as_json` was given, of a field of this type."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if Path in (kind, *get_args(kind)) else value
+class SeedsRecord(Record, frozen=True, kw_only=True):
+    """The numbers of each seed, as metrics.jsonl has them."""
+
+    cost: list[float]
+    test_accuracy: list[Fraction] | None = None
+    validation_accuracy: list[Fraction] | None = None
+    test_loss: list[float] | None = None
+    validation_loss: list[float] | None = None
+
+
+class EpochRecord(Record, frozen=True, kw_only=True):
+    """A line of metrics.jsonl: the means over the seeds, and of several seeds, each one's numbers."""
+
+    epoch: Count
+    step: Count
+    cost: float
+    test_accuracy: Fraction | None = None
+    validation_accuracy: Fraction | None = None
+    test_loss: float | None = None
+    validation_loss: float | None = None
+    seconds: NotNegative
+    examples_per_second: NotNegative
+    step_milliseconds: NotNegative
+    compile_seconds: NotNegative
+    seeds: SeedsRecord | None = None
+
+
+class SeedResult(Record, frozen=True, kw_only=True):
+    """What a seed came to."""
+
+    seed: Count
+    test_accuracy: Fraction
+
+
+class ResultRecord(Record, frozen=True, kw_only=True):
+    """result.json: what a run came to, where the process that ended it spent its seconds, and on what it ran."""
+
+    validation_accuracy: Fraction | None = None
+    test_accuracy: Fraction
+    unscaled_test_accuracy: Fraction | None = None
+    seeds: list[SeedResult] | None = None
+    spread: dict[str, float] | None = None
+    step: Count
+    seconds: dict[str, NotNegative]
+    machine: str
+    device: str
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,25 +116,29 @@ class EpochMetrics:
     step_milliseconds: float
     compile_seconds: float
 
-    def to_json(self) -> str:
-        """Return the line: the means over the seeds, and of several seeds, each one's numbers under `seeds`."""
+    def to_record(self) -> dict[str, Any]:
+        """Return a line of metrics.jsonl as JSON's types: an `EpochRecord`."""
         seeds = {"cost": self.cost, f"{self.tested_on}_accuracy": self.accuracy, f"{self.tested_on}_loss": self.loss}
-        line = {"epoch": self.epoch, "step": self.step}
+        line: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
         line |= {name: statistics.fmean(values) for name, values in seeds.items()}
         line |= {name: getattr(self, name) for name in MEASURED_FIELDS}
-        return json.dumps(line | ({"seeds": seeds} if len(self.cost) > 1 else {}))
+        return line | ({"seeds": seeds} if len(self.cost) > 1 else {})
 
     @classmethod
-    def from_json(cls, text: str) -> "EpochMetrics":
-        """Return what `to_json` wrote down."""
-        line = json.loads(text)
-        tested_on = "test" if "test_accuracy" in line else "validation"
-        seeds = line.pop("seeds", None)
-        cost, accuracy, loss = (
-            seeds[name] if seeds else [line[name]] for name in ("cost", f"{tested_on}_accuracy", f"{tested_on}_loss")
-        )
-        names = ("epoch", "step", *MEASURED_FIELDS)
-        return cls(cost=cost, accuracy=accuracy, loss=loss, tested_on=tested_on, **{name: line[name] for name in names})
+    def of_record(cls, line: EpochRecord) -> "EpochMetrics":
+        """Return what `to_record` was made of.
+
+        Raises:
+          ValueError: keys are missing that belong together, or the seeds' lists have other lengths.
+        """
+        tested_on = "validation" if line.test_accuracy is None else "test"
+        source = line.seeds or line
+        numbers = [getattr(source, name) for name in ("cost", f"{tested_on}_accuracy", f"{tested_on}_loss")]
+        cost, accuracy, loss = (number if line.seeds else [number] for number in numbers)
+        if None in numbers or None in accuracy or not len(cost) == len(accuracy) == len(loss):
+            raise ValueError(f"the {tested_on} accuracy or loss of a seed is missing from epoch {line.epoch}")
+        measured = {name: getattr(line, name) for name in ("epoch", "step", *MEASURED_FIELDS)}
+        return cls(cost=cost, accuracy=accuracy, loss=loss, tested_on=tested_on, **measured)
 
 
 class RunFolder:
@@ -117,21 +165,26 @@ class RunFolder:
 
         Raises:
           NoCheckpointError: there is no run in this folder.
-          StorageError: its config.json cannot be understood.
+          InputFileError: its config.json is damaged or was edited.
         """
         file = self.path / "config.json"
         if not file.is_file():
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
+        remedy = "start the run's training command again, which writes it anew, or start anew with --fresh"
+        values = decode(file.read_bytes(), dict[str, Any], source=file, remedy=remedy)
+        names = {field.name for field in dataclasses.fields(TrainSettings)}
+        # Earlier programs may have had fewer settings beside those that the results depend on.
+        if missing := {*DECIDING_FIELDS, "epochs"} - values.keys():
+            raise unreadable(file, f"without {', '.join(sorted(missing))}", remedy)
+        if unknown := values.keys() - names - FORMER_FIELDS:
+            raise unreadable(file, f"there is no setting {', '.join(sorted(unknown))}", remedy)
+        given = {name: values[name] for name in names & values.keys()}
+        if data_dir is not None:
+            given["data_dir"] = str(data_dir)
         try:
-            values = json.loads(file.read_text())
-            kinds = get_type_hints(TrainSettings)
-            # Earlier and later programs may have other settings beside those that the results depend on.
-            known = kinds.keys() & values.keys() | {*DECIDING_FIELDS, "epochs"}
-            given = {name: _from_json(values[name], kinds[name]) for name in known}
-            given["data_dir"] = data_dir or given.get("data_dir")
-            return TrainSettings.of(**given)
-        except (ValueError, KeyError, TypeError, UsageError) as error:
-            raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
+            return convert(given, TrainSettings, source=file, remedy=remedy)
+        except UsageError as error:
+            raise unreadable(file, error, remedy) from error
 
     def _remedy(self):
         """Name the runs beside this folder, if it is not a run."""
@@ -145,59 +198,49 @@ class RunFolder:
         values = {name: _as_json(value) for name, value in vars(settings).items()}
         write_atomically(self.path / "config.json", json.dumps(values, indent=2) + "\n")
 
-    def check_settings(self, settings: TrainSettings) -> None:
-        """Refuse to continue a run with settings that would have given other results; before step 1 all may change.
+    def read_metrics(self) -> list[EpochMetrics]:
+        """Return what metrics.jsonl holds of the epochs that are done, in order.
 
         Raises:
-          UsageError: naming each difference.
+          InputFileError: it is damaged or was edited.
         """
-        if not any(step.name not in ("0", "") and step.name.isdigit() for step in self.checkpoints.glob("*")):
-            return
-        old = self.read_settings()
-        differences = []
-        for name in DECIDING_FIELDS:
-            before, now = getattr(old, name), getattr(settings, name)
-            if name == "dataset_dir" and now is not None:
-                now = now.resolve()
-            if before != now:
-                differences.append(f"{name} was {before} and is {now}")
-        # The tutorial's steps are the same however many follow; a schedule's are not.
-        may_grow = settings.recipe == "tutorial"
-        if settings.epochs < old.epochs or (settings.epochs != old.epochs and not may_grow):
-            differences.append(f"epochs was {old.epochs:g} and is {settings.epochs:g}")
-        if differences:
-            raise UsageError(
-                f"the run {self.path} has other settings: {'; '.join(differences)}; "
-                "give them as they were, another --run-name, or --fresh"
-            )
-
-    def read_metrics(self) -> list[EpochMetrics]:
-        """Return the metrics of the epochs that are done, in order."""
         file = self.path / "metrics.jsonl"
-        if not file.is_file():
-            return []
+        remedy = "put it back, or start anew with --fresh"
+        lines = file.read_bytes().splitlines() if file.is_file() else []
         try:
-            return [EpochMetrics.from_json(line) for line in file.read_text().splitlines()]
-        except (ValueError, TypeError, KeyError) as error:
-            raise StorageError(f"{file} cannot be understood ({error}); start anew with --fresh") from error
+            return [
+                EpochMetrics.of_record(decode(line, EpochRecord, source=f"line {i} of {file}", remedy=remedy))
+                for i, line in enumerate(lines, start=1)
+            ]
+        except ValueError as error:
+            raise unreadable(file, error, remedy) from error
+
+    def holds_metrics(self, metrics: list[EpochMetrics]) -> bool:
+        """Whether metrics.jsonl begins with these lines, as `write_metrics` writes them."""
+        file = self.path / "metrics.jsonl"
+        return file.is_file() and file.read_bytes().startswith(_lines(metrics).encode())
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
-        """Replace metrics.jsonl: a line for each epoch."""
-        write_atomically(self.path / "metrics.jsonl", "".join(epoch.to_json() + "\n" for epoch in metrics))
+        """Make metrics.jsonl hold a line for each epoch and nothing else."""
+        file, content = self.path / "metrics.jsonl", _lines(metrics).encode()
+        if content != (file.read_bytes() if file.is_file() else b""):
+            write_atomically(file, content)
 
     def write_result(self, result: dict) -> None:
         """Write result.json: accuracies, in [0, 1], the step, where the last process spent its time, and on what."""
         write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
-    def read_result(self) -> dict:
-        """Return what `write_result` wrote, or an empty dict where the run has not ended."""
+    def read_result(self) -> ResultRecord | None:
+        """Return what `write_result` wrote, or None where the run has not ended.
+
+        Raises:
+          InputFileError: it is damaged or was edited.
+        """
         file = self.path / "result.json"
         if not file.is_file():
-            return {}
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise StorageError(f"{file} cannot be understood ({error}); move it away") from error
+            return None
+        remedy = "delete it and start the run's training command again, which writes it anew"
+        return decode(file.read_bytes(), ResultRecord, source=file, remedy=remedy)
 
     @contextlib.contextmanager
     def open_scalars(self, *, after_step: int) -> Iterator[Callable[[EpochMetrics], None]]:
@@ -211,7 +254,7 @@ class RunFolder:
         with SummaryWriter(str(self.path / "tensorboard"), purge_step=after_step + 1) as writer:
 
             def write(metrics: EpochMetrics) -> None:
-                line = json.loads(metrics.to_json())
+                line = metrics.to_record()
                 seeds = line.pop("seeds", {})
                 line |= {f"seeds/{i}/{name}": value for name, values in seeds.items() for i, value in enumerate(values)}
                 for name, value in line.items():
@@ -246,3 +289,7 @@ class RunFolder:
                 f"process {error.holder} is writing the run {self.path}; "
                 "wait for it, stop it, or give another --run-name"
             ) from error
+
+
+def _lines(metrics: list[EpochMetrics]) -> str:
+    return "".join(json.dumps(epoch.to_record()) + "\n" for epoch in metrics)

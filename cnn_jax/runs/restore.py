@@ -1,12 +1,13 @@
 """A run's data by its settings, and a run as its newest checkpoint left it."""
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import Evaluation
@@ -15,13 +16,14 @@ from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.runs.checkpoint import open_checkpoints
-from cnn_jax.runs.folder import RunFolder, deciding_settings
-from cnn_jax.runs.program import Program, Sizes, evaluate_seeds, make_program
+from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
+from cnn_jax.runs.folder import EpochMetrics, EpochRecord, RunFolder, deciding_settings
+from cnn_jax.runs.program import Program, Sizes, evaluate_seeds, make_program, start_states
 from cnn_jax.runs.settings import Platform, TrainSettings
 from cnn_jax.runtime.devices import device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import NoCheckpointError, UsageError
+from cnn_jax.runtime.errors import InputFileError, NoCheckpointError, UsageError
+from cnn_jax.runtime.records import convert, unreadable
 
 # The share of a device's memory for training images that stay there; more of them are streamed.
 RESIDENT_SHARE = 0.4
@@ -35,12 +37,14 @@ class TrainedRun(NamedTuple):
       program: Its functions.
       states: Its states on the host; every array has one more axis in front, for the seeds.
       dataset: The data set that it was trained on.
+      metrics: Those of the epochs behind it, in order.
     """
 
     settings: TrainSettings
     program: Program
     states: TrainState
     dataset: Dataset
+    metrics: list[EpochMetrics]
 
     @property
     def model(self) -> CNN:
@@ -94,31 +98,102 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
     Args:
       folder: The run's folder.
       data_dir: Where tfds keeps its data sets; None for where the run found them.
-      warn: Called with a line for each checkpoint that is damaged.
+      warn: Called with a line about whatever is damaged.
 
     Raises:
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
+      InputFileError: config.json is not what the checkpoint was trained with, or the data have changed since.
     """
     settings = folder.read_settings(data_dir)
     with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
         dataset = load_run_data(settings)
-        program = make_program(settings, Sizes.of(dataset, settings), make_mesh(settings.seeds, jax.devices()))
-        restored = checkpoints.restore_latest(*checkpoint_shapes(program, settings.seeds))
+        sizes = Sizes.of(dataset, settings)
+        program = make_program(settings, sizes, make_mesh(settings.seeds, jax.devices()))
+        restored = restore_latest(checkpoints, settings, sizes, program)
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
-    return TrainedRun(settings, program, restored.state, dataset)
+    if differences := differing_settings(restored.meta, settings):
+        recorded = "; ".join(differences)
+        remedy = "put it back, or start the run's training command again, which writes it anew"
+        raise unreadable(folder.path / "config.json", f"by its checkpoint, {recorded}", remedy)
+    states = usable_states(folder, restored, settings, program, dataset)
+    return TrainedRun(settings, program, states, dataset, recorded_metrics(folder, restored.meta, warn))
 
 
-def checkpoint_shapes(program: Program, seeds: int) -> tuple[TrainState, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of what a run's checkpoints hold: its states and an epoch's losses."""
-    losses = jax.ShapeDtypeStruct((seeds, program.steps_per_epoch), jnp.float32)
-    return jax.eval_shape(program.start), losses
+def restore_latest(
+    checkpoints: Checkpoints, settings: TrainSettings, sizes: Sizes, program: Program
+) -> Restored | None:
+    """Return a run's newest sound checkpoint, of whatever settings it is."""
+
+    def structure(meta: dict) -> TrainState:
+        recipe = meta["settings"]["recipe"]
+        if recipe == settings.recipe:
+            return jax.eval_shape(program.start)
+        return jax.eval_shape(make_program(dataclasses.replace(settings, recipe=recipe), sizes, program.mesh).start)
+
+    return checkpoints.restore_latest(structure)
+
+
+def differing_settings(meta: dict, settings: TrainSettings) -> list[str]:
+    """Return how the settings differ from those that a checkpoint's results depend on; before step 1 all may change."""
+    if meta["step"] == 0:
+        return []
+    before, now = meta["settings"], deciding_settings(settings)
+    return [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
+
+
+def usable_states(
+    folder: RunFolder, restored: Restored, settings: TrainSettings, program: Program, dataset: Dataset
+) -> TrainState:
+    """Return the states that a checkpoint holds; weights that were imported go on with any settings of their shapes.
+
+    Raises:
+      InputFileError: the data have changed since.
+      UsageError: weights that were imported are of another shape.
+    """
+    saved = restored.meta
+    imported = saved["step"] == 0 and saved["settings"] != deciding_settings(settings)
+    if not imported and saved["data"] != fingerprint(dataset):
+        raise InputFileError(
+            f"the data in {settings.dataset_dir or settings.dataset} are not those that the run "
+            f"{folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
+        )
+    if not imported:
+        return restored.state
+    states = jax.device_get(start_states(program))
+    weights = jax.tree.map(lambda saved: saved[0], restored.state.params)
+    shapes = [jax.tree.map(np.shape, tree) for tree in (weights, jax.tree.map(lambda now: now[0], states.params))]
+    if shapes[0] != shapes[1]:
+        features, classes = saved["settings"]["features"], np.size(weights["fc"]["bias"])
+        raise UsageError(
+            f"the run {folder.path} has the weights of a network with --features {' '.join(map(str, features))} and "
+            f"{classes} classes; train it on with those, or give another --run-name, or --fresh"
+        )
+    params = jax.tree.map(lambda now, saved: np.broadcast_to(saved, now.shape), states.params, weights)
+    return states._replace(params=params, ema_params=None if states.ema_params is None else params)
+
+
+def recorded_metrics(folder: RunFolder, meta: dict, warn: Callable[[str], None]) -> list[EpochMetrics]:
+    """Return the metrics of the epochs before a checkpoint, and tell where metrics.jsonl has others.
+
+    Raises:
+      InputFileError: metrics.jsonl is damaged, and the checkpoint is from before they recorded metrics.
+    """
+    if "metrics" not in meta:
+        return folder.read_metrics()
+    source = f"the checkpoint of step {meta['step']} in {folder.path}"
+    lines = [convert(line, EpochRecord, source=source, remedy="start anew with --fresh") for line in meta["metrics"]]
+    metrics = [EpochMetrics.of_record(line) for line in lines]
+    if not folder.holds_metrics(metrics):
+        warn(f"{folder.path / 'metrics.jsonl'} was edited or lost lines; the numbers are those of the checkpoint")
+    return metrics
 
 
 def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
     """Return what a run's results depend on, as JSON's types: what each of its checkpoints records."""
     return {
         "settings": deciding_settings(settings),
+        "epochs": settings.epochs,
         "versions": versions("cnn-jax", "jax", "jaxlib", "flax", "optax"),
         "data": fingerprint(dataset),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",

@@ -102,7 +102,6 @@ class Result(NamedTuple):
 
     Attributes:
       run: Its settings, program, states and data.
-      metrics: The epochs, in order.
       accuracies: Each seed's accuracy on the test images, in [0, 1].
       unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None for data without a tutorial.
       meta: What its checkpoints record beside the states.
@@ -110,7 +109,6 @@ class Result(NamedTuple):
     """
 
     run: TrainedRun
-    metrics: list[EpochMetrics]
     accuracies: list[float]
     unscaled_accuracies: list[float] | None
     meta: dict
@@ -122,12 +120,13 @@ def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
 
     A process that found the run finished writes it only where it is missing.
     """
-    if not result.trained_here and folder.read_result().get("step") == result.run.step:
+    written = None if result.trained_here else folder.read_result()
+    if written is not None and written.step == result.run.step:
         return
     accuracies, settings = result.accuracies, result.run.settings
     content: dict = {}
     if settings.validation is not None:
-        content["validation_accuracy"] = statistics.fmean(result.metrics[-1].accuracy)
+        content["validation_accuracy"] = statistics.fmean(result.run.metrics[-1].accuracy)
     content["test_accuracy"] = statistics.fmean(accuracies)
     if result.unscaled_accuracies is not None:
         content["unscaled_test_accuracy"] = statistics.fmean(result.unscaled_accuracies)
@@ -144,7 +143,6 @@ def result_rows(
     trained: TrainedRun,
     accuracies: list[float],
     unscaled_accuracies: list[float] | None,
-    metrics: list[EpochMetrics],
 ) -> list[tuple[str, str]]:
     """Return a run's result as names and values.
 
@@ -152,14 +150,13 @@ def result_rows(
       trained: The run.
       accuracies: Each seed's accuracy on the test images, in [0, 1].
       unscaled_accuracies: The same on pixels in 0..255, where they were tested; of each seed, or their mean.
-      metrics: The run's epochs.
     """
     count = len(trained.dataset.test_labels)
     rows = [("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {count:,} images")]
     if unscaled_accuracies is not None:
         rows.append(("as the tutorial tests", f"{describe_values(unscaled_accuracies)} on pixels in 0..255"))
-    if metrics and metrics[-1].tested_on == "validation":
-        validated = describe_values(metrics[-1].accuracy)
+    if trained.metrics and trained.metrics[-1].tested_on == "validation":
+        validated = describe_values(trained.metrics[-1].accuracy)
         rows.append(("validation accuracy", f"{validated} of {trained.settings.validation:,} images"))
     if len(accuracies) > 1:
         interval = mean_interval(accuracies)

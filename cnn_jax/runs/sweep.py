@@ -118,7 +118,7 @@ def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Dis
         with open_run(settings, shown=False) as run:
             result = train_run(settings, run)
         assert result is not None, "no trial is a dry run"
-        accuracy = float(np.mean(result.metrics[-1].accuracy))
+        accuracy = float(np.mean(result.run.metrics[-1].accuracy))
     except StopSignalError:
         # The next process goes on with this trial from its checkpoint.
         RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])

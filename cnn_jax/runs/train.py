@@ -19,23 +19,26 @@ from cnn_jax import __version__
 from cnn_jax.core.input_pipeline import Feed, resident, streamed
 from cnn_jax.core.sharding import SEEDS, TestSet, make_mesh, shard, shard_test_set, to_host
 from cnn_jax.data.dataset import Dataset, hold_out
-from cnn_jax.runs.checkpoint import Checkpoints, open_checkpoints
+from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.program import Program, Progress, Sizes, compile_program, evaluate_seeds, make_program, start_states
 from cnn_jax.runs.restore import (
     TrainedRun,
-    checkpoint_shapes,
     describe_run,
+    differing_settings,
     evaluate_trained,
     load_run_data,
+    recorded_metrics,
+    restore_latest,
     streams,
+    usable_states,
 )
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.summary import Result, epoch_metrics, introduce, show_epoch, show_segment
 from cnn_jax.runtime.devices import describe_devices, start_devices
 from cnn_jax.runtime.display import Display, Stopwatch
 from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, on_process_0
-from cnn_jax.runtime.errors import InputFileError, NonFiniteLossError, StopSignalError
+from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError, UsageError
 from cnn_jax.runtime.signals import StopRequest, listen_for_stop
 
 # The steps of a segment take about this long. After each, the bar moves and a signal is answered.
@@ -68,7 +71,7 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
       shown: Whether to show its progress.
 
     Raises:
-      UsageError: there are no such devices, or the run has other settings.
+      UsageError: there are no such devices.
       RunLockedError: another process is writing the run.
     """
     clock, folder = Stopwatch(), RunFolder(settings.run_folder)
@@ -79,9 +82,6 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
         display = Display(shown=shown and is_process_0())
         if not settings.dry_run:
             on_process_0(_take_over, folder, settings.fresh, held, display)
-        if not settings.fresh:
-            on_process_0(folder.check_settings, settings)
-        display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
         yield Run(folder, display, clock)
 
 
@@ -117,17 +117,21 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
         dataset = load_run_data(settings)
     sizes, mesh = Sizes.of(dataset, settings), make_mesh(settings.seeds, jax.devices())
     program = make_program(settings, sizes, mesh, streams=streams(settings, dataset))
-    introduce(settings, dataset, program, display)
-    if settings.dry_run:
-        display.say("dry run: nothing was trained or written")
-        return None
-    on_process_0(run.folder.write_settings, settings)
     with contextlib.ExitStack() as held:
-        checkpoints = held.enter_context(open_checkpoints(run.folder.checkpoints, writing=True, warn=display.say))
+        checkpoints = held.enter_context(open_run_checkpoints(settings, run))
+        with clock.part("loading"):
+            meta = on_process_0(describe_run, settings, dataset)
+            saved = restore_saved(settings, run, sizes, program, checkpoints, dataset)
+        display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
+        introduce(settings, dataset, program, display)
+        if settings.dry_run:
+            display.say("dry run: nothing was trained or written")
+            return None
+        assert checkpoints is not None, "only a dry run may have none"
+        on_process_0(run.folder.write_settings, settings)
         with clock.part("loading"):
             feed, epoch_test_set = place_data(settings, dataset, program)
-            meta = on_process_0(describe_run, settings, dataset)
-        progress, metrics = restore_progress(settings, run, program, checkpoints, meta)
+        progress, metrics = restore_progress(settings, run, program, saved, meta)
         first_step = progress.step
         if first_step < program.last_step:
             stop = held.enter_context(listen_for_stop())
@@ -144,9 +148,9 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                     progress, seconds = segment.progress, seconds + segment.seconds
                     show_segment(display, settings, program, progress, begin, seconds)
                     if save_every is not None and progress.step % save_every == 0 and progress.step < end:
-                        save(checkpoints, progress, meta, clock)
+                        save(checkpoints, progress, metrics, meta, clock)
                 if progress.step < end:
-                    stop_run(stop, program, checkpoints, progress, meta, clock)
+                    stop_run(stop, program, checkpoints, progress, metrics, meta, clock)
                 clock.seconds["training"] += seconds
                 with clock.part("testing"):
                     tests = evaluate_seeds(program, progress.states, epoch_test_set)
@@ -154,10 +158,10 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 metrics.append(epoch_metrics(settings, program, progress, tests, begin, seconds, compile_seconds))
                 with clock.part("saving"):
                     on_process_0(run.folder.write_metrics, metrics)
-                save(checkpoints, progress, meta, clock)
+                save(checkpoints, progress, metrics, meta, clock)
                 write_scalars(metrics[-1])
                 show_epoch(display, settings, program, metrics[-1])
-    trained = TrainedRun(settings, program, to_host(progress.states), dataset)
+    trained = TrainedRun(settings, program, to_host(progress.states), dataset, metrics)
     with clock.part("testing"):
         # Without a validation set, the last epoch's test was this one.
         tested = settings.validation is None and metrics
@@ -165,7 +169,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
         unscaled = None
         if dataset.name == "mnist":  # only MNIST's tutorial has a number to compare with
             unscaled = [test.accuracy for test in evaluate_trained(trained, unscaled=True)]
-    return Result(trained, metrics, accuracies, unscaled, meta, trained_here=first_step < program.last_step)
+    return Result(trained, accuracies, unscaled, meta, trained_here=first_step < program.last_step)
 
 
 def train_epoch(
@@ -247,31 +251,68 @@ def place_data(settings: TrainSettings, dataset: Dataset, program: Program) -> t
     return place(train_set, program.mesh), shard_test_set(images, labels, program.mesh)
 
 
-def restore_progress(
-    settings: TrainSettings, run: Run, program: Program, checkpoints: Checkpoints, meta: dict
-) -> tuple[Progress, list[EpochMetrics]]:
-    """Return how far a run has come by its newest checkpoint, and its epochs up to there, which are shown again.
+def open_run_checkpoints(settings: TrainSettings, run: Run) -> contextlib.AbstractContextManager[Checkpoints | None]:
+    """Open a run's checkpoints, to write them too; for a dry run only where there are any, to read."""
+    if settings.dry_run and (settings.fresh or not on_process_0(run.folder.checkpoints.is_dir)):
+        return contextlib.nullcontext()
+    return open_checkpoints(run.folder.checkpoints, writing=not settings.dry_run, warn=run.display.say)
+
+
+def restore_saved(
+    settings: TrainSettings,
+    run: Run,
+    sizes: Sizes,
+    program: Program,
+    checkpoints: Checkpoints | None,
+    dataset: Dataset,
+) -> Restored | None:
+    """Return a run's newest checkpoint, with states that go on with these settings, or None to begin.
 
     Raises:
+      UsageError: with these settings the run would have had other results, naming each difference.
       InputFileError: the data have changed since.
       NoCheckpointError: there are checkpoints, and none is sound.
     """
-    losses = np.zeros((settings.seeds, program.steps_per_epoch), np.float32)
-    with run.clock.part("loading"):
-        restored = checkpoints.restore_latest(*checkpoint_shapes(program, settings.seeds))
-        metrics = on_process_0(run.folder.read_metrics)
-    if restored is None:
+    saved = None if checkpoints is None else restore_latest(checkpoints, settings, sizes, program)
+    if saved is None:
+        return None
+    differences = differing_settings(saved.meta, settings)
+    if saved.meta["step"] > 0:
+        # The checkpoints of earlier programs do not record it.
+        epochs = saved.meta.get("epochs") or on_process_0(run.folder.read_settings).epochs
+        # The tutorial's steps are the same however many follow; a schedule's are not.
+        if settings.epochs < epochs or (settings.epochs != epochs and settings.recipe != "tutorial"):
+            differences.append(f"epochs was {epochs:g} and is {settings.epochs:g}")
+    if differences:
+        raise UsageError(
+            f"the run {run.folder.path} has other settings: {'; '.join(differences)}; "
+            "give them as they were, another --run-name, or --fresh"
+        )
+    return saved._replace(state=usable_states(run.folder, saved, settings, program, dataset))
+
+
+def restore_progress(
+    settings: TrainSettings, run: Run, program: Program, saved: Restored | None, meta: dict
+) -> tuple[Progress, list[EpochMetrics]]:
+    """Return how far a run has come by its newest checkpoint, and its epochs up to there, which are shown again."""
+    if saved is None:
         with run.clock.part("compiling"):
-            progress = Progress(0, start_states(program), losses)
+            losses = np.zeros((settings.seeds, program.steps_per_epoch), np.float32)
+            progress, metrics = Progress(0, start_states(program), losses), []
     else:
-        check_origin(settings, run, restored.meta, meta)
-        states = shard(restored.state, program.mesh, P(SEEDS))
-        progress = Progress(restored.meta["step"], states, np.array(restored.losses))
-        if progress.step == program.last_step:
+        for name in ("device", "versions"):
+            if saved.meta[name] != meta[name]:
+                before, now = saved.meta[name], meta[name]
+                run.display.say(f"the run was saved with {name} {before} and continues with {now}: bits may differ")
+        step = saved.meta["step"]
+        losses = np.array(saved.losses) if step > 0 else np.zeros((settings.seeds, program.steps_per_epoch), np.float32)
+        progress = Progress(step, shard(saved.state, program.mesh, P(SEEDS)), losses)
+        metrics = on_process_0(recorded_metrics, run.folder, saved.meta, run.display.say)
+        if step == program.last_step:
             longer = "a larger --epochs continues it, " if settings.recipe == "tutorial" else ""
             run.display.say(f"this run is finished: {longer}--fresh starts anew")
         else:
-            run.display.say(f"continuing after step {progress.step:,} of {program.last_step:,}")
+            run.display.say(f"continuing after step {step:,} of {program.last_step:,}")
     # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again. So
     # does one that was the last and ended before its time.
     done = [
@@ -280,25 +321,10 @@ def restore_progress(
         if epoch.step <= progress.step
         and (epoch.step % program.steps_per_epoch == 0 or progress.step == program.last_step)
     ]
-    if done != metrics:
-        on_process_0(run.folder.write_metrics, done)
+    on_process_0(run.folder.write_metrics, done)
     for epoch in done:
         run.display.epoch_cost(epoch.epoch, statistics.fmean(epoch.cost))
     return progress, done
-
-
-def check_origin(settings: TrainSettings, run: Run, saved: dict, now: dict) -> None:
-    """Refuse to continue on data that have changed; show what else differs that may change the bits."""
-    if saved["data"] != now["data"]:
-        raise InputFileError(
-            f"the data in {settings.dataset_dir or settings.dataset} are not those that the run "
-            f"{run.folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
-        )
-    for name in ("device", "versions"):
-        if saved[name] != now[name]:
-            run.display.say(
-                f"the run was saved with {name} {saved[name]} and continues with {now[name]}: bits may differ"
-            )
 
 
 @contextlib.contextmanager
@@ -327,19 +353,28 @@ def profiled(run_steps: Callable, folder: Path, display: Display) -> Callable:
     return run
 
 
-def save(checkpoints: Checkpoints, progress: Progress, meta: dict, clock: Stopwatch) -> None:
-    """Save a run where it is."""
+def save(
+    checkpoints: Checkpoints, progress: Progress, metrics: list[EpochMetrics], meta: dict, clock: Stopwatch
+) -> None:
+    """Save a run where it is, with the metrics of the epochs that are done."""
     with clock.part("saving"):
+        meta = meta | {"metrics": [epoch.to_record() for epoch in metrics]}
         checkpoints.save(progress.step, to_host(progress.states), progress.losses, meta)
 
 
 def stop_run(
-    stop: StopRequest, program: Program, checkpoints: Checkpoints, progress: Progress, meta: dict, clock: Stopwatch
+    stop: StopRequest,
+    program: Program,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    metrics: list[EpochMetrics],
+    meta: dict,
+    clock: Stopwatch,
 ) -> NoReturn:
     """Save a run that was asked to stop, unless it is saved already, and end it."""
     assert stop.signal_number is not None, "a run is stopped by a signal"
     if progress.step > 0 and checkpoints.latest_step() != progress.step:
-        save(checkpoints, progress, meta, clock)
+        save(checkpoints, progress, metrics, meta, clock)
     saved = "which is saved; run the same command again to continue"
     raise StopSignalError(
         f"stopped by {signal.Signals(stop.signal_number).name} after step {progress.step:,} of {program.last_step:,}, "

@@ -16,7 +16,7 @@ from cnn_jax.cli.commands import COMMANDS, main, train
 from cnn_jax.cli.parser import parse, parse_command
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.settings import RECIPE_DEFAULTS, TrainSettings
-from cnn_jax.runtime.errors import StorageError, UsageError
+from cnn_jax.runtime.errors import InputFileError, UsageError
 from tests.helpers import ROOT
 
 
@@ -239,11 +239,11 @@ def test_a_runs_settings_are_read_as_they_were_written_also_by_an_earlier_progra
     assert folder.read_settings() == settings
     for wrong in ({"seed": -1}, {"epochs": "many"}, {"recipe": "slow"}):
         file.write_text(json.dumps(values | wrong))
-        with pytest.raises(StorageError, match=r"config.json cannot be understood \(.*\); start anew with --fresh"):
+        with pytest.raises(InputFileError, match=r"config.json is damaged or was edited \(.*\); start the run's"):
             folder.read_settings()
     del values["batch_size"]  # its results depend on that
     file.write_text(json.dumps(values))
-    with pytest.raises(StorageError, match="batch_size"):
+    with pytest.raises(InputFileError, match="batch_size"):
         folder.read_settings()
 
 

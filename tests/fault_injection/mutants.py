@@ -21,8 +21,8 @@ def optimizer_left_out() -> None:
     """Reset Adam's moments and count whenever a run continues."""
     read = checkpoint.Checkpoints._read
 
-    def read_without_optimizer(self, step, template):
-        restored = read(self, step, template)
+    def read_without_optimizer(self, step, structure):
+        restored = read(self, step, structure)
         blank = jax.tree.map(lambda leaf: leaf * 0, restored.state.opt_state)
         return restored._replace(state=restored.state._replace(opt_state=blank))
 

@@ -371,7 +371,7 @@ def _restore_and_judge(steps: Path, what: str, allowed: tuple[int, ...], tally: 
     warnings = []
     try:
         with open_checkpoints(steps, writing=True, warn=warnings.append) as checkpoints:
-            restored = checkpoints.restore_latest(*content(0))
+            restored = checkpoints.restore_latest(lambda meta: content(0)[0])
     except NoCheckpointError as error:
         tally.failures.append(f"{what}: {error}")
         return

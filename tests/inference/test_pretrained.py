@@ -12,7 +12,14 @@ from safetensors.numpy import load, save_file
 
 from cnn_jax.core.evaluation import batch_logits
 from cnn_jax.data.idx import read_idx
-from cnn_jax.inference.pretrained import PACKAGED, load_trained, load_trained_run, read_trained, write_trained
+from cnn_jax.inference.pretrained import (
+    PACKAGED,
+    Provenance,
+    load_trained,
+    load_trained_run,
+    read_trained,
+    write_trained,
+)
 from cnn_jax.runtime.errors import InputFileError
 from tests.helpers import EMBEDDED, ROOT
 
@@ -22,7 +29,7 @@ def test_the_packaged_network_has_the_test_accuracy_that_it_states(packaged):
     labels = read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1)
     right = packaged.logits(images[..., np.newaxis]).argmax(axis=1) == labels
     assert right.mean() == packaged.test_accuracy
-    assert packaged.training == {"recipe": "tutorial", "epochs": 15, "seed": 777, "steps": 9000}
+    assert packaged.training == Provenance(recipe="tutorial", epochs=15, seed=777, steps=9000)
     assert PACKAGED.stat().st_size < 250_000
 
 
@@ -77,10 +84,10 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     network, of_run = read_trained(file), load_trained_run(tmp_path / "run", None, pytest.fail, seed=6)[0]
     assert network.test_accuracy == metrics["seeds"]["test_accuracy"][1]
-    assert network.training == {"recipe": "tutorial", "epochs": 1, "seed": 6, "steps": 20}
+    assert network.training == Provenance(recipe="tutorial", epochs=1, seed=6, steps=20)
     np.testing.assert_array_equal(network.params["fc"]["kernel"], of_run.params["fc"]["kernel"])
     first = load_trained(tmp_path / "run", None, pytest.fail)
-    assert (first.training["seed"], first.test_accuracy) == (5, metrics["seeds"]["test_accuracy"][0])
+    assert (first.training.seed, first.test_accuracy) == (5, metrics["seeds"]["test_accuracy"][0])
     assert (first.params["fc"]["kernel"] != of_run.params["fc"]["kernel"]).any()
     code, _, err = command("export", "run", "--to", "safetensors", "--output", file, "--seed", 7, *where)
     assert (code, err) == (2, f"error: --seed 7: the run {tmp_path}/run has the seeds 5 to 6\n")
@@ -122,7 +129,7 @@ def with_metadata_of_another_kind(tensors, metadata):
         (of_another_shape, "fc.bias has shape (11,), not (10,)"),
         (not_finite, "fc.bias holds values that are not finite"),
         (without_metadata, "is not a network of this program"),
-        (with_metadata_of_another_kind, "is not a network of this program"),
+        (with_metadata_of_another_kind, "is damaged or was edited"),
     ],
 )
 def test_a_file_that_is_no_sound_network_is_refused(change, complaint, tmp_path):

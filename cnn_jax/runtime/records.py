@@ -1,0 +1,58 @@
+"""JSON in files that anyone may have changed, read against a type; only this file knows msgspec."""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from cnn_jax.runtime.errors import InputFileError
+
+T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Size = Annotated[int, msgspec.Meta(ge=1)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON object with these keys and no others; those with a default may be missing."""
+
+
+def decode(content: bytes | str, kind: type[T], *, source: object, remedy: str) -> T:
+    """Return what JSON holds, of a type: a `Record`, or what msgspec knows.
+
+    Args:
+      content: The JSON; in bytes it is UTF-8.
+      kind: The type.
+      source: Where it is from, for the message.
+      remedy: What to do where it is something else.
+
+    Raises:
+      InputFileError: naming the source, the key and the remedy.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise unreadable(source, error, remedy) from error
+
+
+def convert(values: dict[str, Any], kind: type[T], *, source: object, remedy: str) -> T:
+    """Return values of JSON's types as a type, among whose fields may be paths.
+
+    Raises:
+      InputFileError: as `decode` does.
+    """
+    try:
+        return msgspec.convert(values, kind, dec_hook=lambda path, value: path(value) if path is Path else value)
+    except (msgspec.MsgspecError, TypeError, RecursionError) as error:
+        raise unreadable(source, error, remedy) from error
+
+
+def encode(record: Record) -> str:
+    """Return a record as JSON, which `decode` reads."""
+    return msgspec.json.encode(record).decode()
+
+
+def unreadable(source: object, reason: object, remedy: str) -> InputFileError:
+    """Return the failure of a file that does not hold what it should."""
+    return InputFileError(f"{source} is damaged or was edited ({reason}); {remedy}")

@@ -1,0 +1,207 @@
+"""What a run's files hold is believed as far as the types, and the checkpoint that is covered by a digest, agree."""
+
+import json
+import shutil
+
+import pytest
+
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runtime.errors import InputFileError
+from tests.helpers import ROOT, metrics_of
+
+pytestmark = pytest.mark.optax_promotes
+
+SMALL = ("--features", 2, 4, "--batch-size", 100)
+# What no file of a run holds.
+HOSTILE = {
+    "empty": b"",
+    "cut off": b'{"recipe": "tut',
+    "a list": b"[]",
+    "a number": b"5",
+    "null": b"null",
+    "UTF-16": '{"step": 1}'.encode("utf-16"),
+    "no UTF-8": b'{"step": "\xff"}',
+    "nested": b"[" * 100_000,
+    "nested objects": b'{"a":' * 100_000,
+    "nothing": b"{}",
+    "NUL": b"\0" * 1000,
+}
+
+
+@pytest.fixture
+def run(trained_run, tmp_path):
+    """A copy of a run of two epochs that is done."""
+    return RunFolder(shutil.copytree(trained_run(*SMALL, epochs=2), tmp_path / "run"))
+
+
+@pytest.fixture
+def again(command, small_mnist, tmp_path):
+    """Start that run's training command again, perhaps with other options."""
+
+    def train(*options, epochs=2):
+        where = ("--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run")
+        return command("train", *where, *SMALL, "--epochs", epochs, *options)
+
+    return train
+
+
+def edit(file, **changes):
+    """Change keys of a JSON object in a file; `...` removes one."""
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_file_that_holds_something_else_is_named_with_the_remedy(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    folder = RunFolder(tmp_path)
+    read = {
+        "config.json": folder.read_settings,
+        "metrics.jsonl": folder.read_metrics,
+        "result.json": folder.read_result,
+    }
+    if (name, content) == ("metrics.jsonl", b""):
+        assert folder.read_metrics() == []
+        return
+    with pytest.raises(InputFileError, match=rf"{name} is damaged or was edited \(.*\); .*(anew|back)"):
+        read[name]()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"dataset": 5}, "dataset"),
+        ({"precision": "nonsense"}, "precision"),
+        ({"precision": "int8"}, "precision"),
+        ({"features": [32]}, "features"),
+        ({"features": [2, "4"]}, "features"),
+        ({"features": [0, 4]}, "--features"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 10**30}, "--seed"),
+        ({"epochs": "many"}, "epochs"),
+        ({"epochs": True}, "epochs"),
+        ({"batch_size": 1.5}, "batch_size"),
+        ({"batch_size": ...}, "batch_size"),
+        ({"recipe": None}, "recipe"),
+        ({"dataset_dir": ["a"]}, "dataset_dir"),
+        ({"colour": "red"}, "colour"),
+        # These are possible, and not what the checkpoint was trained with.
+        ({"batch_size": 50}, "batch_size was 100 and is 50"),
+        ({"features": [4, 8]}, r"features was \[2, 4\] and is \[4, 8\]"),
+        ({"learning_rate": 0.1}, "learning_rate was 0.001 and is 0.1"),
+        ({"recipe": "accurate"}, "recipe was tutorial and is accurate"),
+        ({"precision": "bfloat16"}, "precision was float32 and is bfloat16"),
+        ({"seeds": 2}, "seeds was 1 and is 2"),
+        ({"validation": 30}, "validation was None and is 30"),
+    ],
+)
+def test_settings_that_were_edited_are_named_and_the_same_training_command_mends_them(
+    changes, key, run, command, again
+):
+    before = sorted(path.name for path in run.checkpoints.iterdir())
+    edit(run.path / "config.json", **changes)
+    code, out, err = command("evaluate", run.path)
+    assert (code, out) == (65, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {run.path / 'config.json'} is damaged or was edited (")
+    assert key.replace("\\", "") in line
+    # Nothing is taken for damage whose digest is right.
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == before
+    assert not (run.path / "quarantine").exists()
+
+
+def test_the_training_command_writes_edited_settings_anew(run, command, again):
+    edit(run.path / "config.json", batch_size=50, precision="nonsense", colour="red")
+    assert again()[0] == 0
+    assert command("evaluate", run.path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--batch-size", 50), ("--features", 4, 8), ("--recipe", "accurate"), ("--validation", 30), ("--seeds", 2)],
+    ids=lambda options: options[0],
+)
+def test_other_settings_are_refused_and_never_taken_for_damage(options, run, again):
+    for extra in ((), ("--dry-run",)):
+        code, out, err = again(*options, *extra)
+        assert (code, out) == (2, ""), err
+        (line,) = err.splitlines()
+        assert f"{options[0][2:].replace('-', '_')} was " in line
+    assert not (run.path / "quarantine").exists()
+
+
+@pytest.fixture(scope="module")
+def changed(trained_run, small_mnist, tmp_path_factory):
+    """A run whose data have changed since, in a bit, and the folder of those."""
+    data = shutil.copytree(small_mnist, tmp_path_factory.mktemp("changed") / "data")
+    run = trained_run(*SMALL, epochs=1, data=data)
+    images = data / "t10k-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[5000] ^= 1
+    images.write_bytes(content)
+    return run, data
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inspect", "report", "export", "predict", "demo"])
+def test_every_command_compares_the_data_before_it_computes(name, command, changed, tmp_path):
+    run, data = changed
+    arguments = {
+        "export": (run, "--to", "safetensors", "--output", tmp_path / "a.safetensors"),
+        "predict": (ROOT / "docs" / "four.jpg", "--run", run),
+        "demo": (run, "--port", 17861),
+    }
+    code, out, err = command(name, *arguments.get(name, (run,)))
+    assert (code, out) == (65, "")
+    assert err.startswith(f"error: the data in {data} are not those that the run")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [lines[0].replace('"cost": ', '"cost": 1'), *lines[1:]],
+        lambda lines: lines[1:],
+        lambda lines: lines[:1],
+        lambda lines: [],
+        lambda lines: [*lines[:1], "x"],
+        lambda lines: lines[::-1],
+    ],
+    ids=["a number", "the first line", "the last line", "all lines", "no JSON", "their order"],
+)
+def test_metrics_that_were_edited_or_lost_are_noticed(change, run, command):
+    file = run.path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("".join(line + "\n" for line in change(lines)))
+    code, _, err = command("evaluate", run.path)
+    assert code == 0, err
+    assert f"{file} was edited or lost lines; the numbers are those of the checkpoint" in err
+
+
+def test_metrics_that_were_edited_come_back_when_the_run_goes_on(run, again):
+    file = run.path / "metrics.jsonl"
+    sound = file.read_text()
+    file.write_text(sound.replace('"cost": ', '"cost": 1').replace('"epoch": 2', '"epoch": 7'))
+    code, out, err = again(epochs=3)
+    assert (code, out.count("[Epoch:")) == (0, 3), err
+    assert "was edited or lost lines" in err
+    assert file.read_text().startswith(sound)
+    assert [epoch["epoch"] for epoch in metrics_of(run.path)] == [1, 2, 3]
+
+
+def test_a_line_that_the_checkpoint_does_not_know_yet_is_what_a_kill_leaves_behind(run, again):
+    shutil.rmtree(run.checkpoints / "40")
+    code, out, err = again()
+    assert (code, out.count("[Epoch:")) == (0, 2), err
+    assert "edited" not in err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"test_accuracy": 1.5}, {"test_accuracy": ...}, {"seconds": 5}, {"step": -1}, {"versions": {"jax": 1}}, {"a": 1}],
+    ids=str,
+)
+def test_a_result_that_was_edited_is_named(changes, run, command):
+    edit(run.path / "result.json", **changes)
+    code, _, err = command("report", run.path)
+    assert code == 65
+    assert f"{run.path / 'result.json'} is damaged or was edited (" in err.splitlines()[-1]
