@@ -172,15 +172,15 @@ class RunFolder:
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
         remedy = "start the run's training command again, which writes it anew, or start anew with --fresh"
         values = decode(file.read_bytes(), dict[str, Any], source=file, remedy=remedy)
-        names = {field.name for field in dataclasses.fields(TrainSettings)}
+        names = [field.name for field in dataclasses.fields(TrainSettings)]
         # Earlier programs may have had fewer settings beside those that the results depend on.
         if missing := {*DECIDING_FIELDS, "epochs"} - values.keys():
             raise unreadable(file, f"without {', '.join(sorted(missing))}", remedy)
-        if unknown := values.keys() - names - FORMER_FIELDS:
+        if unknown := values.keys() - {*names, *FORMER_FIELDS}:
             raise unreadable(file, f"there is no setting {', '.join(sorted(unknown))}", remedy)
-        given = {name: values[name] for name in names & values.keys()}
         if data_dir is not None:
-            given["data_dir"] = str(data_dir)
+            values["data_dir"] = str(data_dir)
+        given = {name: values[name] for name in names if name in values}
         try:
             return convert(given, TrainSettings, source=file, remedy=remedy)
         except UsageError as error:

@@ -33,8 +33,9 @@ from cnn_jax.core.sharding import (
 )
 from cnn_jax.core.training import SeedEpoch, TrainState
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runs.settings import TrainSettings, require
 from cnn_jax.runtime.devices import device_bytes
+from cnn_jax.runtime.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,31 @@ def make_program(
             functools.partial(sum_seeds, model=model), mesh, (P(SEEDS), P(DATA), P(DATA), P()), P(SEEDS)
         ),
     )
+
+
+def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh) -> None:
+    """Refuse, before anything is compiled, a run that cannot end well.
+
+    What a run needs is taken for less than it is: every seed's weights with Adam's two moments, and for one seed the
+    gradient and the first block's convolution of the images that are computed at once.
+
+    Raises:
+      UsageError: that does not fit a device's memory, or the steps are too many to be counted in an int32.
+    """
+    steps = settings.epochs * (sizes.train_examples // settings.batch_size)
+    require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"fewer, for less than {2**31:,} steps")
+    height, width, channels = sizes.image_shape
+    first, second = settings.features
+    weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes
+    images = settings.batch_size // (mesh.shape[DATA] * count_parts(mesh, settings.batch_size))
+    seeds_here = settings.seeds // mesh.shape[SEEDS]
+    needed, there = 4 * ((3 * seeds_here + 1) * weights + images * height * width * first), device_bytes()
+    if needed > there:
+        raise UsageError(
+            f"--features {first} {second} with --seeds {settings.seeds} and --batch-size {settings.batch_size}: "
+            f"training needs more than {needed / 2**30:,.0f} GiB of memory and there are {there / 2**30:,.1f}; "
+            "make them smaller"
+        )
 
 
 def start_states(program: Program) -> TrainState:

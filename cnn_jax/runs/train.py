@@ -21,7 +21,16 @@ from cnn_jax.core.sharding import SEEDS, TestSet, make_mesh, shard, shard_test_s
 from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
-from cnn_jax.runs.program import Program, Progress, Sizes, compile_program, evaluate_seeds, make_program, start_states
+from cnn_jax.runs.program import (
+    Program,
+    Progress,
+    Sizes,
+    check_resources,
+    compile_program,
+    evaluate_seeds,
+    make_program,
+    start_states,
+)
 from cnn_jax.runs.restore import (
     TrainedRun,
     describe_run,
@@ -116,6 +125,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     with clock.part("loading"):
         dataset = load_run_data(settings)
     sizes, mesh = Sizes.of(dataset, settings), make_mesh(settings.seeds, jax.devices())
+    check_resources(settings, sizes, mesh)
     program = make_program(settings, sizes, mesh, streams=streams(settings, dataset))
     with contextlib.ExitStack() as held:
         checkpoints = held.enter_context(open_run_checkpoints(settings, run))

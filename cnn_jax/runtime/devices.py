@@ -2,6 +2,7 @@
 
 import os
 import platform as system
+import resource
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -62,11 +63,15 @@ def _cores() -> int:
 
 
 def device_bytes() -> int:
-    """Return the bytes of memory of one device; for a CPU, the machine's."""
+    """Return the bytes of memory of one device; for a CPU, what the machine, the container and the shell allow."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics is not None and "bytes_limit" in statistics:
         return statistics["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    cgroup = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
+    if cgroup.is_file() and (limit := cgroup.read_text().strip()).isdigit():
+        limits.append(int(limit))
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
 def _keep_compiled_code() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the extra torch")
 
 from cnn_jax.core.model import CNN  # noqa: E402
 from cnn_jax.core.recipes import tutorial  # noqa: E402
+from cnn_jax.core.sharding import of_seed  # noqa: E402
 from cnn_jax.core.training import create_train_state, make_keys  # noqa: E402
 from cnn_jax.data.dataset import Dataset  # noqa: E402
 from cnn_jax.data.idx import read_idx  # noqa: E402
@@ -19,7 +21,9 @@ from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_m
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
 from cnn_jax.pytorch.processes import SeedResult  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
-from tests.helpers import EMBEDDED  # noqa: E402
+from cnn_jax.runs.folder import RunFolder  # noqa: E402
+from cnn_jax.runs.restore import restore_run  # noqa: E402
+from tests.helpers import EMBEDDED, assert_same_bits  # noqa: E402
 
 pytestmark = pytest.mark.optax_promotes
 IMAGE_SHAPE = (28, 28, 1)
@@ -112,13 +116,42 @@ def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(st
     assert "already exists; give another --run-name" in err
 
 
-def test_an_imported_run_can_be_trained_on_with_any_settings(state_dict, command, small_mnist, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--learning-rate", 0.002),
+        ("--batch-size", 200, "--validation", 30, "--recipe", "accurate", "--seeds", 2),
+    ],
+    ids=["as it was", "otherwise"],
+)
+def test_an_imported_run_can_be_trained_on_with_any_settings(options, state_dict, command, small_mnist, tmp_path):
     where = ("--checkpoint-dir", tmp_path, "--dataset-dir", small_mnist)
     assert command("import-torch", state_dict[1], *where, "--run-name", "on")[0] == 0
-    code, out, err = command("train", *where, "--run-name", "on", "--epochs", 1, "--learning-rate", 0.002)
+    code, out, err = command("train", *where, "--run-name", "on", "--epochs", 1, *options)
     assert code == 0, err
-    assert "continuing after step 0 of 20" in err
+    assert re.search("continuing after step 0 of (10|20)", err)
     assert out.startswith("[Epoch:    1] cost = ")
+    assert "damaged" not in err
+
+
+def test_an_imported_run_goes_on_from_its_weights_whatever_changes_beside_them(state_dict, command, small_mnist,
+                                                                               tmp_path):  # fmt: skip
+    where = ("--checkpoint-dir", tmp_path, "--dataset-dir", small_mnist)
+    assert command("import-torch", state_dict[1], *where, "--run-name", "on")[0] == 0
+    run = RunFolder(tmp_path / "on")
+    imported = of_seed(restore_run(run, None, pytest.fail).states.params, 0)
+    # This is what a process leaves behind that is killed before its first checkpoint.
+    run.write_settings(dataclasses.replace(run.read_settings(), recipe="fast", epochs=1, batch_size=50, seeds=2))
+    states = restore_run(run, None, pytest.fail).states
+    for i in range(2):
+        assert_same_bits(of_seed(states.params, i), imported)
+        assert_same_bits(of_seed(states.ema_params, i), imported)
+    code, out, err = command("train", *where, "--run-name", "on", "--epochs", 1, "--features", 8, 16)
+    assert (code, out) == (2, "")
+    assert err.endswith(
+        "has the weights of a network with --features 32 64 and 10 classes; train it on with those, or give another "
+        "--run-name, or --fresh\n"
+    )
 
 
 def test_safetensors_are_read_too(state_dict, command, tfds_folder, tmp_path):

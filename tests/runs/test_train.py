@@ -330,6 +330,24 @@ def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
     assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, images resident" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--features", 100_000, 100_000), "training needs more than 1,349 GiB of memory and there are"),
+        (("--features", 10**15, 10**15), "GiB of memory and there are"),
+        (("--seeds", 10**7), "--features 32 64 with --seeds 10000000 and --batch-size 100: training needs more than"),
+        (("--epochs", 1e9, "--recipe", "fast"), "--epochs 1e+09: it must be fewer, for less than 2,147,483,648 steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_what_cannot_end_well_ends_before_it_is_compiled(options, line, train, tmp_path):
+    code, out, err = train(*options)
+    assert (code, out) == (2, "")
+    (error,) = err.splitlines()
+    assert line in error
+    assert not (tmp_path / "run" / "steps").exists()
+
+
 def test_a_dry_run_writes_nothing(train, tmp_path):
     code, out, err = train("--dry-run")
     assert (code, out) == (0, "")
