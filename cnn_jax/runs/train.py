@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32
 
 from cnn_jax import __version__
+from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.input_pipeline import Feed, resident, streamed
 from cnn_jax.core.sharding import SEEDS, TestSet, make_mesh, shard, shard_test_set, to_host
 from cnn_jax.data.dataset import Dataset, hold_out
@@ -164,6 +165,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 clock.seconds["training"] += seconds
                 with clock.part("testing"):
                     tests = evaluate_seeds(program, progress.states, epoch_test_set)
+                    require_finite_tests(tests, progress.step)
                 compile_seconds = clock.seconds["compiling"] if begin == first_step else 0.0
                 metrics.append(epoch_metrics(settings, program, progress, tests, begin, seconds, compile_seconds))
                 with clock.part("saving"):
@@ -249,6 +251,19 @@ def require_finite(losses: Float32[np.ndarray, "s steps"], step: int) -> Float32
             "lower --learning-rate"
         )
     return losses
+
+
+def require_finite_tests(tests: list[Evaluation], step: int) -> None:
+    """Refuse to write down or save weights that the last steps of an epoch have spoiled.
+
+    Raises:
+      NonFiniteLossError: the loss over the tested images is not finite, of some seed.
+    """
+    if not np.isfinite([test.loss for test in tests]).all():
+        raise NonFiniteLossError(
+            f"the loss of the tested images is not finite after step {step:,}; the newest checkpoint is from before; "
+            "lower --learning-rate"
+        )
 
 
 def place_data(settings: TrainSettings, dataset: Dataset, program: Program) -> tuple[Feed, TestSet]:

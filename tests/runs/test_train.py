@@ -269,6 +269,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_bad(train, tmp
     assert list((tmp_path / "run" / "steps").glob("*")) == []
 
 
+def test_weights_that_the_last_step_of_an_epoch_spoiled_are_not_saved(train, tmp_path):
+    code, _, err = train("--learning-rate", 1e30, "--batch-size", 2030, epochs=1)
+    assert code == 5
+    assert "the loss of the tested images is not finite after step 1" in err
+    assert list((tmp_path / "run" / "steps").glob("*")) == []
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_run_below_its_target_accuracy_ends_with_70(train):
     code, out, err = train("--target-accuracy", 0.999, epochs=1)
     assert code == 70
