@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import lzma
 import os
 
@@ -15,8 +16,10 @@ from cnn_jax.cli.commands import train
 from cnn_jax.cli.parser import parameters_of
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.inference.pictures import read_digit
+from cnn_jax.inference.pretrained import PACKAGED, read_trained
 from cnn_jax.pytorch.import_weights import read_torch_file
-from cnn_jax.runtime.errors import InputFileError
+from cnn_jax.runs.folder import RunFolder, deciding_settings
+from cnn_jax.runtime.errors import InputFileError, describe_failure
 from tests.digits import DARK_PENS, SHAPES, draw_digit
 
 # The same examples in every run, with no folder of earlier ones; what a test is given stays the same for all of them.
@@ -84,7 +87,7 @@ def read_or_refuse(read, file, content):
     try:
         return read(file)
     except InputFileError as error:
-        complaint = str(error)
+        complaint, _ = describe_failure(error)
     assert str(file) in complaint
     assert len(complaint.splitlines()) == 1
     return None
@@ -163,3 +166,54 @@ def test_a_png_is_read_unchanged_or_refused(name, data, pictures, tmp_path):
 def test_a_jpeg_is_read_as_some_digit_or_refused(name, data, pictures, tmp_path):
     digit = read_or_refuse(read_digit, tmp_path / name, data.draw(edited(pictures[name])))
     assert digit is None or (digit.shape, digit.dtype, digit.max()) == ((28, 28, 1), np.uint8, 255)
+
+
+@pytest.fixture(scope="module")
+def run_files(trained_run):
+    """The sound bytes of a run's files by their names."""
+    run = trained_run("--features", 2, 4, "--batch-size", 100, "--seeds", 2, "--validation", 30, epochs=1)
+    return {name: (run / name).read_bytes() for name in ("config.json", "metrics.jsonl", "result.json")}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def reassigned(draw, sound):
+    """A file of one JSON object that has another value under a key, or one key more."""
+    values = json.loads(sound)
+    values[draw(st.sampled_from(sorted(values)) | words)] = draw(json_values)
+    return json.dumps(values).encode()
+
+
+@fuzz
+@given(name=st.sampled_from(["config.json", "metrics.jsonl", "result.json"]), data=st.data())
+def test_a_file_of_a_run_is_read_as_its_types_say_or_refused(name, data, run_files, tmp_path):
+    def read(file):
+        folder = RunFolder(file.parent)
+        return {"config.json": folder.read_settings, "metrics.jsonl": folder.read_metrics}.get(
+            name, folder.read_result
+        )()
+
+    sound = run_files[name]
+    content = data.draw(st.one_of(edited(sound), reassigned(sound), json_values.map(json.dumps).map(str.encode)))
+    found = read_or_refuse(read, tmp_path / name, content)
+    if name == "config.json" and found is not None:
+        # What is understood is what can be written and read again.
+        RunFolder(tmp_path).write_settings(found)
+        assert deciding_settings(RunFolder(tmp_path).read_settings()) == deciding_settings(found)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_networks_file_is_read_or_refused(data, tmp_path):
+    sound = PACKAGED.read_bytes()
+    end = 8 + int.from_bytes(sound[:8], "little")
+    # Where a byte of the header changes; the weights after it carry no checksum.
+    content = data.draw(edited(sound[:end])) + sound[end:]
+    network = read_or_refuse(read_trained, tmp_path / "network.safetensors", content)
+    assert network is None or network.logits(np.zeros((1, *network.image_shape), np.uint8)).shape == (1, 10)

@@ -177,7 +177,7 @@ class RunFolder:
         if missing := {*DECIDING_FIELDS, "epochs"} - values.keys():
             raise unreadable(file, f"without {', '.join(sorted(missing))}", remedy)
         if unknown := values.keys() - {*names, *FORMER_FIELDS}:
-            raise unreadable(file, f"there is no setting {', '.join(sorted(unknown))}", remedy)
+            raise unreadable(file, f"there is no setting {', '.join(map(repr, sorted(unknown)))}", remedy)
         if data_dir is not None:
             values["data_dir"] = str(data_dir)
         given = {name: values[name] for name in names if name in values}

@@ -43,9 +43,16 @@ def convert(values: dict[str, Any], kind: type[T], *, source: object, remedy: st
       InputFileError: as `decode` does.
     """
     try:
-        return msgspec.convert(values, kind, dec_hook=lambda path, value: path(value) if path is Path else value)
-    except (msgspec.MsgspecError, TypeError, RecursionError) as error:
+        return msgspec.convert(values, kind, dec_hook=_to_path)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise unreadable(source, error, remedy) from error
+
+
+def _to_path(kind: type, value: Any) -> Path:
+    assert kind is Path, "what msgspec does not know is a path"
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError("a path is text without NUL")
+    return Path(value)
 
 
 def encode(record: Record) -> str:

@@ -35,7 +35,7 @@ def main() -> None:
         "--flips", type=int, default=20, help="bits to flip in each file of a checkpoint and of the data"
     )
     parser.add_argument("--every", type=int, default=1, help="inject a fault at every Nth file operation of a save")
-    parser.add_argument("--examples", type=int, default=1000, help="command lines, and files of each kind, to fuzz")
+    parser.add_argument("--examples", type=int, default=1250, help="command lines, and files of each kind, to fuzz")
     parser.add_argument("--output", type=Path, help="folder for the result as JSON and Markdown")
     arguments = parser.parse_args()
     begin = time.time()

@@ -286,8 +286,8 @@ def full_disk(*, every: int) -> Tally:
 
 
 def fuzz(*, examples: int) -> Tally:
-    """Run `tests/test_fuzz.py` with more examples: command lines, IDX files, files of weights and pictures."""
-    tally = Tally("fuzzed command lines, IDX files, files of weights and pictures")
+    """Run `tests/test_fuzz.py` with more examples: command lines, and files of every kind that is read."""
+    tally = Tally("fuzzed command lines, and files of data, weights, pictures and runs")
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_fuzz.py"],
         capture_output=True,
@@ -295,7 +295,7 @@ def fuzz(*, examples: int) -> Tally:
         cwd=ROOT,
         env=os.environ | {"FUZZ_EXAMPLES": str(examples)},
     )
-    tally.trials = 6 * examples
+    tally.trials = 8 * examples
     tally.failures = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if ended.returncode != 0 and not tally.failures:
         tally.failures.append(f"pytest ended with {ended.returncode}: {_last_line(ended.stdout)}")

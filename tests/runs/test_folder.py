@@ -85,6 +85,7 @@ def test_a_file_that_holds_something_else_is_named_with_the_remedy(name, content
         ({"batch_size": ...}, "batch_size"),
         ({"recipe": None}, "recipe"),
         ({"dataset_dir": ["a"]}, "dataset_dir"),
+        ({"dataset_dir": "a\0b"}, "dataset_dir"),
         ({"colour": "red"}, "colour"),
         # These are possible, and not what the checkpoint was trained with.
         ({"batch_size": 50}, "batch_size was 100 and is 50"),
