@@ -20,6 +20,7 @@ from cnn_jax.data.dataset import check_sizes
 from cnn_jax.data.loading import count_train_examples
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
+    FOLDER_NAME,
     Epochs,
     Must,
     Platform,
@@ -34,6 +35,7 @@ from cnn_jax.runtime.signals import end_on_signals
 Count = Annotated[int, AT_LEAST_1]
 Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
 SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a spread")]
+StudyName = Annotated[str, FOLDER_NAME, Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")]
 Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
 Range = Annotated[
     tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] < math.inf, "two positive numbers in order", "g")
@@ -217,7 +219,7 @@ def export(
 def sweep(
     common: CommonOptions,
     *,
-    study: str = "sweep",
+    study: StudyName = "sweep",
     trials: Count = 30,
     epochs: Epochs = 2,
     learning_rate: Range = (0.0003, 0.03),
@@ -258,6 +260,9 @@ def sweep(
     pairs = tuple(zip(features[::2], features[1::2], strict=True))
     for size, channels in itertools.product(batch_size, pairs):
         dataclasses.replace(shared, batch_size=size, features=channels)  # refuses what a trial would refuse
+    train_examples = count_train_examples(dataset, dataset_dir, shared.data_dir)
+    if train_examples is not None:
+        check_sizes(max(batch_size), validation, train_examples)
     need("optuna", extra="sweep")
     from cnn_jax.analysis.plots import save_axes
     from cnn_jax.runs.sweep import SearchSpace, draw_study, run_study

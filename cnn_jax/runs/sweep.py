@@ -1,26 +1,84 @@
 """A search over settings, scored on held-out training images; the only file that knows Optuna."""
 
+import contextlib
 import dataclasses
+import math
+import os
+import re
+import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    check_distribution_compatibility,
+)
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import SQLAlchemyError
 
+from cnn_jax.data.dataset import fingerprint
+from cnn_jax.runs.folder import RunFolder, deciding_settings
+from cnn_jax.runs.restore import load_run_data
 from cnn_jax.runs.settings import RecipeName, TrainSettings
 from cnn_jax.runs.train import open_run, train_run
+from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError
-from cnn_jax.runtime.files import locked
+from cnn_jax.runtime.errors import (
+    CnnJaxError,
+    InputFileError,
+    NonFiniteLossError,
+    StopSignalError,
+    StorageError,
+    UsageError,
+)
+from cnn_jax.runtime.files import locked, sync
 
 # The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
 SHOWN_TRIALS = 10
+
+# SQLite's codes for a file that is no sound database with the tables of a study; its others are about access.
+DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+SEARCHED = ("features", "recipe", "learning_rate", "batch_size")
+
+
+def _whole(least: int) -> Callable[[Any], object]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _text(pattern: str) -> Callable[[Any], object]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL)
+
+
+def _each(valid: Callable[[Any], object]) -> Callable[[Any], object]:
+    return lambda values: isinstance(values, list) and values and all(map(valid, values))
+
+
+# What a study records of itself, and which values are valid: what decides a score and is not searched, the choices,
+# which Optuna does not let change, and the data's SHA-256.
+RECORDED: dict[str, Callable[[Any], object]] = {
+    "dataset": _text(".+"),
+    "dataset_dir": lambda value: value is None or _text("/.*")(value),
+    "data": _text("[0-9a-f]{64}"),
+    "epochs": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "validation": _whole(1),
+    "seed": lambda value: _whole(0)(value) and value < 2**32,
+    "seeds": _whole(1),
+    "precision": lambda value: value in ("float32", "bfloat16"),
+    "features": _each(_text("[1-9][0-9]*x[1-9][0-9]*")),
+    "recipe": _each(lambda value: value in get_args(RecipeName)),
+    "batch_size": _each(_whole(1)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +90,16 @@ class SearchSpace:
     features: tuple[tuple[int, int], ...]
     recipes: tuple[RecipeName, ...]
 
+    def choices(self) -> dict[str, list[Any]]:
+        """Return the lists as JSON's types, by the settings' names."""
+        features = ["x".join(map(str, pair)) for pair in self.features]
+        return {"features": features, "recipe": list(self.recipes), "batch_size": list(self.batch_sizes)}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return what Optuna records of each trial, by the settings' names."""
+        choices = {name: CategoricalDistribution(values) for name, values in self.choices().items()}
+        return {**choices, "learning_rate": FloatDistribution(*self.learning_rate, log=True)}
+
 
 def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.Study:
     """Run trials until the study has as many as it is to have, and list the best.
@@ -42,14 +110,25 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.
       trials: How many are to be there in the end, by however many processes.
 
     Raises:
+      UsageError: the study has other settings.
+      InputFileError: its database is damaged, or the data have changed.
+      StorageError: its database cannot be read or written.
       CnnJaxError: a trial failed, but for a loss that is not finite: that one scores nothing.
     """
     display, folder = Display(), shared.checkpoint_dir
+    file = folder / "study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _failures_named(file):
         # What is marked as experimental: heartbeats and what retries their trials, and `constant_liar`.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = open_study(folder)
+        # A trial that is taken up again keeps its learning rate, wherever the range now is.
+        warnings.filterwarnings("ignore", "Fixed parameter learning_rate")
+        if os.path.lexists(file):
+            open_study(space, shared)  # refuses other settings before anything is loaded
+        # What every trial would refuse is refused before there is a trial.
+        start_devices(shared.platform)
+        dataset = load_run_data(dataclasses.replace(shared, batch_size=max(space.batch_sizes)))
+        study = open_study(space, shared, fingerprint(dataset))
         while len(_ended(study)) < trials:
             # One a call: between two, other processes may have ended the study.
             study.optimize(lambda trial: _score(trial, space, shared, display), n_trials=1)
@@ -57,7 +136,7 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.
     rows = [(f"trial {trial.number}: {score:.4f}", _describe(trial)) for score, trial in best]
     display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
     if len(best) > 1:
-        display.say(f"the study is in {folder / 'study.db'}, its plots beside it")
+        display.say(f"the study is in {file}, its plots beside it")
     return study
 
 
@@ -75,23 +154,227 @@ def draw_study(study: optuna.Study) -> Iterator[tuple[str, Any]]:
         yield "importances.png", draw.plot_param_importances(study, evaluator=evaluator)
 
 
-def open_study(folder: Path) -> optuna.Study:
-    """Open a folder's study, or begin it; several processes may have it open."""
+def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = None) -> optuna.Study:
+    """Open the study in a folder and check it, or begin it; several processes may have it open.
+
+    Args:
+      space: Where to search.
+      shared: The settings that all trials share; their checkpoint_dir is the study's folder.
+      data: The data's SHA-256, in hexadecimal; None where the study is there and is only to be checked.
+
+    Raises:
+      UsageError: the study has other settings, or the folder holds other runs than the study's.
+      InputFileError: the database is damaged or not this study's, or the data have changed.
+      StorageError: the database cannot be read or written.
+    """
+    folder, file = shared.checkpoint_dir, shared.checkpoint_dir / "study.db"
+    now = {**_shared_settings(shared), **space.choices(), "data": data}
+    if (folder / "config.json").exists():
+        raise UsageError(f"{folder} is a run, not a study; give another --study")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", wait=True):  # where several begin it at once, one makes the tables
-        storage = RDBStorage(
-            f"sqlite:///{folder.resolve() / 'study.db'}",
-            engine_kwargs={"connect_args": {"timeout": 60}},
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=SILENT_SECONDS,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+    # Where several begin it at once, one does.
+    with locked(folder / "lock", wait=True), _failures_named(file, reading=True):
+        # Listed before the trials: another process makes a trial, then its folder.
+        runs = _trial_runs(folder)
+        if data is not None and not os.path.lexists(file):
+            _check_runs(folder, runs, trials=0)
+            _begin_study(file, now)
+        study = _read_study(file)
+        trials = study.get_trials(deepcopy=False)
+        if "settings" in study.user_attrs:
+            recorded = _valid_settings(study.user_attrs["settings"])
+        else:  # version 0.1.0 began it
+            recorded = now | _settings_of_trials(file, trials, runs)
+        _check_settings(shared, recorded, now)
+        _check_trials(trials, space)
+        _check_runs(folder, runs, len(trials))
+        if data is not None and "settings" not in study.user_attrs:
+            study.set_user_attr("settings", now)
+        return study
+
+
+def _begin_study(file: Path, settings: dict) -> None:
+    """Write a study without trials; the file is whole or not there, whenever the process ends."""
+    new = file.with_name("study.db.new")
+    new.write_bytes(b"")  # to SQLite, an empty database
+    storage = _open_storage(new, skip_table_creation=False)
+    study = optuna.create_study(study_name=file.parent.name, storage=storage, direction="maximize")
+    study.set_user_attr("settings", settings)
+    storage.engine.dispose()
+    new.replace(file)
+    sync(file.parent)
+
+
+def _read_study(file: Path) -> optuna.Study:
+    try:
+        storage = _open_storage(file, skip_table_creation=True)
+    except RuntimeError as error:
+        raise InputFileError(
+            f"{file} has the tables of another version of Optuna; install that version, or give another --study"
+        ) from error
+    event.listen(storage.engine, "begin", _lock_before_reading)
+    with storage.engine.begin() as connection:
+        # Changes nothing, but fails where the file cannot be written.
+        connection.exec_driver_sql("DELETE FROM studies WHERE FALSE")
+        problem = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if problem != "ok":
+        raise ValueError(problem)
+    name, names = file.parent.name, optuna.get_all_study_names(storage)
+    if name not in names:
+        raise InputFileError(
+            f"{file} holds {', '.join(names) or 'no study'}, not {name}; "
+            "give its folder the study's name, or give another --study"
         )
-        event.listen(storage.engine, "begin", _lock_before_reading)
-        # A process takes the unfinished trials of the others for bad ones, so that they try different things.
-        sampler = optuna.samplers.TPESampler(constant_liar=True)
-        return optuna.create_study(
-            study_name=folder.name, storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
+    # A process takes the unfinished trials of the others for bad ones, so that they try different things.
+    sampler = optuna.samplers.TPESampler(constant_liar=True)
+    study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+    if study.directions != [StudyDirection.MAXIMIZE]:
+        raise ValueError("it does not maximize one score")
+    return study
+
+
+class _Storage(RDBStorage):
+    def record_heartbeat(self, trial_id: int) -> None:
+        # In a thread of Optuna's, whose failure nobody would see but as a traceback. The trial's own writes report it.
+        with contextlib.suppress(SQLAlchemyError, StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
+def _open_storage(file: Path, *, skip_table_creation: bool) -> RDBStorage:
+    def connect() -> sqlite3.Connection:
+        # By its path, in which a URL would give ?, # and % a meaning. `rw` makes no file where there is none.
+        uri = f"{file.resolve().as_uri()}?mode=rw"
+        return sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False)
+
+    return _Storage(
+        "sqlite:///study.db",
+        engine_kwargs={"creator": connect},
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=SILENT_SECONDS,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        skip_table_creation=skip_table_creation,
+    )
+
+
+@contextlib.contextmanager
+def _failures_named(file: Path, *, reading: bool = False) -> Iterator[None]:
+    """Report the failures of a study's database by its file: damage, or that SQLite cannot access it.
+
+    Where nothing happens but `reading`, every failure is damage: Optuna trusts what it reads, and fails in many ways.
+    """
+    try:
+        yield
+    except (CnnJaxError, OSError):
+        raise
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)
+        found = next((cause for cause in chain if isinstance(cause, sqlite3.Error)), error if reading else None)
+        if found is None:
+            raise
+        code, reason = getattr(found, "sqlite_errorcode", None), str(found) or type(found).__name__
+        if code is None or code & 0xFF in DAMAGE:
+            raise InputFileError(
+                f"{file} is damaged or not this study's ({reason}); bring a sound copy back, or give another --study"
+            ) from error
+        raise StorageError(
+            f"{file} cannot be read or written ({reason}); see to the disk and its permissions, "
+            "or give another --checkpoint-dir"
+        ) from error
+
+
+def _trial_runs(folder: Path) -> dict[int, RunFolder]:
+    """Return the runs in a study's folder by the numbers of their trials."""
+    files = folder.glob("trial-*/config.json")
+    named = {file.parent.name.removeprefix("trial-"): RunFolder(file.parent) for file in files}
+    return {int(number): run for number, run in named.items() if number.isdecimal()}
+
+
+def _shared_settings(settings: TrainSettings) -> dict:
+    """Return what a score depends on and all trials of a study share, as JSON's types."""
+    deciding = deciding_settings(settings) | {"epochs": settings.epochs}
+    return {name: value for name, value in deciding.items() if name not in SEARCHED}
+
+
+def _valid_settings(recorded: Any) -> dict:
+    if not isinstance(recorded, dict) or recorded.keys() != RECORDED.keys():
+        raise ValueError("its settings are not those of a study")
+    for name, is_valid in RECORDED.items():
+        if not is_valid(recorded[name]):
+            raise ValueError(f"its settings have the {name} {recorded[name]}")
+    return recorded
+
+
+def _settings_of_trials(file: Path, trials: Sequence[FrozenTrial], runs: dict[int, RunFolder]) -> dict:
+    """Return the settings of a study that does not record them, as far as its trials do."""
+    shared: dict = {}
+    for number, run in sorted(runs.items()):
+        try:
+            settings = _shared_settings(run.read_settings())
+        except CnnJaxError as error:
+            raise InputFileError(f"{run.path / 'config.json'} cannot be understood; give another --study") from error
+        if shared and settings != shared:
+            raise InputFileError(
+                f"{file} has trials of different settings, whose scores do not compare: in trial-{number}, "
+                f"{_differences(shared, settings)}; give another --study"
+            )
+        shared = settings
+    if not shared and any(trial.state == TrialState.COMPLETE for trial in trials):
+        raise InputFileError(f"{file} does not record its settings, nor does a run beside it; give another --study")
+    choices = {
+        name: list(distribution.choices)
+        for trial in trials
+        for name, distribution in trial.distributions.items()
+        if isinstance(distribution, CategoricalDistribution)
+    }
+    return shared | choices
+
+
+def _check_settings(shared: TrainSettings, recorded: dict, now: dict) -> None:
+    """Refuse settings that are not a study's; raises UsageError, or InputFileError where the data have changed."""
+    if differences := _differences(recorded | {"data": None}, now | {"data": None}):
+        raise UsageError(
+            f"the study {shared.checkpoint_dir} has other settings: {differences}; "
+            "give them as they were, or another --study"
         )
+    if now["data"] not in (None, recorded["data"]):
+        raise InputFileError(
+            f"the data in {shared.dataset_dir or shared.dataset} are not those that the study "
+            f"{shared.checkpoint_dir} was begun with; bring them back, or give another --study"
+        )
+
+
+def _differences(before: dict, now: dict) -> str:
+    def words(value: object) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(str, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return "; ".join(
+        f"{name} was {words(before[name])} and is {words(now[name])}" for name in now if before[name] != now[name]
+    )
+
+
+def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
+    """Refuse runs that a trial still to come would take for its own; raises UsageError."""
+    if strays := sorted(runs.keys() - range(trials)):
+        raise UsageError(
+            f"{folder} holds trial-{strays[0]}, which is no trial of its study; move it away, or give another --study"
+        )
+
+
+def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace) -> None:
+    """Refuse trials that this program did not make; raises KeyError, TypeError or ValueError."""
+    distributions = space.distributions()
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            check_distribution_compatibility(distribution, distributions[name])
+        origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
+        if origin is not None and origin not in range(trial.number):
+            raise ValueError(f"trial {trial.number} takes up trial {origin}")
+        if trial.state == TrialState.COMPLETE and not 0 <= trial.values[0] <= 1:
+            raise ValueError(f"trial {trial.number} has the score {trial.values[0]}")
 
 
 def _lock_before_reading(connection: Connection) -> None:
@@ -102,14 +385,15 @@ def _lock_before_reading(connection: Connection) -> None:
 
 def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Display) -> float:
     """Train what a trial suggests, and return its accuracy on the held-out images: the mean over its seeds."""
-    features = trial.suggest_categorical("features", ["x".join(map(str, pair)) for pair in space.features])
+    choices = space.choices()
+    features = str(trial.suggest_categorical("features", choices["features"]))
     origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
     settings = dataclasses.replace(
         shared,
         run_name=f"trial-{trial.number if origin is None else origin}",
-        recipe=trial.suggest_categorical("recipe", space.recipes),
+        recipe=trial.suggest_categorical("recipe", choices["recipe"]),
         learning_rate=trial.suggest_float("learning_rate", *space.learning_rate, log=True),
-        batch_size=trial.suggest_categorical("batch_size", space.batch_sizes),
+        batch_size=trial.suggest_categorical("batch_size", choices["batch_size"]),
         features=tuple(int(channels) for channels in features.split("x")),
     )
     if not trial.number:

@@ -1,15 +1,26 @@
 """A sweep tries settings, scores them on held-out images, and goes on where it was stopped."""
 
+import contextlib
+import dataclasses
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.settings import TrainSettings
+from tests.helpers import write_idx
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -17,6 +28,60 @@ pytestmark = pytest.mark.optax_promotes
 @pytest.fixture
 def arguments(small_mnist, tmp_path):
     return ["--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1, "--validation", 300]
+
+
+# What `begun` is begun with, and what continues it.
+CHOICES = {"features": ["4x8", "8x16"], "recipe": ["tutorial"], "batch_size": [50, 100]}
+SAME = ["--trials", 1, "--features", 4, 8, 8, 16, "--recipe", "tutorial", "--batch-size", 50, 100]
+
+
+@pytest.fixture
+def begin(small_mnist, tmp_path):
+    """Begin the study `sweep` of those arguments, or of other settings, and return it."""
+    from cnn_jax.data.dataset import fingerprint
+    from cnn_jax.data.loading import load_dataset
+    from cnn_jax.runs.sweep import SearchSpace, open_study
+
+    shared = TrainSettings(epochs=1, validation=300, dataset_dir=small_mnist, checkpoint_dir=tmp_path / "sweep")
+    space = SearchSpace((0.0003, 0.03), (50, 100), ((4, 8), (8, 16)), ("tutorial",))
+    data = fingerprint(load_dataset("mnist", small_mnist, None))
+
+    def begin(**changes):
+        with pytest.warns(optuna.exceptions.ExperimentalWarning):
+            return open_study(space, dataclasses.replace(shared, **changes), data)
+
+    return begin
+
+
+@pytest.fixture
+def begun(begin, tmp_path):
+    """The folder of a study with one trial."""
+    begin().add_trial(trial_of())
+    return tmp_path / "sweep"
+
+
+def trial_of(score=0.9, **more):
+    distributions = {name: CategoricalDistribution(values) for name, values in CHOICES.items()}
+    distributions["learning_rate"] = FloatDistribution(0.0003, 0.03, log=True)
+    params = {name: values[0] for name, values in CHOICES.items()} | {"learning_rate": 0.001}
+    return create_trial(value=score, params=params, distributions=distributions, **more)
+
+
+def edit(folder, *statements):
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as connection, connection:
+        for statement, *values in statements:
+            assert connection.execute(statement, values).rowcount
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def assert_one_line(err, *words):
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert str(word) in line
 
 
 def study_of(folder):
@@ -57,14 +122,334 @@ def test_a_trial_whose_loss_is_not_finite_scores_nothing(command, arguments, tmp
     assert [trial.state for trial in study_of(tmp_path).trials] == [TrialState.PRUNED]
 
 
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        (["--epochs", 2], "epochs was 1 and is 2"),
+        (["--validation", 301], "validation was 300 and is 301"),
+        (["--seed", 1], "seed was 777 and is 1"),
+        (["--seeds", 2], "seeds was 1 and is 2"),
+        (["--dataset", "fashion_mnist"], "dataset was mnist and is fashion_mnist"),
+        (["--features", 4, 8], "features was 4x8, 8x16 and is 4x8"),
+        (["--batch-size", 50, 100, 200], "batch_size was 50, 100 and is 50, 100, 200"),
+        (["--recipe", "fast"], "recipe was tutorial and is fast"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_study_refuses_other_settings_and_names_them(command, arguments, begun, changed, difference):
+    before = files_of(begun)
+    code, _, err = command("sweep", *SAME, *arguments, *changed)
+    assert code == 2
+    assert_one_line(err, begun, difference, "another --study")
+    assert files_of(begun) == before
+
+
+def test_a_study_refuses_another_folder_of_data(command, arguments, begun, small_mnist, tmp_path):
+    shutil.copytree(small_mnist, tmp_path / "copy")
+    code, _, err = command("sweep", *SAME, *arguments, "--dataset-dir", tmp_path / "copy")
+    assert code == 2
+    assert_one_line(err, f"dataset_dir was {small_mnist} and is {tmp_path / 'copy'}")
+
+
+def test_a_study_refuses_data_that_have_changed(command, arguments, begin, small_mnist, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_mnist, data)
+    begin(dataset_dir=data)
+    labels = data / "t10k-labels-idx1-ubyte.xz"
+    write_idx(labels, np.zeros(510, np.uint8))
+    code, _, err = command("sweep", *SAME, *arguments, "--dataset-dir", data)
+    assert code == 65
+    assert_one_line(err, data, tmp_path / "sweep", "bring them back")
+    assert study_of(tmp_path).trials == []
+
+
+def test_the_learning_rates_may_change_and_a_trial_that_is_taken_up_keeps_its_own(command, arguments, begun, tmp_path):
+    params = {"features": "4x8", "recipe": "tutorial", "batch_size": 100, "learning_rate": 0.02}
+    study_of(tmp_path).enqueue_trial(params)
+    code, _, err = command("sweep", *SAME, *arguments, "--learning-rate", 0.0001, 0.001, "--trials", 2)
+    assert code == 0, err
+    assert "out of range" not in err
+    assert study_of(tmp_path).trials[1].params == params
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "50%41", "a b", "a:b", "{x}", "é", "file:x", "q?mode=memory", "\udcff"])
+def test_a_study_is_in_its_folder_whatever_the_path(name, begin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(OSError):  # not every system takes every name
+        (tmp_path / name).mkdir()
+    if not (tmp_path / name).exists():
+        pytest.skip("this system has no such names")
+    for trials in (0, 1):
+        study = begin(checkpoint_dir=tmp_path / name / "sweep")
+        assert len(study.trials) == trials
+        study.add_trial(trial_of())
+    assert {path.name for path in (tmp_path / name / "sweep").iterdir()} == {"lock", "study.db"}
+    assert os.listdir(tmp_path) == [name]
+    content = (tmp_path / name / "sweep" / "study.db").read_bytes()
+    assert content.startswith(b"SQLite format 3")
+
+
+def test_a_study_whose_beginning_was_killed_is_begun_anew(begin, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "study.db.new").write_bytes(b"SQLite format 3, cut off")
+    assert begin().user_attrs["settings"]["epochs"] == 1
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"lock", "study.db"}
+
+
+def write(content):
+    return lambda folder: (folder / "study.db").write_bytes(content)
+
+
+def cut(folder):
+    os.truncate(folder / "study.db", (folder / "study.db").stat().st_size // 2)
+
+
+def scramble(folder):
+    content = bytearray((folder / "study.db").read_bytes())
+    content[4096 * 3 : 4096 * 12] = bytes(range(256)) * 144
+    (folder / "study.db").write_bytes(content)
+
+
+def belong_to_another_program(folder):
+    (folder / "study.db").unlink()
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as connection, connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+
+
+def be_a_folder(folder):
+    (folder / "study.db").unlink()
+    (folder / "study.db").mkdir()
+
+
+def be_a_dangling_link(folder):
+    (folder / "study.db").rename(folder / "elsewhere")
+    (folder / "study.db").symlink_to(folder / "nowhere")
+
+
+def be_another_folders(folder):
+    edit(folder, ["UPDATE studies SET study_name = 'other'"])
+
+
+def edited(table, column, value):
+    return lambda folder: edit(folder, [f"UPDATE {table} SET {column} = ?", value])
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "word"),
+    [
+        (write(b""), 65, "no such table"),
+        (write(b"not a database" * 1000), 65, "not a database"),
+        (cut, 65, "malformed"),
+        (scramble, 65, ""),
+        (belong_to_another_program, 65, "no such table"),
+        (be_another_folders, 65, "holds other, not sweep"),
+        (be_a_folder, 4, "unable to open"),
+        (be_a_dangling_link, 4, "unable to open"),
+        (edited("alembic_version", "version_num", "v99.0.0.a"), 65, "another version of Optuna"),
+        (edited("alembic_version", "version_num", "v0.9.0.a"), 65, "another version of Optuna"),
+        (edited("study_directions", "direction", "MINIMIZE"), 65, "maximize"),
+        (edited("study_directions", "direction", "UPWARDS"), 65, "UPWARDS"),
+        (edited("studies", "study_name", b"\xff\xfe"), 65, ""),
+        (edited("study_user_attributes", "value_json", "{"), 65, ""),
+        (edited("study_user_attributes", "value_json", "[]"), 65, "settings"),
+        (edited("trials", "state", "PERHAPS"), 65, "PERHAPS"),
+        (edited("trials", "datetime_start", "yesterday"), 65, "yesterday"),
+        (edited("trial_values", "value", 7.0), 65, "the score 7.0"),
+        (edited("trial_values", "value", "high"), 65, ""),
+        (edited("trial_params", "distribution_json", "{}"), 65, ""),
+        (edited("trial_params", "param_value", 99), 65, ""),
+        (edited("trial_params", "param_name", None), 65, ""),
+    ],
+)
+def test_a_study_that_cannot_be_used_is_named_and_left_as_it_is(command, arguments, begun, damage, code, word):
+    damage(begun)
+    before = files_of(begun)
+    ended, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
+    assert_one_line(err, begun / "study.db", word, "another --")
+    assert ended == code
+    assert files_of(begun) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", "two"), ("epochs", True), ("epochs", -1), ("epochs", float("nan")), ("seed", 1.5), ("seeds", 0),
+        ("validation", None), ("dataset", 5), ("dataset_dir", []), ("precision", "float8"), ("features", "4x8"),
+        ("features", ["4"]), ("batch_size", []), ("batch_size", [0]), ("recipe", ["slow"]), ("recipe", [["fast"]]),
+        ("data", "0" * 63), ("seed", 2**32), ("colour", "red"),
+    ],
+)  # fmt: skip
+def test_recorded_settings_that_are_none_are_damage(command, arguments, begun, name, value):
+    settings = study_of(begun.parent).user_attrs["settings"] | {name: value}
+    edit(begun, ["UPDATE study_user_attributes SET value_json = ?", json.dumps(settings)])
+    code, _, err = command("sweep", *SAME, *arguments)
+    assert code == 65
+    assert_one_line(err, begun / "study.db", "settings")
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        create_trial(value=0.5, params={"width": 3}, distributions={"width": CategoricalDistribution((3, 4))}),
+        trial_of(system_attrs={"failed_trial": "../../elsewhere"}),
+        trial_of(system_attrs={"failed_trial": 7}),
+    ],
+)
+def test_a_trial_of_another_program_is_damage(command, arguments, begun, trial):
+    study_of(begun.parent).add_trial(trial)
+    code, _, err = command("sweep", *SAME, *arguments)
+    assert code == 65
+    assert_one_line(err, begun / "study.db")
+
+
+def test_a_study_that_cannot_be_written_is_named_before_a_trial_is_made(
+    command, arguments, begun, tmp_path, monkeypatch
+):
+    connect = sqlite3.connect
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", lambda name, **how: connect(name.replace("mode=rw", "mode=ro"), **how))
+        code, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
+    assert code == 4, err
+    assert_one_line(err, begun / "study.db", "readonly", "another --checkpoint-dir")
+    assert len(study_of(tmp_path).trials) == 1
+
+
+def test_a_study_that_is_damaged_while_a_trial_runs_is_named(command, arguments, begun, monkeypatch):
+    from cnn_jax.runs import sweep
+
+    def score(*_):
+        write(b"overwritten" * 1000)(begun)
+        time.sleep(1.5)  # until the next heartbeat
+        return 0.5
+
+    monkeypatch.setattr(sweep, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(sweep, "_score", score)
+    code, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
+    assert code == 65, err
+    assert_one_line(err, begun / "study.db")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/x", ".hidden", "-x", "a\0b", "a\nb", "x" * 256])
+def test_a_study_is_named_as_a_folder(command, arguments, tmp_path, name):
+    code, _, err = command("sweep", *SAME, *arguments, f"--study={name}")
+    assert code == 2
+    assert_one_line(err, "--study", "it must be")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_is_not_begun_in_a_runs_folder(command, arguments, tmp_path):
+    run = RunFolder(tmp_path / "sweep")
+    run.path.mkdir()
+    run.write_settings(TrainSettings())
+    code, _, err = command("sweep", *SAME, *arguments)
+    assert code == 2
+    assert_one_line(err, f"{run.path} is a run, not a study")
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_study_does_not_go_on_with_the_runs_of_another_one(command, arguments, begun, lost):
+    if lost:
+        (begun / "study.db").unlink()
+    (begun / "trial-1").mkdir()
+    RunFolder(begun / "trial-1").write_settings(TrainSettings())
+    before = files_of(begun)
+    code, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
+    assert code == 2
+    assert_one_line(err, begun, "trial-1")
+    assert files_of(begun) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "word"),
+    [
+        (["--validation", 2030], 2, "--validation 2030"),
+        (["--validation", 2000], 2, "--batch-size 100"),
+        (["--dataset-dir", "nowhere"], 2, "nowhere"),
+        (["--dataset-dir", "tiny"], 2, "2x2"),
+        (["--dataset-dir", "damaged"], 65, "train-images"),
+    ],
+)
+def test_what_every_trial_would_refuse_is_refused_before_a_study_is_begun(
+    command, arguments, small_mnist, tmp_path, monkeypatch, changed, code, word
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_mnist, "damaged")
+    os.truncate("damaged/train-images-idx3-ubyte", 1_000_000)
+    shutil.copytree(small_mnist, "tiny")
+    write_idx(tmp_path / "tiny" / "train-images-idx3-ubyte", np.zeros((2030, 2, 2), np.uint8))
+    write_idx(tmp_path / "tiny" / "t10k-images-idx3-ubyte", np.zeros((510, 2, 2), np.uint8))
+    ended, _, err = command("sweep", *SAME, *arguments, *changed)
+    assert ended == code
+    assert_one_line(err, word)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.fixture
+def earlier(begun, small_mnist):
+    """Make `begun` a study of version 0.1.0, which recorded no settings, with a run of these epochs for each trial."""
+
+    def make(*epochs):
+        edit(begun, ["DELETE FROM study_user_attributes"])
+        for number, value in enumerate(epochs):
+            run = RunFolder(begun / f"trial-{number}")
+            run.path.mkdir()
+            run.write_settings(TrainSettings(epochs=value, validation=300, dataset_dir=small_mnist))
+        for _ in epochs[1:]:
+            study_of(begun.parent).add_trial(trial_of())
+        return begun
+
+    return make
+
+
+def test_a_study_of_an_earlier_version_goes_on_and_then_knows_its_settings(command, arguments, earlier, begin):
+    folder = earlier(1)
+    code, _, err = command("sweep", *SAME, *arguments)
+    assert code == 0, err
+    assert (
+        study_of(folder.parent).user_attrs["settings"]
+        == begin(checkpoint_dir=folder.parent / "new").user_attrs["settings"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("epochs", "changed", "code", "word"),
+    [
+        ([2], [], 2, "epochs was 2 and is 1"),
+        ([1], ["--seed", 1], 2, "seed was 777 and is 1"),
+        ([1], ["--batch-size", 50], 2, "batch_size was 50, 100 and is 50"),
+        ([1, 2], [], 65, "different settings"),
+        ([], [], 65, "does not record its settings"),
+    ],
+)
+def test_a_study_of_an_earlier_version_refuses_what_its_runs_were_not_trained_with(
+    command, arguments, earlier, epochs, changed, code, word
+):
+    folder = earlier(*epochs)
+    before = files_of(folder)
+    ended, _, err = command("sweep", *SAME, *arguments, *changed)
+    assert ended == code
+    assert_one_line(err, folder, word)
+    assert files_of(folder) == before
+
+
+def test_a_run_of_an_earlier_study_that_cannot_be_understood_is_named(command, arguments, earlier):
+    config = earlier(1) / "trial-0" / "config.json"
+    config.write_text("{")
+    code, _, err = command("sweep", *SAME, *arguments)
+    assert code == 65
+    assert_one_line(err, config, "another --study")
+
+
 def begin_and_ask(folder, rounds, barrier):
     """Begin studies when the other process does, and return the number of the trial that each then gives."""
-    from cnn_jax.runs.sweep import open_study
+    from cnn_jax.runs.sweep import SearchSpace, open_study
 
+    space = SearchSpace((0.001, 0.01), (100,), ((4, 8),), ("tutorial",))
     numbers = []
     for number in range(rounds):
         barrier.wait(60)
-        study = open_study(folder / str(number))
+        study = open_study(space, TrainSettings(validation=300, checkpoint_dir=folder / str(number)), "0" * 64)
         if barrier.wait(60) == 0:
             study.enqueue_trial({"waits": 1})
         barrier.wait(60)
