@@ -16,7 +16,7 @@ from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.devices import versions
 from cnn_jax.runtime.errors import InputFileError, UsageError
-from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Size, decode, encode
+from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Seed, Size, decode, encode
 
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
 
@@ -26,7 +26,7 @@ class Provenance(Record, frozen=True, kw_only=True):
 
     recipe: str
     epochs: NotNegative
-    seed: Count
+    seed: Seed
     steps: Count
 
 

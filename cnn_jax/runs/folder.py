@@ -12,7 +12,7 @@ from typing import Any
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, UsageError, suggest
 from cnn_jax.runtime.files import AlreadyLockedError, first_free, locked, sync, write_atomically
-from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, convert, decode, unreadable
+from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Seed, convert, decode, unreadable
 
 # What a run's results depend on. Its other settings may change from one start to the next.
 DECIDING_FIELDS = (
@@ -69,7 +69,7 @@ class EpochRecord(Record, frozen=True, kw_only=True):
 class SeedResult(Record, frozen=True, kw_only=True):
     """What a seed came to."""
 
-    seed: Count
+    seed: Seed
     test_accuracy: Fraction
 
 

@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import math
 import os
-import re
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -42,6 +40,7 @@ from cnn_jax.runtime.errors import (
     UsageError,
 )
 from cnn_jax.runtime.files import locked, sync
+from cnn_jax.runtime.records import NonEmpty, Positive, Record, Seed, Sha256, Size, Text, convert
 
 # The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
@@ -52,33 +51,20 @@ DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SEARCHED = ("features", "recipe", "learning_rate", "batch_size")
 
 
-def _whole(least: int) -> Callable[[Any], object]:
-    return lambda value: type(value) is int and value >= least
+class StudyRecord(Record, frozen=True, kw_only=True):
+    """What a study records of itself: what decides a score and is not searched, the choices, and the data's SHA-256."""
 
-
-def _text(pattern: str) -> Callable[[Any], object]:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL)
-
-
-def _each(valid: Callable[[Any], object]) -> Callable[[Any], object]:
-    return lambda values: isinstance(values, list) and values and all(map(valid, values))
-
-
-# What a study records of itself, and which values are valid: what decides a score and is not searched, the choices,
-# which Optuna does not let change, and the data's SHA-256.
-RECORDED: dict[str, Callable[[Any], object]] = {
-    "dataset": _text(".+"),
-    "dataset_dir": lambda value: value is None or _text("/.*")(value),
-    "data": _text("[0-9a-f]{64}"),
-    "epochs": lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    "validation": _whole(1),
-    "seed": lambda value: _whole(0)(value) and value < 2**32,
-    "seeds": _whole(1),
-    "precision": lambda value: value in ("float32", "bfloat16"),
-    "features": _each(_text("[1-9][0-9]*x[1-9][0-9]*")),
-    "recipe": _each(lambda value: value in get_args(RecipeName)),
-    "batch_size": _each(_whole(1)),
-}
+    dataset: Text
+    dataset_dir: Text | None
+    data: Sha256
+    epochs: Positive
+    validation: Size
+    seed: Seed
+    seeds: Size
+    precision: Literal["float32", "bfloat16"]
+    features: NonEmpty[Text]
+    recipe: NonEmpty[RecipeName]
+    batch_size: NonEmpty[Size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +168,8 @@ def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = Non
         study = _read_study(file)
         trials = study.get_trials(deepcopy=False)
         if "settings" in study.user_attrs:
-            recorded = _valid_settings(study.user_attrs["settings"])
+            recorded = study.user_attrs["settings"]
+            convert(recorded, StudyRecord, source=file, remedy="bring a sound copy back, or give another --study")
         else:  # version 0.1.0 began it
             recorded = now | _settings_of_trials(file, trials, runs)
         _check_settings(shared, recorded, now)
@@ -295,15 +282,6 @@ def _shared_settings(settings: TrainSettings) -> dict:
     """Return what a score depends on and all trials of a study share, as JSON's types."""
     deciding = deciding_settings(settings) | {"epochs": settings.epochs}
     return {name: value for name, value in deciding.items() if name not in SEARCHED}
-
-
-def _valid_settings(recorded: Any) -> dict:
-    if not isinstance(recorded, dict) or recorded.keys() != RECORDED.keys():
-        raise ValueError("its settings are not those of a study")
-    for name, is_valid in RECORDED.items():
-        if not is_valid(recorded[name]):
-            raise ValueError(f"its settings have the {name} {recorded[name]}")
-    return recorded
 
 
 def _settings_of_trials(file: Path, trials: Sequence[FrozenTrial], runs: dict[int, RunFolder]) -> dict:

@@ -251,7 +251,7 @@ def edited(table, column, value):
         (edited("study_directions", "direction", "UPWARDS"), 65, "UPWARDS"),
         (edited("studies", "study_name", b"\xff\xfe"), 65, ""),
         (edited("study_user_attributes", "value_json", "{"), 65, ""),
-        (edited("study_user_attributes", "value_json", "[]"), 65, "settings"),
+        (edited("study_user_attributes", "value_json", "[]"), 65, "edited"),
         (edited("trials", "state", "PERHAPS"), 65, "PERHAPS"),
         (edited("trials", "datetime_start", "yesterday"), 65, "yesterday"),
         (edited("trial_values", "value", 7.0), 65, "the score 7.0"),
@@ -284,7 +284,7 @@ def test_recorded_settings_that_are_none_are_damage(command, arguments, begun, n
     edit(begun, ["UPDATE study_user_attributes SET value_json = ?", json.dumps(settings)])
     code, _, err = command("sweep", *SAME, *arguments)
     assert code == 65
-    assert_one_line(err, begun / "study.db", "settings")
+    assert_one_line(err, begun / "study.db", "edited")
 
 
 @pytest.mark.parametrize(
