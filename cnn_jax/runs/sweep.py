@@ -40,7 +40,7 @@ from cnn_jax.runtime.errors import (
     UsageError,
 )
 from cnn_jax.runtime.files import locked, sync
-from cnn_jax.runtime.records import NonEmpty, Positive, Record, Seed, Sha256, Size, Text, convert
+from cnn_jax.runtime.records import NonEmpty, Pair, Positive, Record, Seed, Sha256, Size, Text, convert
 
 # The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
@@ -62,7 +62,7 @@ class StudyRecord(Record, frozen=True, kw_only=True):
     seed: Seed
     seeds: Size
     precision: Literal["float32", "bfloat16"]
-    features: NonEmpty[Text]
+    features: NonEmpty[Pair]
     recipe: NonEmpty[RecipeName]
     batch_size: NonEmpty[Size]
 
