@@ -96,7 +96,7 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     start_devices(platform)
     trained = restore_run(folder, data_dir, display.say)
     params = of_seed(trained.states.eval_params, 0)
-    display.result(tabulate(plain_network(params) or trained.model, trained.dataset))
+    display.result(*tabulate(plain_network(params) or trained.model, trained.dataset).splitlines())
     inspection = inspect_network(trained.model, params, trained.dataset)
     pictures = draw_pictures(inspection, trained.metrics, folder.pictures)
     which_seed = f", of seed {trained.settings.seed}" if trained.settings.seeds > 1 else ""

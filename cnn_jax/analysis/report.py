@@ -16,6 +16,7 @@ from cnn_jax.runs.summary import describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.streams import printable
 
 # The names and values of a table.
 Rows = list[tuple[str, str]]
@@ -60,6 +61,7 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )

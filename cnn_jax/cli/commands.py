@@ -31,6 +31,7 @@ from cnn_jax.runs.settings import (
 from cnn_jax.runtime.display import describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
 from cnn_jax.runtime.signals import end_on_signals
+from cnn_jax.runtime.streams import guard_standard_streams, results_delivered
 
 Count = Annotated[int, AT_LEAST_1]
 Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
@@ -356,12 +357,13 @@ def need(*packages: str, extra: str) -> None:
 def main(arguments: Sequence[str] | None = None, *, command: Command | None = None) -> None:
     """Run a command with its arguments, by default this process's; without a command, the first argument names it."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with one_line_failures(debug="--debug" in arguments):
+    with one_line_failures(debug="--debug" in arguments), results_delivered():
         call = parse(command, arguments, prog=Path(sys.argv[0]).name) if command else parse_command(COMMANDS, arguments)
         call()
 
 
 def program(command: Command | None = None) -> None:
     """Run `main` as the whole job of this process, which a signal, too, ends in one line."""
+    guard_standard_streams()
     end_on_signals()
     main(command=command)

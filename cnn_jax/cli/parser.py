@@ -22,6 +22,7 @@ Command = Callable[..., Any]
 
 ABOUT = "Train, test and look at the convolutional network of a well-known PyTorch tutorial on MNIST."
 ALIASES = {"learning_rate": ("--lr",)}
+NARROWEST = 11  # columns of text in the help; argparse needs as many
 REQUIRED = inspect.Parameter.empty
 
 
@@ -182,11 +183,13 @@ def _help_of(command: Command) -> dict[str, Any]:
 
 
 def _help(description: str, usage: Sequence[str], examples: Sequence[str]) -> dict[str, Any]:
+    width = max(shutil.get_terminal_size().columns - 2, NARROWEST)
     return {
-        "description": textwrap.fill(" ".join(description.split()), shutil.get_terminal_size().columns - 2),
+        "description": textwrap.fill(" ".join(description.split()), width),
         "usage": " ".join(["%(prog)s [-h]", *usage]),
         "epilog": "\n".join(["examples:", *examples]),
-        "formatter_class": argparse.RawDescriptionHelpFormatter,  # keeps the lines of the examples
+        # Keeps the lines of the examples.
+        "formatter_class": functools.partial(argparse.RawDescriptionHelpFormatter, width=width),
         "allow_abbrev": False,
         "argument_default": argparse.SUPPRESS,  # what is not typed is not given
     }

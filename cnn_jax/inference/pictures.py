@@ -5,8 +5,8 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,22 +20,21 @@ MAXIMUM_BYTES = 2**26
 MAXIMUM_PIXELS = 50_000_000  # as many as the largest phone sensors have
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Return the paths, each folder replaced by its images, sorted by name.
+def find_images(path: str) -> list[str]:
+    """Return a path, or, of a folder, its images, sorted by name.
 
     Raises:
-      InputFileError: a folder contains no image file.
+      InputFileError: the folder cannot be read, or contains no image file.
     """
-    files = []
-    for path in paths:
-        if path == STANDARD_INPUT or not Path(path).is_dir():
-            files.append(path)
-            continue
+    if path == STANDARD_INPUT or not os.path.isdir(path):
+        return [path]
+    try:
         found = sorted(str(file) for file in Path(path).iterdir() if file.suffix.lower() in ENDINGS)
-        if not found:
-            raise InputFileError(f"{path} is a folder without an image; put {', '.join(ENDINGS)} files there")
-        files += found
-    return files
+    except OSError as error:
+        raise InputFileError(f"{path} cannot be opened ({error.strerror}); give a PNG or JPEG file") from error
+    if not found:
+        raise InputFileError(f"{path} is a folder without an image; put {', '.join(ENDINGS)} files there")
+    return found
 
 
 def read_digit(file: str) -> np.ndarray:
@@ -60,7 +59,7 @@ def _read_bytes(file: str) -> bytes:
     if file == STANDARD_INPUT:
         if sys.stdin.isatty():
             raise InputFileError("- is standard input, which is a terminal; send an image there: cat digit.png | ... -")
-        content = sys.stdin.buffer.read(MAXIMUM_BYTES + 1)
+        content = _read(file, sys.stdin.buffer)
     else:
         try:
             # Not blocking, because opening a FIFO would wait for somebody to write to it.
@@ -71,12 +70,19 @@ def _read_bytes(file: str) -> bytes:
         with open(descriptor, "rb") as stream:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise InputFileError(f"{file} is not a regular file; give a PNG or JPEG file, or - for standard input")
-            content = stream.read(MAXIMUM_BYTES + 1)
+            content = _read(file, stream)
     if not content:
         raise InputFileError(f"{file} is empty; give a PNG or JPEG file")
     if len(content) > MAXIMUM_BYTES:
         raise InputFileError(f"{file} has more than {MAXIMUM_BYTES >> 20} MiB; give a smaller picture")
     return content
+
+
+def _read(file: str, stream: BinaryIO) -> bytes:
+    try:
+        return stream.read(MAXIMUM_BYTES + 1)
+    except OSError as error:
+        raise InputFileError(f"{file} cannot be read ({error.strerror}); give a PNG or JPEG file") from error
 
 
 def _decode(file: str, content: bytes) -> np.ndarray:

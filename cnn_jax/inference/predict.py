@@ -1,8 +1,8 @@
 """The command `predict`: classify pictures of digits, and print one line per file."""
 
+import contextlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +35,20 @@ def predict(
       NoCheckpointError: there is no such run.
     """
     files, digits, failures = [], [], []
-    for file in find_images(images):
+
+    @contextlib.contextmanager
+    def failures_kept() -> Iterator[None]:
         try:
-            digits.append(read_digit(file))
-            files.append(file)
+            yield
         except InputFileError as error:
             failures.append(error)
+
+    for path in images:
+        with failures_kept():
+            for file in find_images(path):
+                with failures_kept():
+                    digits.append(read_digit(file))
+                    files.append(file)
     if files:
         _classify(files, np.stack(digits), run, as_json=as_json, data_dir=data_dir, platform=platform)
     if failures:
@@ -68,16 +76,10 @@ def _classify(
             {"file": file, "digit": int(classes.argmax()), "probabilities": classes.tolist()}
             for file, classes in zip(files, probabilities, strict=True)
         ]
-        Display().result(json.dumps(results, indent=2))
+        Display().result(*json.dumps(results, indent=2).splitlines())
         return
     for file, digit, classes in zip(files, digits, probabilities, strict=True):
-        name = _printable(file)
         most_probable = classes.argsort()[::-1][:SHOWN_CLASSES]
         display.picture(digit[..., 0])
-        display.say(f"{name}: " + ", ".join(f"{i} with {classes[i]:.1%}" for i in most_probable))
-        display.result(f"{name}: {most_probable[0]}")
-
-
-def _printable(file: str) -> str:
-    """Return a file's name, with the bytes that are not text escaped."""
-    return os.fsencode(file).decode(errors="backslashreplace")
+        display.say(f"{file}: " + ", ".join(f"{i} with {classes[i]:.1%}" for i in most_probable))
+        display.result(f"{file}: {most_probable[0]}")

@@ -20,7 +20,7 @@ from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_worker, time_variant
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
 from cnn_jax.runtime.devices import describe_machine, versions
-from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
+from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 
 STEPS_PER_ROUND = 16
 STEPS_OF_15_EPOCHS = 9000
@@ -129,7 +129,7 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
     name = re.sub(r"[^\w]+", "-", f"{result.device}-{result.date}").strip("-").lower()
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    display.say(write_report(result, output / f"{name}.md"))
+    display.say(*write_report(result, output / f"{name}.md").splitlines())
     display.say(f"written to {output / name}.md")
 
 
@@ -242,7 +242,7 @@ def to_markdown(result: BenchmarkResult, *, plot: str) -> str:
             "",
             speed_table(result),
             "",
-            *[f"Left out: {name} ({error})." for name, error in result.left_out.items()],
+            *[f"Left out: {name} ({escape_markdown(error)})." for name, error in result.left_out.items()],
             f"Median and quartiles of {result.rounds} rounds of {result.steps_per_round} steps. Each variant runs in "
             "its own process, and all are measured in turn within one run. *Memory kept* means that two environment "
             "variables keep glibc's allocator from returning memory to the system after each step, the fastest setting "
@@ -258,7 +258,7 @@ def to_markdown(result: BenchmarkResult, *, plot: str) -> str:
             "",
             f"![milliseconds per step of each variant]({plot})",
             "",
-            f"{result.device}; {package_versions}; {result.date}.",
+            f"{escape_markdown(result.device)}; {package_versions}; {result.date}.",
             "",
         ]
     )

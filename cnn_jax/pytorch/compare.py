@@ -17,7 +17,7 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.processes import SeedResult, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runtime.devices import describe_machine, versions
-from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
+from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import StorageError
 from cnn_jax.runtime.files import write_atomically
 
@@ -100,7 +100,7 @@ def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path 
             results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
     report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
     (output / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    display.say(write_report(report, output / "report.md"))
+    display.say(*write_report(report, output / "report.md").splitlines())
     display.say(f"written to {output / 'report.md'}")
 
 
@@ -214,7 +214,7 @@ def write_report(report: Report, file: Path) -> str:
 
 def to_markdown(report: Report) -> str:
     """Return the report as Markdown, with its finding in the first sentence."""
-    interval, agreement = report.accuracy_difference, report.agreement
+    interval, agreement, machine = report.accuracy_difference, report.agreement, escape_markdown(report.machine)
     finding = "differ" if interval["low"] > 0 or interval["high"] < 0 else "do not differ measurably"
     count = len(report.frameworks["PyTorch"].runs)
     package_versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -238,7 +238,7 @@ def to_markdown(report: Report) -> str:
             "",
             "![cost of each epoch, test accuracy of each seed, and distance from equal weights](report.png)",
             "",
-            f"{report.machine}; {package_versions}; {report.date}. Each run had its own process, and the two "
+            f"{machine}; {package_versions}; {report.date}. Each run had its own process, and the two "
             "frameworks took turns. PyTorch ran in its fastest float32 variant: channels_last, an allocator that keeps "
             "its memory, and the data in memory. Its `compiling` is its first step. cnn-jax tests after every "
             "epoch, PyTorch only twice, at the end. Times are medians over the seeds.",

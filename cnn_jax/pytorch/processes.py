@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
 from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.streams import guard_standard_streams
 
 # The time that a function gets to return once its pipe is closed: enough for PyTorch's and JAX's threads to end.
 SECONDS_TO_END = 2
@@ -104,6 +105,7 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Libraries start processes and make locks as in any other program, not as a spawned process does by default.
     multiprocessing.set_start_method(None, force=True)
+    guard_standard_streams()
     # stdout belongs to the command. When the parent is gone, nobody needs to know that the answer was not sent.
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(BrokenPipeError):
         function(pipe, *arguments)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,7 @@ FOLDER_NAME = Must(
     re.compile(r"\w[\w.=+-]*").fullmatch,
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
+TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8, as Orbax needs it")
 
 Epochs = Annotated[float, POSITIVE._replace(form="g")]
 
@@ -130,7 +132,7 @@ class TrainSettings:
     num_processes: int | None = None
     process_id: int | None = None
     data_dir: Path | None = None
-    checkpoint_dir: Path = Path("checkpoints")
+    checkpoint_dir: Annotated[Path, TEXT] = Path("checkpoints")
     platform: Platform | None = None
 
     @classmethod

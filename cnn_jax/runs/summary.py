@@ -1,6 +1,7 @@
 """What a run shows and writes about itself: its task, its progress and its result."""
 
 import statistics
+import sys
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from cnn_jax.runs.restore import TrainedRun
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import describe_devices, describe_machine
 from cnn_jax.runtime.display import Display, Stopwatch, describe_values
+from cnn_jax.runtime.streams import write_failure
 
 
 def introduce(settings: TrainSettings, dataset: Dataset, program: Program, display: Display) -> None:
@@ -116,7 +118,7 @@ class Result(NamedTuple):
 
 
 def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
-    """Write result.json: what the run came to, where this process spent its time, and on what it ran.
+    """Write result.json: what the run came to, where this process spent its time, on what, and what it could not show.
 
     A process that found the run finished writes it only where it is missing.
     """
@@ -136,6 +138,8 @@ def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
         content["spread"] = mean_interval(accuracies)._asdict()
     content |= {"step": result.run.step, "seconds": clock.seconds}
     content |= {"machine": describe_machine(), "device": describe_devices(), "versions": result.meta["versions"]}
+    if failure := write_failure(sys.stderr):
+        content["not_shown"] = f"standard error: {failure.strerror}"
     folder.write_result(content)
 
 

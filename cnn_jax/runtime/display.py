@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from cnn_jax.runtime.streams import printable
 
 # Flax's arguments for a table of layers in plain text and 80 columns.
 LAYER_TABLE = {
@@ -27,20 +30,22 @@ class Display:
 
     def __init__(self, *, shown: bool = True) -> None:
         self._shown = shown
-        self._console = Console(stderr=True, highlight=False, quiet=not shown)
+        # What is shown is text: nothing in it is markup, or the name of an emoji.
+        self._console = Console(stderr=True, markup=False, emoji=False, highlight=False, quiet=not shown)
         self._progress: Progress | None = None
 
-    def say(self, text: str) -> None:
-        """Write a line about the run to stderr."""
+    def say(self, *lines: str) -> None:
+        """Write lines about the run to stderr."""
         with self._bar_hidden():
-            # Only a terminal needs lines that fit; a program that reads a pipe wants them whole.
-            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
+            for line in lines:
+                # Only a terminal needs lines that fit; a program that reads a pipe wants them whole.
+                self._console.print(printable(line), soft_wrap=not self._console.is_terminal)
 
-    def result(self, line: str) -> None:
-        """Write one of the tutorial's lines to stdout."""
+    def result(self, *lines: str) -> None:
+        """Write lines to stdout: the tutorial's, or another command's result."""
         if self._shown:
             with self._bar_hidden():
-                print(line, flush=True)
+                print(*map(printable, lines), sep="\n", flush=True)
 
     def epoch_cost(self, epoch: int, cost: float) -> None:
         """Write an epoch's cost to stdout in the tutorial's format; epochs count from 1."""
@@ -53,8 +58,8 @@ class Display:
     def picture(self, image: np.ndarray) -> None:
         """Draw an image, (H, W) uint8, on stderr: two rows of pixels per line, pixels of at least 128 as blocks."""
         pixels = np.pad(image, ((0, len(image) % 2), (0, 0))) >= 128
-        for above, below in zip(pixels[::2], pixels[1::2], strict=True):
-            self.say("".join(" ▄▀█"[2 * a + b] for a, b in zip(above.tolist(), below.tolist(), strict=True)).rstrip())
+        blocks = np.array(list(" ▄▀█"))
+        self.say(*("".join(row).rstrip() for row in blocks[2 * pixels[::2] + pixels[1::2]]))
 
     @contextlib.contextmanager
     def progress(self, *, total_steps: int, steps_done: int) -> Iterator[None]:
@@ -107,11 +112,11 @@ class Display:
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Show a table of names and values."""
-        table = Table(title=title, show_header=False, title_justify="left")
+        table = Table(title=printable(title), show_header=False, title_justify="left")
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         with self._bar_hidden():
             self._console.print(table)
 
@@ -147,8 +152,13 @@ class Stopwatch:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    header, *rows = ([escape_markdown(str(cell)) for cell in line] for line in (header, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def escape_markdown(text: str) -> str:
+    """Return Markdown that shows a text, in one line."""
+    return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(" ".join(text.split())))
 
 
 def describe_seconds(seconds: float) -> str:

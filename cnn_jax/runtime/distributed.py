@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, describe_failure, with_tracebacks
+from cnn_jax.runtime.streams import OutputStream, write_last_line
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ def _write_last_line(line: str) -> None:
     # In one piece and with nothing after it, because JAX's threads report a lost process at the same time.
     stderr = os.dup(2)
     _send_nowhere(2)
-    os.write(stderr, f"{line}\n".encode())
+    write_last_line(line, stderr)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -111,7 +112,7 @@ def _report_abort(signal_number: int) -> None:
 def _keep_stdout_for_python() -> None:
     # Gloo reports its connections on the process's stdout, which is for the results alone.
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = OutputStream(os.dup(1), sys.stdout.encoding, line_buffering=True)
     _send_nowhere(1)
 
 

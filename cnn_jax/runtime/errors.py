@@ -6,6 +6,8 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
+from cnn_jax.runtime.streams import printable
+
 
 class CnnJaxError(Exception):
     """A failure that ends the program with one line, which names the problem and the remedy."""
@@ -108,5 +110,5 @@ def describe_failure(error: Exception) -> tuple[str, int]:
         name = f" {error.filename}" if error.filename else ""
         line, exit_code = f"error: cannot read or write{name}: {error.strerror or error}", StorageError.exit_code
     else:
-        line = f"error: {type(error).__name__}: {error}; --debug shows where"
-    return " ".join(line.split()), exit_code
+        line = " ".join(f"error: {type(error).__name__}: {error}; --debug shows where".split())
+    return printable(line), exit_code

@@ -7,8 +7,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from cnn_jax.runtime.streams import write_last_line
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AT_ONCE = b"stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue\n"
+AT_ONCE = "stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue"
 
 
 def end_on_signals() -> None:
@@ -19,8 +21,7 @@ def end_on_signals() -> None:
     """
 
     def end(signal_number: int, frame: object) -> None:
-        line = f"stopped by {signal.Signals(signal_number).name}; run the same command again to continue\n"
-        os.write(2, line.encode())
+        write_last_line(f"stopped by {signal.Signals(signal_number).name}; run the same command again to continue")
         os._exit(128 + signal_number)
 
     for number in SIGNALS:
@@ -78,5 +79,5 @@ def _end_at_the_second_interrupt(reading: int) -> None:
         while numbers := pipe.read(64):
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
-                os.write(2, AT_ONCE)
+                write_last_line(AT_ONCE)
                 os._exit(128 + signal.SIGINT)

@@ -119,6 +119,13 @@ def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
     assert len(_images(page)) == 8
 
 
+def test_control_characters_of_a_name_are_escaped(of_three_seeds, command, tmp_path):
+    folder = shutil.copytree(of_three_seeds, tmp_path / "\x1b\u202e[/i]")
+    code, _, err = command("report", folder)
+    assert (code, err) == (0, f"the report is {tmp_path}/\\x1b\\u202e[/i]/report.html\n")
+    assert "\\x1b\\u202e[/i]" in read(folder).text
+
+
 def test_a_run_with_held_out_images_shows_both_accuracies(trained_run):
     text = read(trained_run("--validation", 100, epochs=1)).text
     assert re.search(r"test accuracy 0\.\d{4} on pixels in \[0, 1\], of 510 images", text)

@@ -62,7 +62,7 @@ def main() -> None:
         "negative_controls": [vars(tally) for tally in controls],
     }
     text = to_markdown(result)
-    Display().say(text)
+    Display().say(*text.splitlines())
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -136,6 +136,28 @@ def test_files_that_cannot_be_read_are_reported_last_and_the_others_are_read(thr
     assert command("predict", tmp_path / "missing.png")[:2] == (65, "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such files")
+def test_every_input_that_can_be_read_is_answered(three, command, tmp_path):
+    files, digits = three
+    (tmp_path / "none").mkdir()
+    bad = ("/proc/self/mem", tmp_path / "none", "/dev/zero", "n" * 300, tmp_path / "\x1b[2J.png")
+    code, out, err = command("predict", *(word for name in bad for word in (name, files[0])))
+    assert (code, out) == (65, f"{files[0]}: {digits[0]}\n" * len(bad))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" is ")[0].partition(" cannot ")[0] for line in errors] == [
+        f"error: {str(name).replace(chr(27), chr(92) + 'x1b')}" for name in bad
+    ]
+    assert errors[0] == "error: /proc/self/mem cannot be read (Input/output error); give a PNG or JPEG file"
+
+
+def test_a_digit_is_drawn_on_a_terminal_of_any_encoding(three, program):
+    files, digits = three
+    process = program("-m", "cnn_jax", "predict", files[0], env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{files[0]}: {digits[0]}\n"), err
+    assert set("".join(err.splitlines()[:14])) == set(" '.#")
+
+
 def test_at_least_one_image_must_be_named(command):
     code, out, err = command("predict")
     assert (code, out) == (2, "")

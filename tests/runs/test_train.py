@@ -356,6 +356,13 @@ def test_what_cannot_end_well_ends_before_it_is_compiled(options, line, train, t
     assert not (tmp_path / "run" / "steps").exists()
 
 
+def test_a_folder_whose_name_is_markup_is_shown_as_it_is(train, tmp_path):
+    folder = tmp_path / "y[/i][red]"
+    code, _, err = train("--checkpoint-dir", folder, epochs=1)
+    assert code == 0
+    assert "y[/i][red]" in "".join(line.strip(" │") for line in err.splitlines()[-5:])
+
+
 def test_a_dry_run_writes_nothing(train, tmp_path):
     code, out, err = train("--dry-run")
     assert (code, out) == (0, "")

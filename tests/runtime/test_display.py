@@ -5,9 +5,10 @@ import pty
 import re
 import select
 
+import numpy as np
 import pytest
 
-from cnn_jax.runtime.display import describe_seconds
+from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
 
 
 @pytest.fixture
@@ -77,3 +78,46 @@ def test_80_columns_are_enough_and_no_color_switches_the_colours_off(on_a_termin
 )
 def test_durations_are_given_as_people_say_them(seconds, words):
     assert describe_seconds(seconds) == words
+
+
+PLAIN = {
+    "y[/i]": "y[/i]",
+    "x[red]y": "x[red]y",
+    ":smile:": ":smile:",
+    "a\x1b[2Jb": "a\\x1b[2Jb",
+    "two\nlines": "two\\nlines",
+    "\u202e": "\\u202e",
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_shown_is_text_and_not_markup(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    display = Display()
+    display.say(name)
+    display.table(name, [(name, name)])
+    display.result(name)
+    out, err = capsys.readouterr()
+    assert out == f"{PLAIN[name]}\n"
+    assert err.count(PLAIN[name]) == 4
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("columns", [0, 1, 2, 7, 80])
+def test_any_width_will_do(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    display = Display()
+    with display.progress(total_steps=3, steps_done=0):
+        display.advance(epoch=1, epochs=2, step=1, cost=0.5, examples_per_second=1e3)
+        display.say("a line")
+    display.table("Result", [("a name", "a value")])
+    display.picture(np.zeros((3, 3), np.uint8))
+    display.result("a result")
+    assert "a result\n" in capsys.readouterr().out
+
+
+def test_a_cell_of_a_table_in_markdown_is_text():
+    assert markdown_table(("a|b", "*c*"), [("<d>", "e\n[f]")]) == (
+        "| a\\|b | \\*c\\* |\n| --- | --- |\n| \\<d\\> | e \\[f\\] |"
+    )

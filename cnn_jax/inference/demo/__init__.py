@@ -29,6 +29,7 @@ from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import UsageError
 from cnn_jax.runtime.signals import listen_for_stop
+from cnn_jax.runtime.streams import printable
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
@@ -109,7 +110,9 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
     def answer(drawing: object) -> str:
         return render_answer(trained, read_drawing(drawing))
 
-    heading = TEMPLATES.get_template("heading.html").render(name=trained.name, accuracy=trained.test_accuracy)
+    heading = TEMPLATES.get_template("heading.html").render(
+        name=printable(trained.name), accuracy=trained.test_accuracy
+    )
     board_html = TEMPLATES.get_template("board.html").render(board=BOARD, pen=PEN)
     board_js = (FOLDER / "board.js").read_text(encoding="utf-8")
     blank = render_answer(trained, np.zeros((BOARD, BOARD), np.uint8))  # this also compiles the network
