@@ -30,6 +30,7 @@ from cnn_jax.runs.settings import (
 )
 from cnn_jax.runtime.display import describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
+from cnn_jax.runtime.files import check_output_file, check_output_folder
 from cnn_jax.runtime.signals import end_on_signals
 from cnn_jax.runtime.streams import guard_standard_streams, results_delivered
 
@@ -64,6 +65,8 @@ def train(settings: TrainSettings) -> None:
       python train.py --recipe fast --seeds 10 --validation 5000
       python train.py --dataset-dir fashion-mnist --run-name fashion
     """
+    if settings.profile is not None:
+        check_output_folder(settings.profile, "--profile")
     if settings.tensorboard:
         need("tensorboardX", extra="tensorboard")
     train_examples = count_train_examples(settings.dataset, settings.dataset_dir, settings.data_dir)
@@ -140,6 +143,8 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
       cnn-jax report mnist-seed777
       cnn-jax report mnist-seed777 --output report.html
     """
+    if output is not None:
+        check_output_file(output, "--output")
     from cnn_jax.analysis.report import report_run
 
     report_run(common.run_folder(run), output, data_dir=common.data_dir, platform=common.platform)
@@ -205,6 +210,7 @@ def export(
       cnn-jax export --to onnx --output mnist.onnx
       cnn-jax export mnist-seed777 --to torch --output model.pt
     """
+    check_output_file(output, "--output")
     if to == "torch":
         need("torch", extra="torch")
     elif to == "onnx":
@@ -264,6 +270,7 @@ def sweep(
     train_examples = count_train_examples(dataset, dataset_dir, shared.data_dir)
     if train_examples is not None:
         check_sizes(max(batch_size), validation, train_examples)
+    check_output_folder(shared.checkpoint_dir, "--checkpoint-dir or --study")
     need("optuna", extra="sweep")
     from cnn_jax.analysis.plots import save_axes
     from cnn_jax.runs.sweep import SearchSpace, draw_study, run_study
@@ -293,6 +300,7 @@ def import_torch(
       cnn-jax train --run-name model --epochs 1
     """
     settings = TrainSettings(run_name=run_name or file.stem, dataset=dataset, dataset_dir=dataset_dir, **vars(common))
+    check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
     need("torch", extra="torch")
     from cnn_jax.pytorch.import_weights import import_weights
 
@@ -318,6 +326,7 @@ def compare(
       cnn-jax compare --seeds 5
     """
     require(0 <= seed <= 2**32 - seeds, "--seed", seed, "from 0 to 4294967295")
+    check_output_folder(output, "--output")
     need("torch", extra="torch")
     from cnn_jax.pytorch.compare import compare
 
@@ -334,6 +343,7 @@ def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), 
     Examples:
       cnn-jax benchmark --rounds 5
     """
+    check_output_folder(output, "--output")
     need("torch", extra="torch")
     from cnn_jax.pytorch.benchmark import benchmark
 

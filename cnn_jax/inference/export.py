@@ -1,7 +1,6 @@
 """Export a trained network for another program, and keep the file only if that program computes the same."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.files import output_errors, replaced
 
 # A file's logits may differ from ours by the absolute tolerance, or by the relative one times the largest logit if that
 # is more. Other programs sum in another order: on MNIST, logits of up to 54 differ by 3e-5.
@@ -58,35 +58,19 @@ def export(
       NoCheckpointError: there is no such run.
       StorageError: the file could not be written, or its outputs differ from the network's.
     """
-    new = Path(f"{output}.unchecked")
-    with _writing(output):
-        new.touch()  # fails before anything is loaded if the file cannot be written
-    try:
-        start_devices(platform)
-        display = Display()
-        if run is None:
-            trained = read_trained(PACKAGED)
-            dataset = load_dataset("mnist", None, data_dir)
-        else:
-            trained, dataset = load_trained_run(run, data_dir, display.say, seed)
-        with _writing(output):
-            FORMATS[to].write(trained, new)
+    start_devices(platform)
+    display = Display()
+    if run is None:
+        trained = read_trained(PACKAGED)
+        dataset = load_dataset("mnist", None, data_dir)
+    else:
+        trained, dataset = load_trained_run(run, data_dir, display.say, seed)
+    with output_errors(output, "--output"), replaced(output) as new:
+        FORMATS[to].write(trained, new)
         display.say(check(to, new, trained, dataset, name=output))
-        with _writing(output):
-            new.replace(output)
-    finally:
-        new.unlink(missing_ok=True)
     seed, steps = trained.training.seed, trained.training.steps
     source = run or "the packaged network"
     display.say(f"{source}, seed {seed}, after {steps:,} steps is now {output}")
-
-
-@contextlib.contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {file} ({error.strerror}); give another --output") from error
 
 
 def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name: Path) -> str:

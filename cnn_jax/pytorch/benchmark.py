@@ -21,6 +21,7 @@ from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_work
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
 from cnn_jax.runtime.devices import describe_machine, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
+from cnn_jax.runtime.files import write_atomically
 
 STEPS_PER_ROUND = 16
 STEPS_OF_15_EPOCHS = 9000
@@ -128,7 +129,7 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
     )
     name = re.sub(r"[^\w]+", "-", f"{result.device}-{result.date}").strip("-").lower()
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{name}.json").write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    write_atomically(output / f"{name}.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     display.say(*write_report(result, output / f"{name}.md").splitlines())
     display.say(f"written to {output / name}.md")
 
@@ -226,7 +227,7 @@ def write_report(result: BenchmarkResult, file: Path) -> str:
     """Write the benchmark as Markdown, and its plot under the same name; return the Markdown."""
     plot = file.with_suffix(".png")
     text = to_markdown(result, plot=plot.name)
-    file.write_text(text)
+    write_atomically(file, text)
     timings = [(name, each.framework, each.low, each.milliseconds, each.high) for name, each in result.variants.items()]
     plot_benchmark(timings, plot, floor=result.floor.milliseconds, title=result.device)
     return text

@@ -99,7 +99,7 @@ def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path 
         for framework in FRAMEWORKS:
             results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
     report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
-    (output / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    _write(output / "report.json", dataclasses.asdict(report))
     display.say(*write_report(report, output / "report.md").splitlines())
     display.say(f"written to {output / 'report.md'}")
 
@@ -200,7 +200,7 @@ def _mean(values: Sequence[float]) -> Mean:
 def write_report(report: Report, file: Path) -> str:
     """Write the report as Markdown, and its picture under the same name; return the Markdown."""
     text = to_markdown(report)
-    file.write_text(text)
+    write_atomically(file, text)
     plot_comparison(
         {name: [run.costs for run in side.runs] for name, side in report.frameworks.items()},
         {name: [run.accuracy for run in side.runs] for name, side in report.frameworks.items()},

@@ -1,10 +1,20 @@
 """Files that are whole at any instant: replaced atomically, on the disk when a call returns, locked by one process."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import secrets
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from cnn_jax.runtime.errors import StorageError
+
+# The name of a temporary file: never another process's, and as short beside a long name as beside a short one.
+TEMPORARY = ".cnn-jax-{}.tmp"
+_temporary_files: set[Path] = set()  # those of this process
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -13,17 +23,107 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     Raises:
       OSError: naming the file, if it could not be written.
     """
-    new = file.with_name(file.name + ".new")
     try:
-        with new.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(file)
-        sync(file.parent)
+        with replaced(file) as new:
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         error.filename = str(file)  # the user does not know the temporary one
         raise
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Give an empty file to be written, which takes a file's place when the block ends, unless that raises.
+
+    A link stays, and what it leads to is replaced. However the block ends, the new file is gone; where the process was
+    killed, the next one that replaces a file in the same folder removes it.
+
+    Raises:
+      OSError: it cannot be made or replaced, or is a folder, a device or a pipe.
+    """
+    target = _target(file)
+    new = target.with_name(TEMPORARY.format(secrets.token_hex(4)))
+    _temporary_files.add(new)
+    try:
+        with new.open("xb") as stream:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            _remove_abandoned(target.parent)
+            yield new
+            os.fsync(stream.fileno())
+            new.replace(target)
+            sync(target.parent)
+    finally:
+        new.unlink(missing_ok=True)
+        _temporary_files.discard(new)
+
+
+def remove_temporary_files() -> None:
+    """Remove this process's temporary files, before it ends at once."""
+    for new in tuple(_temporary_files):
+        with contextlib.suppress(OSError):
+            new.unlink()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of killed processes: those that nobody has locked."""
+    for path in folder.glob(TEMPORARY.format("[0-9a-f]" * 8)):
+        with contextlib.suppress(OSError), path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _target(file: Path) -> Path:
+    """Return what a path leads to, which need not exist.
+
+    Raises:
+      OSError: it is a folder, a device or a pipe.
+    """
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a folder, a device or a pipe, not a file", str(file))
+    return Path(os.path.realpath(file))
+
+
+def check_output_file(file: Path, option: str) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+      StorageError: naming the file, the reason and the option to change.
+    """
+    with output_errors(file, option):
+        _check_folder(_target(file).parent)
+
+
+def check_output_folder(folder: Path, option: str) -> None:
+    """Refuse a folder that could not be made, or in which nothing could be written, as `check_output_file` does.
+
+    Raises:
+      StorageError: likewise.
+    """
+    with output_errors(folder, option):
+        _check_folder(next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)))
+
+
+def _check_folder(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):  # tells more than permissions do, and has no name
+        pass
+
+
+@contextlib.contextmanager
+def output_errors(path: Path, option: str) -> Iterator[None]:
+    """Report in a line that what an option names cannot be written.
+
+    Raises:
+      StorageError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path} ({error.strerror or error}); give another {option}") from error
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from cnn_jax.runtime.files import remove_temporary_files
 from cnn_jax.runtime.streams import write_last_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -21,6 +22,7 @@ def end_on_signals() -> None:
     """
 
     def end(signal_number: int, frame: object) -> None:
+        remove_temporary_files()
         write_last_line(f"stopped by {signal.Signals(signal_number).name}; run the same command again to continue")
         os._exit(128 + signal_number)
 
@@ -79,5 +81,6 @@ def _end_at_the_second_interrupt(reading: int) -> None:
         while numbers := pipe.read(64):
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
+                remove_temporary_files()
                 write_last_line(AT_ONCE)
                 os._exit(128 + signal.SIGINT)

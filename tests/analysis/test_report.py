@@ -56,7 +56,7 @@ def test_the_page_that_training_ends_with_is_the_one_that_report_writes(of_three
 def test_a_page_that_cannot_be_written_is_named_as_it_was_asked_for(of_three_seeds, command, tmp_path):
     code, _, err = command("report", of_three_seeds, "--output", tmp_path / "no" / "page.html")
     assert code == 4
-    assert err.splitlines()[-1] == f"error: cannot read or write {tmp_path}/no/page.html: No such file or directory"
+    assert err == f"error: cannot write {tmp_path}/no/page.html (No such file or directory); give another --output\n"
 
 
 def test_the_page_opens_without_a_network_and_runs_nothing(of_three_seeds):
@@ -120,10 +120,10 @@ def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
 
 
 def test_control_characters_of_a_name_are_escaped(of_three_seeds, command, tmp_path):
-    folder = shutil.copytree(of_three_seeds, tmp_path / "\x1b\u202e[/i]")
+    folder = shutil.copytree(of_three_seeds, tmp_path / "\x1b\u202e[i]")
     code, _, err = command("report", folder)
-    assert (code, err) == (0, f"the report is {tmp_path}/\\x1b\\u202e[/i]/report.html\n")
-    assert "\\x1b\\u202e[/i]" in read(folder).text
+    assert (code, err) == (0, f"the report is {tmp_path}/\\x1b\\u202e[i]/report.html\n")
+    assert "\\x1b\\u202e[i]" in read(folder).text
 
 
 def test_a_run_with_held_out_images_shows_both_accuracies(trained_run):

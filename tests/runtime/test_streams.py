@@ -132,6 +132,14 @@ def test_what_a_terminal_would_obey_is_escaped(name):
     assert printable(name) == HOSTILE[name]
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "\ud800"])
+def test_an_error_shows_the_name_in_one_line_that_changes_nothing_else(name):
+    code, out, err = run(["-m", "cnn_jax", "export", "--to", "safetensors", "--output", f"none/{name}"])
+    assert (code, out) == (4, b"")
+    line = f"error: cannot write none/{HOSTILE[name]} (No such file or directory); give another --output\n"
+    assert err.decode() == line
+
+
 def test_a_folder_that_orbax_cannot_write_to_is_refused_at_once():
     line = b"error: --checkpoint-dir a\\xff: it must be text in UTF-8, as Orbax needs it\n"
     assert run(["train.py", "--checkpoint-dir", "a\udcff"]) == (2, b"", line)
