@@ -86,6 +86,7 @@ class ResultRecord(Record, frozen=True, kw_only=True):
     machine: str
     device: str
     versions: dict[str, str]
+    not_shown: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
