@@ -9,7 +9,7 @@ cnn_jax/core/sharding.py    which device trains which seed, or which part of a b
 cnn_jax/core/training.py    run_steps: many steps in one compiled program; train_step: one of them, down to the loss
 """
 
-from cnn_jax.cli.commands import program, train
+from cnn_jax.__main__ import program
 
 if __name__ == "__main__":
-    program(train)
+    program("train")

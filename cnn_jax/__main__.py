@@ -1,6 +1,18 @@
 """The commands: `python -m cnn_jax COMMAND`, installed as `cnn-jax`."""
 
-from cnn_jax.cli.commands import program
+from cnn_jax.runtime.signals import end_on_signals
+
+
+def program(command: str | None = None) -> None:
+    """Run a command, by default the one that the first argument names, as the whole job of this process.
+
+    A signal, too, ends it in one line.
+    """
+    end_on_signals()  # first, because the next import takes 0.1 s
+    from cnn_jax.cli import commands
+
+    commands.main(command=getattr(commands, command) if command else None)
+
 
 if __name__ == "__main__":
     program()

@@ -2,12 +2,14 @@
 
 import atexit
 import contextlib
+import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
-from cnn_jax.runtime.files import remove_temporary_files
 from cnn_jax.runtime.streams import write_last_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,16 +22,50 @@ def end_on_signals() -> None:
     Python would raise an exception wherever the program happens to be, perhaps in a library that mistakes it for
     something else and goes on. To end at once is safe, because every file is complete, old or new, at any instant.
     """
+    ending = threading.Lock()
 
-    def end(signal_number: int, frame: object) -> None:
-        remove_temporary_files()
-        write_last_line(f"stopped by {signal.Signals(signal_number).name}; run the same command again to continue")
-        os._exit(128 + signal_number)
+    def end(signal_number: int, frame: object = None) -> None:
+        if ending.acquire(blocking=False):
+            name = signal.Signals(signal_number).name
+            _end_at_once(signal_number, f"stopped by {name}; run the same command again to continue")
 
     for number in SIGNALS:
         signal.signal(number, end)
         # Python removes its handlers a moment before the process is over; finished work must not look interrupted.
         atexit.register(signal.signal, number, signal.SIG_IGN)
+    with contextlib.suppress(RuntimeError, OSError):  # the machine's limits allow no thread or no pipe
+        signal.set_wakeup_fd(_each_signal_in_a_thread(end))
+
+
+def _end_at_once(signal_number: int, line: str) -> NoReturn:
+    files = sys.modules.get("cnn_jax.runtime.files")  # imported after the first moments, in which there are no files
+    if files is not None:
+        files.remove_temporary_files()
+    write_last_line(line)
+    os._exit(128 + signal_number)
+
+
+def _each_signal_in_a_thread(react: Callable[[int], None]) -> int:
+    """Start a thread that calls a function with the number of each signal that Python handles.
+
+    Python runs a handler only between two of its own instructions, so not while XLA compiles or waits for another
+    process, which takes seconds. It writes the signal's number to a pipe at once, and the thread reads it.
+
+    Returns:
+      The pipe's descriptor, for `signal.set_wakeup_fd`; the thread ends when it is closed.
+    """
+
+    def read_on() -> None:
+        with open(reading, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(64):
+                for number in numbers:
+                    if number in SIGNALS:
+                        react(number)
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=read_on, daemon=True).start()
+    return writing
 
 
 class StopRequest:
@@ -51,11 +87,13 @@ def listen_for_stop() -> Iterator[StopRequest]:
         if request.signal_number is None:
             request.signal_number = signal_number
 
-    # Python runs a handler only between two of its own instructions, so not while XLA compiles, which takes seconds. It
-    # writes the signal's number to this pipe at once, and another thread reads it.
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    threading.Thread(target=_end_at_the_second_interrupt, args=(reading,), daemon=True).start()
+    interrupts = itertools.count(1)
+
+    def end_at_the_second_interrupt(signal_number: int) -> None:
+        if signal_number == signal.SIGINT and next(interrupts) > 1:
+            _end_at_once(signal_number, AT_ONCE)
+
+    writing = _each_signal_in_a_thread(end_at_the_second_interrupt)
     before_pipe = signal.set_wakeup_fd(writing)
     try:
         with _handling(note):
@@ -73,14 +111,3 @@ def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
-
-
-def _end_at_the_second_interrupt(reading: int) -> None:
-    interrupts = 0
-    with open(reading, "rb", buffering=0) as pipe:
-        while numbers := pipe.read(64):
-            interrupts += numbers.count(signal.SIGINT)
-            if interrupts > 1:
-                remove_temporary_files()
-                write_last_line(AT_ONCE)
-                os._exit(128 + signal.SIGINT)

@@ -1,0 +1,96 @@
+"""A signal ends the program with its line and code from its first line on, and changes nothing after its last."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import ROOT
+
+# A program that says when it has come to its first import that takes long, which is as early as a signal can count.
+REPORTING = """
+import os, runpy, sys
+def report(event, arguments):
+    if event == "import" and arguments[0] in ("cnn_jax.cli", "jax"):
+        os.write(1, b".")
+sys.addaudithook(report)
+sys.argv = ["train.py", "--dry-run", "--platform", "cpu"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def end_of_a_start(number, delay, moments=1):
+    """The exit code and stderr of a training that gets a signal so many seconds after a moment of its start."""
+    command = [sys.executable, "-c", REPORTING]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in range(moments):
+            assert process.stdout.read(1) == b"."
+        time.sleep(delay)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    return process.returncode, err.decode()
+
+
+def stopped_by(number):
+    return 128 + number, f"stopped by {signal.Signals(number).name}; run the same command again to continue\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("delay", "moments"), [(0, 1), (0.05, 1), (0.1, 1), (0, 2), (0.3, 2)])
+def test_a_signal_ends_a_start_in_its_line(number, delay, moments):
+    assert end_of_a_start(number, delay, moments) == stopped_by(number)
+
+
+@pytest.mark.slow
+def test_a_signal_every_10_ms_of_a_start_ends_it_in_its_line():
+    for i in range(60):
+        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        assert end_of_a_start(number, i / 100) == stopped_by(number), f"{10 * i} ms"
+
+
+BLOCKED = """
+import ctypes
+from cnn_jax.runtime.signals import end_on_signals
+end_on_signals()
+mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+print("ready", flush=True)
+library.pthread_mutex_lock(mutex)
+library.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_signal_ends_what_waits_outside_python():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        try:
+            _, err = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == stopped_by(signal.SIGTERM)
+
+
+ENDING = """
+import atexit, os, signal
+atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM)])
+from cnn_jax.runtime.signals import end_on_signals
+end_on_signals()
+"""
+
+
+def test_a_signal_after_the_work_is_finished_changes_nothing():
+    ended = subprocess.run([sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_the_handlers_come_before_every_import_that_takes_long():
+    code = "import sys; before = set(sys.modules); import cnn_jax.__main__; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {name for name in loaded.stdout.split() if name.startswith("cnn_jax")}
+    assert names == {"cnn_jax", "cnn_jax.__main__", "cnn_jax.runtime", "cnn_jax.runtime.signals"}
+    assert not {"argparse", "numpy", "dataclasses", "inspect"} & set(loaded.stdout.split())
