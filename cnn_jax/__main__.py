@@ -1,6 +1,7 @@
 """The commands: `python -m cnn_jax COMMAND`, installed as `cnn-jax`."""
 
 from cnn_jax.runtime.signals import end_on_signals
+from cnn_jax.runtime.streams import guard_standard_streams
 
 
 def program(command: str | None = None) -> None:
@@ -9,6 +10,7 @@ def program(command: str | None = None) -> None:
     A signal, too, ends it in one line.
     """
     end_on_signals()  # first, because the next import takes 0.1 s
+    guard_standard_streams()
     from cnn_jax.cli import commands
 
     commands.main(command=getattr(commands, command) if command else None)

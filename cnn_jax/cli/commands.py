@@ -28,11 +28,10 @@ from cnn_jax.runs.settings import (
     TrainSettings,
     require,
 )
-from cnn_jax.runtime.display import describe_seconds
+from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
 from cnn_jax.runtime.files import check_output_file, check_output_folder
-from cnn_jax.runtime.signals import end_on_signals
-from cnn_jax.runtime.streams import guard_standard_streams, results_delivered
+from cnn_jax.runtime.streams import results_delivered
 
 Count = Annotated[int, AT_LEAST_1]
 Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
@@ -69,9 +68,15 @@ def train(settings: TrainSettings) -> None:
         check_output_folder(settings.profile, "--profile")
     if settings.tensorboard:
         need("tensorboardX", extra="tensorboard")
-    train_examples = count_train_examples(settings.dataset, settings.dataset_dir, settings.data_dir)
+    train_examples = count_train_examples(
+        settings.dataset, settings.dataset_dir, settings.data_dir, prepare=not settings.dry_run
+    )
     if train_examples is not None:
         check_sizes(settings.batch_size, settings.validation, train_examples)
+    elif settings.dry_run:
+        Display().say(f"{settings.dataset}: tfds would first prepare it, and download what it needs for that")
+        Display().say("dry run: nothing was downloaded, trained or written")
+        return
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
     from cnn_jax.runs.summary import result_rows, write_result
@@ -370,10 +375,3 @@ def main(arguments: Sequence[str] | None = None, *, command: Command | None = No
     with one_line_failures(debug="--debug" in arguments), results_delivered():
         call = parse(command, arguments, prog=Path(sys.argv[0]).name) if command else parse_command(COMMANDS, arguments)
         call()
-
-
-def program(command: Command | None = None) -> None:
-    """Run `main` as the whole job of this process, which a signal, too, ends in one line."""
-    guard_standard_streams()
-    end_on_signals()
-    main(command=command)

@@ -11,7 +11,12 @@ MNIST_TRAIN_EXAMPLES = 60_000
 
 
 def load_dataset(
-    dataset: str, dataset_dir: Path | None, data_dir: Path | None, *, resident_bytes: int | None = None
+    dataset: str,
+    dataset_dir: Path | None,
+    data_dir: Path | None,
+    *,
+    resident_bytes: int | None = None,
+    prepare: bool = True,
 ) -> Dataset:
     """Load a data set into memory; tfds prepares it first where that has not been done.
 
@@ -20,6 +25,7 @@ def load_dataset(
       dataset_dir: A folder of four IDX files, plain, .gz or .xz.
       data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
       resident_bytes: tfds's training images stay on the disk where they are more; None loads however many they are.
+      prepare: Let tfds prepare the set, which writes and may download; else it has been prepared, or is `mnist`.
 
     Raises:
       UsageError: the set is unknown or is not an image classification set.
@@ -39,17 +45,20 @@ def load_dataset(
     from cnn_jax.data import tfds  # it takes longer to import than everything else here
 
     if dataset == "mnist":
-        return tfds.load_mnist(data_dir, resident_bytes)
-    return tfds.load_tfds(dataset, data_dir, resident_bytes)
+        return tfds.load_mnist(data_dir, resident_bytes, prepare=prepare)
+    return tfds.load_tfds(dataset, data_dir, resident_bytes, prepare=prepare)
 
 
-def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> int | None:
+def count_train_examples(
+    dataset: str, dataset_dir: Path | None, data_dir: Path | None, *, prepare: bool = False
+) -> int | None:
     """Check, without loading anything, that a data set is known, and return the size of its training set.
 
     Args:
       dataset: A tfds name; unused when `dataset_dir` is given.
       dataset_dir: A folder of four IDX files.
       data_dir: Where tfds keeps its data sets; None for tfds's own choice.
+      prepare: Check, too, that a set that is not prepared can be: that there are a place and a network.
 
     Returns:
       The number of training examples, or None where it is known only after tfds has prepared the set.
@@ -57,6 +66,7 @@ def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path 
     Raises:
       UsageError: there is no such data set or folder, or it is not an image classification set.
       InputFileError: one of the four files is missing or is not an IDX file.
+      StorageError: the set cannot be prepared here.
     """
     if dataset_dir is not None:
         return count_idx_examples(dataset_dir)
@@ -64,4 +74,4 @@ def count_train_examples(dataset: str, dataset_dir: Path | None, data_dir: Path 
         return MNIST_TRAIN_EXAMPLES
     from cnn_jax.data import tfds
 
-    return tfds.count_tfds_examples(dataset, data_dir)
+    return tfds.count_tfds_examples(dataset, data_dir, prepare=prepare)

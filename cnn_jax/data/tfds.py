@@ -1,12 +1,18 @@
 """A tfds set as arrays; no other file knows tfds, but for MNIST's builder."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
 import logging
 import os
 import re
+import ssl
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +24,33 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cnn_jax.data.dataset import EXAMPLES_PER_READ, Dataset, Images, Labels, RecordedImages, contiguous_parts
 from cnn_jax.data.idx import idx_header
-from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
-from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
+from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist, read_embedded
+from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError, lacks_memory
 
 _PROTO: Any = tf_example_pb2  # protobuf makes its classes when it is imported, unseen by a type checker
 _KNOWN_SETS = "mnist needs no network, tensorflow.org/datasets lists the others, --dataset-dir takes IDX files"
+NETWORK_SECONDS = 3  # a server that has not answered by then is taken for one that cannot be reached
 _NEEDED = "choose a set of uint8 images of one size with one class label each"
 
+# tfds would look for a set's sizes in a bucket, which it has switched off, and leave an empty temporary folder behind.
+tfds.core.DatasetInfo.initialize_from_bucket = lambda self: None
 
-def load_tfds(name: str, data_dir: Path | None, resident_bytes: int | None) -> Dataset:
+
+def load_tfds(name: str, data_dir: Path | None, resident_bytes: int | None, *, prepare: bool) -> Dataset:
     """Load a tfds set, which is prepared first where that has not been done; arguments and errors of `load_dataset`."""
     builder = _find_builder(name, data_dir)
-    _prepare(builder, name)
+    if prepare:
+        _prepare(builder, name)
     return _load(builder, name, resident_bytes)
 
 
-def load_mnist(data_dir: Path | None, resident_bytes: int | None) -> Dataset:
-    """Load MNIST, prepared from the embedded files, as `load_tfds` loads others, and check its published SHA-256."""
+def load_mnist(data_dir: Path | None, resident_bytes: int | None, *, prepare: bool) -> Dataset:
+    """Load MNIST, prepared from the embedded files, as `load_tfds` loads others, and check its published SHA-256.
+
+    Where it is not to be prepared, or there is no place for it, the embedded files are read.
+    """
+    if not prepare or not _has_a_place(data_dir):
+        return read_embedded()
     try:
         with _reading_tfds("mnist", data_dir):
             builder = EmbeddedMnist(data_dir=data_dir, file_format="array_record")
@@ -60,14 +76,20 @@ def load_mnist(data_dir: Path | None, resident_bytes: int | None) -> Dataset:
     return dataset
 
 
-def count_tfds_examples(name: str, data_dir: Path | None) -> int | None:
+def count_tfds_examples(name: str, data_dir: Path | None, *, prepare: bool) -> int | None:
     """Return the size of a tfds set's training set, None where it is not yet known.
 
     Raises:
       UsageError: tfds does not know the set, or it is not an image classification set.
+      StorageError: it is to be prepared, and there is no place or no network for that.
     """
-    splits = _find_builder(name, data_dir).info.splits
-    return splits["train"].num_examples if "train" in splits else None
+    builder = _find_builder(name, data_dir)
+    splits = builder.info.splits
+    if "train" in splits:
+        return splits["train"].num_examples
+    if prepare:
+        _require_place_and_network(builder, name)
+    return None
 
 
 def _find_builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
@@ -81,7 +103,8 @@ def _find_builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
             builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UsageError(f"--dataset {name}: tfds does not know it; {_KNOWN_SETS}") from error
-    _find_features(builder, name)
+    with _quiet_tfds():
+        _find_features(builder, name)
     return builder
 
 
@@ -116,17 +139,56 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     """Let tfds write the set, unless it has been written; tfds does so beside it and then renames."""
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()
-    try:
-        with _quiet_tfds():
+    with _quiet_tfds():
+        try:
             if builder.is_prepared():
                 return
+            _require_place_and_network(builder, name)
             builder.download_and_prepare(download_config=config, file_format="array_record")
-    except InputFileError:
-        raise
-    except Exception as error:  # tfds lets through whatever its builders, the network and the disk raise
-        # Of two processes that prepare at once, the second finds the folder there when it renames its own.
-        if not builder.is_prepared():
-            raise _cannot_prepare(name, builder.data_dir, error) from error
+        except (InputFileError, StorageError):
+            raise
+        except Exception as error:  # tfds lets through whatever its builders, the network and the disk raise
+            # Of two processes that prepare at once, the second finds the folder there when it renames its own.
+            if lacks_memory(error):
+                raise
+            if not builder.is_prepared():
+                raise _cannot_prepare(name, builder.data_dir, error) from error
+
+
+def _has_a_place(data_dir: Path | None) -> bool:
+    """Whether there is a folder for tfds's data sets: its default one needs a home, which a container may lack."""
+    return data_dir is not None or "TFDS_DATA_DIR" in os.environ or os.path.expanduser("~") != "~"
+
+
+def _require_place_and_network(builder: tfds.core.DatasetBuilder, name: str) -> None:
+    """Raise at once what preparing a set would fail with much later: without a network, tfds tries for minutes."""
+    if str(builder.data_dir).startswith("~"):
+        no_home = FileNotFoundError(errno.ENOENT, "there is no home folder")
+        raise _cannot_prepare(name, builder.data_dir, no_home)
+    failures: list[object] = [f"no answer in {NETWORK_SECONDS} s"]
+    urls = [url for url in builder.url_infos or () if url.startswith("http")]
+
+    def ask(url: str) -> None:
+        try:
+            urllib.request.urlopen(url, timeout=NETWORK_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, ssl.SSLError):  # an answer, too, and tfds may know other certificates
+                failures[0] = reason
+                return
+        failures.clear()
+
+    if urls:
+        # In a thread, because no timeout ends the search for a name's address.
+        asking = threading.Thread(target=ask, args=(urls[0],), daemon=True)
+        asking.start()
+        asking.join(NETWORK_SECONDS)
+        if failures:
+            host = urllib.parse.urlsplit(urls[0]).hostname
+            no_network = ConnectionError(f"{host} cannot be reached: {failures[0]}")
+            raise _cannot_prepare(name, builder.data_dir, no_network)
 
 
 def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | None) -> Dataset:
@@ -148,6 +210,8 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
     except InputFileError:
         raise
     except Exception as error:  # opening it raises whatever it stumbles on
+        if lacks_memory(error):
+            raise
         raise _damaged(builder.data_dir, str(error)) from error
     assert isinstance(test_images, np.ndarray)  # however many they are
     num_classes = features.label.num_classes
@@ -194,6 +258,8 @@ def _read_examples(
                 images[i] = np.array(example[image_key].int64_list.value, np.uint8).reshape(image.shape)
             labels[i] = example[label_key].int64_list.value[0]
     except Exception as error:  # the reader raises whatever it stumbles on
+        if lacks_memory(error):
+            raise
         raise _damaged(folder, str(error)) from error
     return images, labels
 
@@ -225,7 +291,7 @@ def _quiet_tfds() -> Generator[None]:
 def _cannot_prepare(name: str, data_dir: os.PathLike[str] | str | None, error: Exception) -> StorageError:
     if isinstance(error, ModuleNotFoundError):
         remedy = f"it needs {error.name} for that: prepare it where that is installed, in the format array_record"
-    elif isinstance(error, OSError) and error.errno is not None:
+    elif name == "mnist" or (isinstance(error, OSError) and error.errno is not None):
         remedy = "give --data-dir a folder that can be written"
     else:
         remedy = "prepare it where there is a network, or give --dataset-dir a folder of IDX files"

@@ -203,7 +203,11 @@ def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
 def load_run_data(settings: TrainSettings) -> Dataset:
     """Load the data set that a run's settings name, and refuse one that does not fit them or the network."""
     dataset = load_dataset(
-        settings.dataset, settings.dataset_dir, settings.data_dir, resident_bytes=resident_bytes(settings)
+        settings.dataset,
+        settings.dataset_dir,
+        settings.data_dir,
+        resident_bytes=resident_bytes(settings),
+        prepare=not settings.dry_run,
     )
     check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
     height, width, _ = dataset.train_images.shape[1:]

@@ -88,7 +88,7 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
     with contextlib.ExitStack() as held:
         with clock.part("loading"):
             held.enter_context(joined(settings.coordinator, settings.num_processes, settings.process_id))
-            start_devices(settings.platform)
+            start_devices(settings.platform, keep_compiled=not settings.dry_run)
         display = Display(shown=shown and is_process_0())
         if not settings.dry_run:
             on_process_0(_take_over, folder, settings.fresh, held, display)

@@ -1,8 +1,15 @@
 """Which device a program runs on, and where its compiled code is kept for the next start."""
 
+import contextlib
+import functools
+import importlib.util
 import os
 import platform as system
+import re
 import resource
+import subprocess
+import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -12,26 +19,60 @@ import jax
 from cnn_jax import __version__
 from cnn_jax.runtime.errors import UsageError
 
+# What each platform's JAX wheels install, and how to get it.
+_WHEELS = {
+    "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"), "pip install 'cnn-jax[cuda]'"),
+    "tpu": (("libtpu",), "pip install 'cnn-jax[tpu]'"),
+}
 
-def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None) -> None:
+
+def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compiled: bool = True) -> None:
     """Start JAX on a platform.
 
     Args:
       platform: Where to run; None for an accelerator if there is one, else the CPU.
+      keep_compiled: Whether to keep compiled code on the disk, which saves seconds at the next start.
 
     Raises:
-      UsageError: this machine or this installation has no such device.
+      UsageError: this machine or this installation has no such device, or `XLA_FLAGS` cannot be understood.
     """
-    _keep_compiled_code()
+    _check_xla_flags()
+    if keep_compiled:
+        _keep_compiled_code()
     if platform is not None:
         jax.config.update("jax_platforms", platform)
     try:
         jax.devices()
-    except RuntimeError as error:
-        extras = {"gpu": "; on an NVIDIA GPU it needs pip install 'cnn-jax[cuda]'", "tpu": "; it needs cnn-jax[tpu]"}
-        extra = extras.get(platform, "") if platform else ""
-        wanted = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        raise UsageError(f"{wanted}: JAX finds no such device here{extra}") from error
+    except Exception as error:  # a plugin lets through whatever it meets
+        reason = re.split(r"\n| \((?:you may need|set JAX)", str(error))[0].strip("; ") or type(error).__name__
+        wanted = f"--platform {platform}" if platform else _variables("JAX_PLATFORMS", "XLA_FLAGS")
+        modules, installation = _WHEELS.get(platform or "", ((), ""))
+        missing = modules and not any(importlib.util.find_spec(module) for module in modules)
+        remedy = f"it needs {installation}" if missing else "choose another platform"
+        raise UsageError(f"{wanted}: JAX finds no such device here, or cannot start it ({reason}); {remedy}") from error
+
+
+@functools.cache
+def _check_xla_flags() -> None:
+    """Refuse an `XLA_FLAGS` that XLA does not understand: it would end this process, with a page of text.
+
+    Raises:
+      UsageError: naming the variable.
+    """
+    if "XLA_FLAGS" not in os.environ:
+        return
+    read_flags = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
+    with contextlib.suppress(OSError):  # without another process they are not checked
+        read = subprocess.run(read_flags, capture_output=True, text=True, errors="replace", check=False)
+        if read.returncode != 0:
+            complaint = re.search(r"^[EF]\d+ .*?\] (.*)", read.stderr, re.MULTILINE)
+            reason = complaint[1] if complaint else f"XLA ends with {read.returncode}"
+            raise UsageError(f"{_variables('XLA_FLAGS')}: XLA does not understand it ({reason}); correct or unset it")
+
+
+def _variables(*names: str) -> str:
+    """Return those of the environment's variables that are set, with their values, or the first of them."""
+    return " ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)) or names[0]
 
 
 def describe_devices() -> str:
@@ -75,9 +116,13 @@ def device_bytes() -> int:
 
 
 def _keep_compiled_code() -> None:
-    """Let JAX keep compiled code on disk, which saves seconds at the next start."""
+    """Let JAX keep compiled code on disk, which saves seconds at the next start, where that can be written."""
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn-jax" / "xla"
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn-jax" / "xla"
+        except RuntimeError:  # there is no home folder, as for a container's user
+            return
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

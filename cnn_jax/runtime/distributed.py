@@ -65,13 +65,18 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     # If no collective fails first, a JAX thread notices the lost process and aborts this one. No option disables that,
     # and a Python signal handler would run too late.
     ctypes.CDLL(None).signal(signal.SIGABRT, _report_abort)
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        initialization_timeout=2 * START_SECONDS,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=2 * START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (TypeError, ValueError) as error:  # the options, or what a cluster's environment says
+        found = f"--coordinator {coordinator}" if coordinator else "the cluster's environment"
+        reason = str(error).partition("\n")[0][:120]
+        raise UsageError(f"{found} does not name the processes of this run ({reason}); correct it") from error
     watchdog.cancel()
     _keep_stdout_for_python()
 

@@ -3,7 +3,10 @@
 import contextlib
 import contextvars
 import difflib
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 
 from cnn_jax.runtime.streams import printable
@@ -12,7 +15,7 @@ from cnn_jax.runtime.streams import printable
 class CnnJaxError(Exception):
     """A failure that ends the program with one line, which names the problem and the remedy."""
 
-    exit_code = 1
+    exit_code = 8  # that of a failure that no subclass foresees: the program's own
 
 
 class UsageError(CnnJaxError):
@@ -86,29 +89,61 @@ def one_line_failures(debug: bool) -> Iterator[None]:
     """End the program with one line on stderr and the failure's exit code.
 
     Args:
-      debug: Let the exception through with its traceback instead.
+      debug: Show its traceback first.
     """
     with_tracebacks.set(debug)
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
+            traceback.print_exc()
         line, exit_code = describe_failure(error)
         print(line, file=sys.stderr, flush=True)
         sys.exit(exit_code)
 
 
-def describe_failure(error: Exception) -> tuple[str, int]:
+def describe_failure(error: BaseException) -> tuple[str, int]:
     """Return the line that reports a failure, and the exit code that it ends the program with."""
+    reason = str(error).partition("\n")[0]
+    name = type(error).__name__
     exit_code = CnnJaxError.exit_code
     if isinstance(error, StopSignalError):
         line, exit_code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        line, exit_code = "stopped by SIGINT; run the same command again to continue", 128 + signal.SIGINT
     elif isinstance(error, CnnJaxError):
         line, exit_code = f"error: {error}", error.exit_code
     elif isinstance(error, OSError):
-        name = f" {error.filename}" if error.filename else ""
-        line, exit_code = f"error: cannot read or write{name}: {error.strerror or error}", StorageError.exit_code
+        file = f" {error.filename}" if error.filename else ""
+        line, exit_code = f"error: cannot read or write{file}: {error.strerror or error}", StorageError.exit_code
+    elif isinstance(error, UnicodeEncodeError):
+        line = f"error: cannot read or write {error.object!a:.200} in {error.encoding}; set PYTHONUTF8=1 or rename it"
+        exit_code = StorageError.exit_code
+    elif lacks_memory(error):
+        remedy = "allow more, or lower --batch-size, --features or --seeds"
+        line = f"error: the memory does not suffice ({reason or name}); {remedy}"
+        exit_code = UsageError.exit_code
+    elif isinstance(error, ImportError):
+        line = f"error: cannot load {error.name or 'a library'} ({reason}); install cnn-jax anew, or allow more memory"
+        exit_code = UsageError.exit_code
+    elif variables := _refused_variables():
+        line, exit_code = (
+            f"error: JAX does not start with {variables} ({reason}); unset what is wrong",
+            UsageError.exit_code,
+        )
     else:
-        line = " ".join(f"error: {type(error).__name__}: {error}; --debug shows where".split())
+        line = f"error: the program failed, {name}: {' '.join(str(error).split())}; please report it with what --debug shows"
     return printable(line), exit_code
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or XLA did not get the memory, or the thread, that it asked for."""
+    told = str(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def _refused_variables() -> str:
+    """Return the variables of the environment that JAX is set up with, if its import failed."""
+    if "jax" in sys.modules or "jax._src" not in sys.modules:
+        return ""
+    return ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_"))

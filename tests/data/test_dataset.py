@@ -1,14 +1,18 @@
 """What is loaded is the published data, or a failure that names the file and the remedy."""
 
+import functools
 import gzip
 import hashlib
 import io
+import time
+import urllib.error
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from cnn_jax.data import tfds as tfds_module
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.data.loading import count_train_examples, load_dataset
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
@@ -127,6 +131,44 @@ def test_any_prepared_tfds_set_of_labelled_images_can_be_used(tmp_path):
 def test_a_set_that_cannot_be_used_is_refused_without_loading_anything(name, complaint, tmp_path):
     with pytest.raises(UsageError, match=rf"--dataset {name}: .*{complaint}"):
         count_train_examples(name, None, tmp_path)
+
+
+def hang(*arguments, **options):
+    time.sleep(0.5)
+    raise OSError("too late")
+
+
+def find_no_address(*arguments, **options):
+    raise urllib.error.URLError("no address")
+
+
+@pytest.mark.parametrize(("urlopen", "reason"), [(hang, "no answer in 0.1 s"), (find_no_address, "no address")])
+def test_a_set_that_must_be_downloaded_is_refused_at_once_without_a_network(
+    urlopen, reason, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(tfds_module.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(tfds_module, "NETWORK_SECONDS", 0.1)
+    for load in (load_dataset, functools.partial(count_train_examples, prepare=True)):
+        begin = time.monotonic()
+        with pytest.raises(StorageError, match=rf"cannot prepare fashion_mnist .* cannot be reached: {reason}\)") as no:
+            load("fashion_mnist", None, tmp_path)
+        assert "a network, or give --dataset-dir" in str(no.value)
+        assert time.monotonic() - begin < 1.5
+    assert (list(tmp_path.iterdir()), *capfd.readouterr()) == ([], "", "")
+
+
+def test_a_set_is_downloaded_where_the_network_answers_with_whatever(tmp_path, monkeypatch):
+    def refuse(url, timeout):
+        raise urllib.error.HTTPError(url, 405, "ask otherwise", None, None)
+
+    downloaded = []
+    monkeypatch.setattr(tfds_module.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(
+        tfds.core.DatasetBuilder, "download_and_prepare", lambda builder, **options: downloaded.append(builder.name)
+    )
+    with pytest.raises(InputFileError):  # nothing is there afterwards
+        load_dataset("fashion_mnist", None, tmp_path)
+    assert downloaded == ["fashion_mnist"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.idx import read_idx
 
 SPLITS = {"train": "train", "test": "t10k"}
@@ -53,6 +54,15 @@ class EmbeddedMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         labels = _read_embedded(f"{prefix}-labels-idx1-ubyte", ndim=1)
         for index, (image, label) in enumerate(zip(images[..., np.newaxis], labels, strict=True)):
             yield index, {"image": image, "label": int(label)}
+
+
+def read_embedded() -> Dataset:
+    """Read the embedded files themselves, for where nothing can or may be written; their SHA-256 is checked."""
+    arrays = {}
+    for split, prefix in SPLITS.items():
+        arrays[f"{split}_images"] = _read_embedded(f"{prefix}-images-idx3-ubyte", ndim=3)[..., np.newaxis]
+        arrays[f"{split}_labels"] = _read_embedded(f"{prefix}-labels-idx1-ubyte", ndim=1).astype(np.int32)
+    return Dataset("mnist", **arrays, num_classes=10)
 
 
 def _read_embedded(name: str, *, ndim: int) -> UInt8[np.ndarray, "..."]:

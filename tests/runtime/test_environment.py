@@ -1,0 +1,138 @@
+"""What the environment and the machine lack is left out, or refused in one line with 2 or 4."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+NO_HOME = """
+import os, pwd
+os.environ.pop("HOME", None)
+def getpwuid(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = getpwuid
+"""
+TRAIN = [sys.executable, "train.py", "--epochs", "0.01", "--features", "2", "2"]
+
+
+@pytest.fixture
+def started():
+    """Run a program to its end with these variables, None for one that is not set."""
+
+    def run(command, **variables):
+        environment = {name: value for name, value in (os.environ | variables).items() if value is not None}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"XLA_FLAGS": "--nonsense"}, "XLA_FLAGS=--nonsense: XLA does not understand it (Unknown flag in XLA_FLAGS"),
+        ({"XLA_FLAGS": "no file"}, "XLA_FLAGS=no file: XLA does not understand it (Could not open file"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=a"}, "XLA_FLAGS=--xla_force_host"),
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=-1"},
+            "XLA_FLAGS=--xla_force_host_platform_device_count",
+        ),
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda: JAX finds no such device here"),
+        ({"JAX_PLATFORMS": "abacus"}, "JAX_PLATFORMS=abacus: JAX finds no such device here"),
+        ({"JAX_PLATFORMS": "tpu"}, "JAX_PLATFORMS=tpu: JAX finds no such device here"),
+        ({"JAX_ENABLE_X64": "maybe"}, "JAX does not start with JAX_"),
+    ],
+)
+def test_what_jax_cannot_start_with_is_named(variables, complaint, started, tmp_path):
+    if "cuda" in variables.values() and os.path.exists("/dev/nvidia0"):
+        pytest.skip("here it can")
+    ended = started([*TRAIN, "--checkpoint-dir", tmp_path / "runs"], **variables)
+    assert ended.stderr.startswith(f"error: {complaint}")
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
+
+
+def test_a_platform_whose_packages_are_installed_does_not_ask_for_them(monkeypatch):
+    from cnn_jax.runtime import devices
+    from cnn_jax.runtime.errors import UsageError
+
+    def fail():
+        raise AssertionError("its driver is missing\nand more")
+
+    monkeypatch.setattr(devices.jax, "devices", fail)
+    monkeypatch.setattr(devices.jax.config, "update", lambda *setting: None)
+    monkeypatch.setattr(devices.warnings, "filterwarnings", lambda *filter: None)
+    for installed in (None, object()):
+        monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name, installed=installed: installed)
+        with pytest.raises(UsageError, match=r"^--platform gpu: .*\(its driver is missing\); ") as refused:
+            devices.start_devices("gpu")
+        assert ("pip install" in str(refused.value)) == (installed is None)
+
+
+def test_without_a_home_nothing_is_missing(started, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_HOME)
+    variables = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HOME": None, "TFDS_DATA_DIR": None}
+    variables |= {"JAX_COMPILATION_CACHE_DIR": None, "XDG_CACHE_HOME": None, "MPLCONFIGDIR": None}
+    code = (
+        "import os; from cnn_jax.cli.commands import main; "
+        f"os.chdir({str(tmp_path)!r}); "
+        f"main(['predict', {str(ROOT / 'docs' / 'four.jpg')!r}]); main(['train', '--dry-run']); "
+        "from cnn_jax.data.loading import load_dataset; print(len(load_dataset('mnist', None, None).train_labels)); "
+        "import cnn_jax.analysis.plots; "
+        "main(['train', '--dataset', 'fashion_mnist'])"
+    )
+    ended = started([sys.executable, "-c", code], **variables)
+    assert "60000\n" in ended.stdout
+    assert "dry run: nothing was trained or written" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: tfds cannot prepare fashion_mnist in ~/")
+    assert "there is no home folder); give --data-dir" in ended.stderr
+    assert ended.returncode == 4
+    assert "matplotlib" not in ended.stderr
+    assert not (tmp_path / "~").exists()
+
+
+def test_folders_of_conveniences_that_cannot_be_written_are_left_out_quietly(started, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    place = str(tmp_path / "file" / "below")
+    code = (
+        "import cnn_jax.analysis.plots, jax; from cnn_jax.runtime.devices import start_devices; start_devices('cpu'); "
+        "print(jax.jit(lambda x: x + 1)(1))"
+    )
+    ended = started(
+        [sys.executable, "-c", code], XDG_CACHE_HOME=place, JAX_COMPILATION_CACHE_DIR=None, MPLCONFIGDIR=place
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "2\n", "")
+
+
+@pytest.mark.parametrize("limit", ["-v 300000", "-v 1000000", pytest.param("-n 9", marks=pytest.mark.slow)])
+def test_a_limit_that_does_not_suffice_is_named(limit, started, tmp_path):
+    command = f"ulimit {limit}; exec {sys.executable} train.py --epochs 0.01 --checkpoint-dir {tmp_path / 'runs'}"
+    ended = started(["bash", "-c", command])
+    (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == (2 if "-v" in limit else 4), ended.stderr
+    assert ("memory" if "-v" in limit else "Too many open files") in error
+    assert "Traceback" not in ended.stderr
+
+
+def everything_in(folder):
+    """Every path below a folder, with its kind, size and time of change."""
+    return {path: (path.lstat().st_mode, path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
+def test_a_dry_run_writes_and_downloads_nothing(dataset, started, tmp_path):
+    for name in ("home", "temporary", "cache"):
+        (tmp_path / name).mkdir()
+    before = everything_in(tmp_path)
+    places = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "temporary", "XDG_CACHE_HOME": tmp_path / "cache"}
+    variables = {name: str(place) for name, place in places.items()} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    variables |= dict.fromkeys(["TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR", "MPLCONFIGDIR"])
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); os.chdir({str(tmp_path)!r}); "
+    # A download would begin with a search for an address.
+    code += "sys.addaudithook(lambda event, given: event == 'socket.getaddrinfo' and os._exit(99)); "
+    code += f"from cnn_jax.cli.commands import main; main(['train', '--dry-run', '--dataset', {dataset!r}])"
+    ended = started([sys.executable, "-c", code], **variables)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("dry run: nothing was ")
+    assert everything_in(tmp_path) == before
