@@ -64,6 +64,9 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
         near = [difflib.get_close_matches(word.partition("=")[0], labels, n=1) for word in unknown]
         meant = ", ".join(labels[option] for options in near for option in options)
         parser.error(f"Unrecognized options: {', '.join(unknown)}{meant and f'; perhaps you meant: {meant}'}")
+    for each in parameters:
+        if each.option and vars(namespace).get(each.name) == []:  # what argparse makes of --option=--
+            parser.error(f"{each.option} --: it must be {each.metavar or 'a value'}")
     typed = vars(namespace).items()
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in typed if name != "debug"}
     if missing := [each.label for each in parameters if each.default is REQUIRED and each.name not in values]:

@@ -18,7 +18,7 @@ from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, EpochRecord, RunFolder, deciding_settings
-from cnn_jax.runs.program import Program, Sizes, evaluate_seeds, make_program, start_states
+from cnn_jax.runs.program import Program, Sizes, check_resources, evaluate_seeds, make_program, start_states
 from cnn_jax.runs.settings import Platform, TrainSettings
 from cnn_jax.runtime.devices import device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display
@@ -108,7 +108,9 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
     with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
         dataset = load_run_data(settings)
         sizes = Sizes.of(dataset, settings)
-        program = make_program(settings, sizes, make_mesh(settings.seeds, jax.devices()))
+        mesh = make_mesh(settings.seeds, jax.devices())
+        check_resources(settings, sizes, mesh)
+        program = make_program(settings, sizes, mesh)
         restored = restore_latest(checkpoints, settings, sizes, program)
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")

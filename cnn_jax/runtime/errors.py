@@ -132,7 +132,8 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
             UsageError.exit_code,
         )
     else:
-        line = f"error: the program failed, {name}: {' '.join(str(error).split())}; please report it with what --debug shows"
+        told = " ".join(str(error).split())
+        line = f"error: the program failed, {name}: {told}; please report it with what --debug shows"
     return printable(line), exit_code
 
 

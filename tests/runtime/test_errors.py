@@ -1,0 +1,58 @@
+"""Every failure has a code of its own, and what a user or the machine causes is never the program's."""
+
+import pytest
+
+from cnn_jax.runtime.errors import CnnJaxError, UsageError, describe_failure, one_line_failures
+
+FAILURES = [
+    (UsageError("--epochs 0:\nwrong"), 2, "error: --epochs 0: wrong"),
+    (MemoryError(), 2, "error: the memory does not suffice (MemoryError); "),
+    (MemoryError("std::bad_alloc"), 2, "error: the memory does not suffice (std::bad_alloc); "),
+    (
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more"),
+        2,
+        "error: the memory does not suffice (RESOURCE_EX",
+    ),
+    (RuntimeError("can't start new thread"), 2, "error: the memory does not suffice (can't start new thread); "),
+    (ImportError("no segment", name="libjax"), 2, "error: cannot load libjax (no segment); install cnn-jax anew"),
+    (PermissionError(13, "Permission denied", "/a"), 4, "error: cannot read or write /a: Permission denied"),
+    (BrokenPipeError(32, "Broken pipe"), 4, "error: cannot read or write: Broken pipe"),
+    (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 4, "error: cannot read or write '\\xe9' in ascii; "),
+    (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again to continue"),
+    (RecursionError("too deep"), 8, "error: the program failed, RecursionError: too deep; please report it with what"),
+    (OverflowError("too large"), 8, "error: the program failed, OverflowError: too large; please report it with what"),
+    (CnnJaxError("no class"), 8, "error: no class"),
+]
+
+
+@pytest.mark.parametrize(("failure", "code", "line"), FAILURES, ids=[repr(failure) for failure, *_ in FAILURES])
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_failure_ends_in_its_code_and_one_line(failure, code, line, debug, capsys):
+    described, _ = describe_failure(failure)
+    with pytest.raises(SystemExit) as end, one_line_failures(debug):
+        raise failure
+    _, err = capsys.readouterr()
+    assert end.value.code == code
+    assert described.startswith(line)
+    assert err.splitlines()[-1] == described
+    assert ("Traceback" in err) == debug
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--recipe fast --epochs 1e9", "--epochs 1e+09: it must be less than 2,147,483,648 steps"),
+        ("--epochs 1e308", "--epochs 1e+308: it must be less than"),
+        ("--features 100000 100000", "--features and --seeds need at least 1,006 GiB"),
+        (f"--features {10**60} {10**60}", "--features and --seeds need at least 1,000,000,000 GiB"),
+        ("--seeds 4000000000 --seed 0 --features 1 1", "--features and --seeds need at least"),
+        ("--features 9000000 1 --batch-size 2000", "--features and --batch-size need at least"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_no_machine_can_train_is_refused_and_named(options, complaint, command, small_mnist, tmp_path):
+    code, out, err = command(
+        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--dry-run", *options.split()
+    )
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"error: {complaint}")
