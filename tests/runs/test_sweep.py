@@ -74,6 +74,14 @@ def begun(begin, tmp_path):
     return tmp_path / "sweep"
 
 
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    """Fail where a command goes on to start the devices and load the data."""
+    from cnn_jax.runs import sweep
+
+    monkeypatch.setattr(sweep, "start_devices", pytest.fail)
+
+
 def trial_of(score=0.9, **more):
     distributions = {name: CategoricalDistribution(values) for name, values in CHOICES.items()}
     distributions["learning_rate"] = FloatDistribution(0.0003, 0.03, log=True)
@@ -150,7 +158,7 @@ def test_a_trial_whose_loss_is_not_finite_scores_nothing(command, arguments, tmp
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_study_refuses_other_settings_and_names_them(command, arguments, begun, changed, difference):
+def test_a_study_refuses_other_settings_and_names_them(command, arguments, begun, nothing_starts, changed, difference):
     before = files_of(begun)
     code, _, err = command("sweep", *SAME, *arguments, *changed)
     assert code == 2
@@ -244,6 +252,16 @@ def be_another_folders(folder):
     edit(folder, ["UPDATE studies SET study_name = 'other'"])
 
 
+def break_an_index(folder):
+    page = "(SELECT rootpage FROM sqlite_master WHERE name = 'studies')"
+    index = "sqlite_autoindex_trial_heartbeats_1"  # not read before the first trial
+    edit(
+        folder,
+        ["PRAGMA writable_schema = ON"],
+        [f"UPDATE sqlite_master SET rootpage = {page} WHERE name = '{index}'"],
+    )
+
+
 def edited(table, column, value):
     return lambda folder: edit(folder, [f"UPDATE {table} SET {column} = ?", value])
 
@@ -255,6 +273,7 @@ def edited(table, column, value):
         (write(b"not a database" * 1000), 65, "not a database"),
         (cut, 65, "malformed"),
         (scramble, 65, ""),
+        (break_an_index, 65, ""),
         (belong_to_another_program, 65, "no such table"),
         (be_another_folders, 65, "holds other, not sweep"),
         (be_a_folder, 4, "unable to open"),
@@ -316,8 +335,8 @@ def test_a_trial_of_another_program_is_damage(command, arguments, begun, trial):
     assert_one_line(err, begun / "study.db")
 
 
-def test_a_study_that_cannot_be_written_is_named_before_a_trial_is_made(
-    command, arguments, begun, tmp_path, monkeypatch
+def test_a_study_that_cannot_be_written_is_named_before_anything_starts(
+    command, arguments, begun, nothing_starts, tmp_path, monkeypatch
 ):
     connect = sqlite3.connect
     with monkeypatch.context() as patch:
