@@ -121,7 +121,8 @@ def _keep_compiled_code() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
         try:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn-jax" / "xla"
-        except RuntimeError:  # there is no home folder, as for a container's user
+            str(cache).encode()
+        except (RuntimeError, UnicodeEncodeError):  # there is no home folder, or JAX cannot take its name
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

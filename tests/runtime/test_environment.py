@@ -92,9 +92,10 @@ def test_without_a_home_nothing_is_missing(started, tmp_path):
     assert not (tmp_path / "~").exists()
 
 
-def test_folders_of_conveniences_that_cannot_be_written_are_left_out_quietly(started, tmp_path):
+@pytest.mark.parametrize("name", ["below", "x" * 300, "\udcff"])
+def test_folders_of_conveniences_that_cannot_be_written_are_left_out_quietly(name, started, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    place = str(tmp_path / "file" / "below")
+    place = str(tmp_path / "file" / name)
     code = (
         "import cnn_jax.analysis.plots, jax; from cnn_jax.runtime.devices import start_devices; start_devices('cpu'); "
         "print(jax.jit(lambda x: x + 1)(1))"
