@@ -172,7 +172,7 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh) -> None:
     if needed > there:
         raise UsageError(
             f"--features {first} {second} with --seeds {settings.seeds} and --batch-size {settings.batch_size}: "
-            f"training needs more than {needed / 2**30:,.0f} GiB of memory and there are {there / 2**30:,.1f}; "
+            f"training needs more than {min(needed >> 30, 10**9):,} GiB of memory and there are {there / 2**30:,.1f}; "
             "make them smaller"
         )
 

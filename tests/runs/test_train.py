@@ -341,9 +341,15 @@ def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--features", 100_000, 100_000), "training needs more than 1,349 GiB of memory and there are"),
-        (("--features", 10**15, 10**15), "GiB of memory and there are"),
+        (("--features", 100_000, 100_000), "training needs more than 1,348 GiB of memory and there are"),
+        (("--features", 10**200, 10**200), "training needs more than 1,000,000,000 GiB of memory and there are"),
+        (
+            ("--features", 9_000_000, 1, "--batch-size", 2000),
+            "with --seeds 1 and --batch-size 2000: training needs more",
+        ),
+        (("--seeds", 4 * 10**9, "--seed", 0, "--features", 1, 1), "training needs more than"),
         (("--seeds", 10**7), "--features 32 64 with --seeds 10000000 and --batch-size 100: training needs more than"),
+        (("--epochs", 1e308), "--epochs 1e+308: it must be fewer"),
         (("--epochs", 1e9, "--recipe", "fast"), "--epochs 1e+09: it must be fewer, for less than 2,147,483,648 steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

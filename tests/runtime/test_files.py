@@ -174,7 +174,7 @@ def test_a_command_refuses_its_output_at_once(kind, command, tmp_path):
 def assert_refused(arguments, path, options):
     """The program ends with 4 in a line, before JAX is imported."""
     code = "import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); "
-    code += "from cnn_jax.cli.commands import program; program()"
+    code += "from cnn_jax.__main__ import program; program()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (4, "False\n"), ended.stderr

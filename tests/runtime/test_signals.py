@@ -92,5 +92,11 @@ def test_the_handlers_come_before_every_import_that_takes_long():
     code = "import sys; before = set(sys.modules); import cnn_jax.__main__; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {name for name in loaded.stdout.split() if name.startswith("cnn_jax")}
-    assert names == {"cnn_jax", "cnn_jax.__main__", "cnn_jax.runtime", "cnn_jax.runtime.signals"}
+    assert names == {
+        "cnn_jax",
+        "cnn_jax.__main__",
+        "cnn_jax.runtime",
+        "cnn_jax.runtime.signals",
+        "cnn_jax.runtime.streams",
+    }
     assert not {"argparse", "numpy", "dataclasses", "inspect"} & set(loaded.stdout.split())
