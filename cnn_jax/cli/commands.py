@@ -182,7 +182,8 @@ def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, ho
     Options:
       run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
       port (N): The page's port.
-      host (ADDRESS): Who can reach the page: with 127.0.0.1 only this machine, with 0.0.0.0 every other, too.
+      host (ADDRESS): Who can reach the page: with 127.0.0.1 only this machine, with 0.0.0.0 every other, too, by this
+        machine's addresses and host name; by another name only if it is given here.
 
     Examples:
       cnn-jax demo

@@ -6,6 +6,7 @@ pictures.py      reads picture files as arrays, and refuses bad ones
 preprocess.py    lays out a picture of a digit as MNIST does
 predict.py       the command `predict`
 export.py        writes a network for another program, and tests the file before it is kept
-demo/            the page to draw digits on: Python, board (HTML and JavaScript), style, and the answer's template
+demo/            the page to draw digits on: Python, board (HTML and JavaScript), style, the answer's template, and
+                 guard.py, which says what may reach the page
 trained/         the packaged weights
 """

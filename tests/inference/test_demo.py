@@ -1,9 +1,11 @@
-"""The page answers while you draw, listens on this machine only, and accepts nothing but drawings."""
+"""The page answers while you draw, listens on this machine only, and accepts nothing but its own drawings."""
 
 import base64
 import contextlib
 import dataclasses
+import functools
 import http.client
+import http.server
 import importlib.util
 import json
 import os
@@ -11,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -24,6 +27,7 @@ import gradio as gr
 
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference import demo
+from cnn_jax.inference.demo import guard
 from tests.helpers import ROOT
 
 
@@ -35,9 +39,13 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def port():
-    """The port of a page that another process serves, with proxies set at which nothing answers."""
+def port(tmp_path_factory):
+    """The port of a page that another process serves, with proxies set at which nothing answers.
+
+    Whatever the tests do to it, it leaves no file and says nothing on the terminal.
+    """
     number = free_port()
+    files = tmp_path_factory.mktemp("files")
     process = subprocess.Popen(
         [sys.executable, "-m", "cnn_jax", "demo", "--port", str(number)],
         stdout=subprocess.PIPE,
@@ -45,7 +53,8 @@ def port():
         text=True,
         cwd=ROOT,
         env=os.environ
-        | {name: f"http://127.0.0.1:{free_port()}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")},
+        | {name: f"http://127.0.0.1:{free_port()}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
+        | {"TMPDIR": str(files), "GRADIO_TEMP_DIR": str(files / "gradio")},
     )
     try:
         line = process.stderr.readline()
@@ -54,8 +63,8 @@ def port():
     finally:
         process.terminate()
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (0, "")
-    assert err.splitlines()[-1] == "the page is closed"
+    assert (process.returncode, out, err) == (0, "", "the page is closed\n")
+    assert list(files.iterdir()) == []
 
 
 def request(port, method, path, body=None, headers=None):
@@ -66,17 +75,10 @@ def request(port, method, path, body=None, headers=None):
         return response.status, response.read().decode()
 
 
-def send_drawing(port, drawing):
-    """Send a drawing as the page does and return all that its server answers until it is done."""
-    _, config = request(port, "GET", "/config")
-    (dependency,) = json.loads(config)["dependencies"]
-    session = base64.b16encode(os.urandom(6)).decode()
-    call = {"data": [drawing], "fn_index": dependency["id"], "session_hash": session}
-    status, text = request(
-        port, "POST", "/gradio_api/queue/join", json.dumps(call), {"content-type": "application/json"}
-    )
-    assert status == 200, text
-    return request(port, "GET", f"/gradio_api/queue/data?session_hash={session}")[1]
+def send_drawing(port, drawing, headers=None, **fields):
+    """Send a drawing as the page does, and return the status and what its server answers."""
+    call = {"data": [drawing], "fn_index": 0, "session_hash": "abc", "event_data": {}, "trigger_id": 4} | fields
+    return request(port, "POST", guard.ANSWER, json.dumps(call), {"content-type": "application/json"} | (headers or {}))
 
 
 def ink_of_a_one():
@@ -92,7 +94,9 @@ def in_base64(ink):
 
 
 def test_a_drawing_that_is_sent_is_answered(port):
-    assert "It reads <output>1</output>" in json.dumps(send_drawing(port, in_base64(ink_of_a_one()))).replace("\\", "")
+    status, answer = send_drawing(port, in_base64(ink_of_a_one()))
+    assert status == 200
+    assert "It reads <output>1</output>" in json.loads(answer)["data"][0]
 
 
 @pytest.mark.parametrize(
@@ -100,34 +104,253 @@ def test_a_drawing_that_is_sent_is_answered(port):
     [
         None,
         17,
-        {"path": "/etc/passwd"},
+        {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
         "",
         "no base64",
+        "\ud800",
         base64.b64encode(b"\x89PNG\r\n").decode(),
         in_base64(np.zeros((demo.BOARD + 1, demo.BOARD), np.uint8)),
-        in_base64(np.zeros((demo.BOARD * 6, demo.BOARD), np.uint8)),
+        in_base64(np.zeros((demo.BOARD * 2, demo.BOARD), np.uint8)),
     ],
 )
 def test_anything_but_a_drawing_of_the_boards_size_is_refused_without_a_traceback(drawing, port):
-    answer = send_drawing(port, drawing)
-    assert "a drawing is 140x140 bytes in base64; load the page again" in answer
+    status, answer = send_drawing(port, drawing)
+    assert status in (422, 500)
+    assert "load the page again" in answer
     assert not any(word in answer for word in ("Traceback", "demo.py", "root:"))
 
 
-def test_requests_that_are_too_large_or_do_not_say_how_large_they_are_are_refused_unread(port):
-    call = json.dumps({"data": ["a" * demo.MAXIMUM_REQUEST]})
-    assert request(port, "POST", "/gradio_api/queue/join", call) == (413, "more than 1,048,576 bytes")
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe{",
+        b"[" * 60_000,
+        b"9" * 60_000,
+        b'{"data": [], "fn_index": 0}',
+        b'{"data": ["a", "a"], "fn_index": 0}',
+        b'{"data": ["a"], "fn_index": 99}',
+        b'{"data": ["a"], "fn_index": "\\ud800"}',
+        b'{"data": ["a"]}',
+    ],
+)
+def test_a_body_that_is_no_call_for_an_answer_is_refused(body, port):
+    assert request(port, "POST", guard.ANSWER, body) == (422, "this is no drawing; load the page again")
+
+
+def test_bodies_that_are_too_large_or_do_not_say_how_large_they_are_are_refused_unread(port):
+    assert send_drawing(port, "a" * guard.MAXIMUM_BODY) == (413, "more than 65,536 bytes")
     # Only the size is sent, and none of the bytes.
-    assert request(port, "POST", "/gradio_api/upload", headers={"content-length": str(2**40)})[0] == 413
-    chunks = (chunk for chunk in [b"{}"])
-    assert request(port, "POST", "/gradio_api/queue/join", chunks, {"transfer-encoding": "chunked"})[0] == 411
+    assert request(port, "POST", guard.ANSWER, headers={"content-length": str(2**40)})[0] == 413
+    for headers in ({}, {"content-length": "2"}):
+        chunks = (chunk for chunk in [b"2\r\n{}\r\n0\r\n\r\n"])
+        assert request(port, "POST", guard.ANSWER, chunks, {"transfer-encoding": "chunked"} | headers)[0] == 411
 
 
-@pytest.mark.parametrize("path", ["docs", "redoc", "openapi.json", "gradio_api/runs"])
-def test_there_is_no_page_about_the_interface(path, port):
-    assert request(port, "GET", f"/{path}")[0] == 404
-    _, about = request(port, "GET", "/gradio_api/info")
-    assert json.loads(about) == {"named_endpoints": {}, "unnamed_endpoints": {}}
+def test_headers_that_are_too_large_are_refused(port):
+    with contextlib.suppress(ConnectionError):  # it does not wait until all of them are sent
+        assert request(port, "GET", "/", headers={"cookie": "a" * 2**20})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/queue/join"),
+        ("GET", "/gradio_api/queue/data?session_hash=abc"),
+        ("GET", "/gradio_api/heartbeat/abc"),
+        ("POST", "/gradio_api/run/answer"),
+        ("POST", "/gradio_api/component_server"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/gradio_api/proxy=http://127.0.0.1/"),
+        ("GET", "/gradio_api/info"),
+        ("GET", "/gradio_api/runs"),
+        ("GET", "/config"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+        ("GET", "/monitoring"),
+        ("GET", "/assets/"),
+        ("GET", "/static/../../routes.py"),
+        ("GET", "/static/%2e%2e/%2e%2e/routes.py"),
+        ("GET", "//etc/passwd"),
+        ("GET", guard.ANSWER),
+        ("HEAD", "/"),
+        ("POST", "/"),
+        ("PUT", "/theme.css"),
+        ("DELETE", guard.ANSWER),
+        ("OPTIONS", guard.ANSWER),
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(method, path, port):
+    text = "" if method == "HEAD" else "the page has no such request"
+    assert request(port, method, path) == (404, text)
+
+
+def test_queries_and_headers_do_not_reach_gradio(port):
+    headers = {"x-forwarded-host": "[", "x-forwarded-proto": "https", "range": "bytes=-", "cookie": "a=b"}
+    status, html = request(port, "GET", "/?page=none&deep_link=../abc", headers=headers)
+    assert status == 200
+    assert f"http://127.0.0.1:{port}" in html
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "0.0.0.0:{port}", "localhost.:{port}", ""],
+)
+def test_a_request_for_another_host_is_refused(host, port):
+    status, _ = request(port, "GET", "/", headers={"host": host.format(port=port)})
+    assert status == 421
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1", "http://localhost:{port}", "https://127.0.0.1:{port}"]
+)
+def test_another_sites_request_is_refused(origin, port):
+    drawing = in_base64(ink_of_a_one())
+    assert send_drawing(port, drawing, {"origin": origin.format(port=port)})[0] == 403
+    assert send_drawing(port, drawing, {"origin": f"http://127.0.0.1:{port}"})[0] == 200
+
+
+def test_no_site_may_frame_the_page_or_hold_its_window(port):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", "/")
+        response = connection.getresponse()
+    assert response.getheader("x-frame-options") == "DENY"
+    assert response.getheader("cross-origin-opener-policy") == "same-origin"
+    assert response.getheader("cross-origin-resource-policy") == "same-origin"
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "own", "foreign"),
+    [
+        ("127.0.0.1", "127.0.0.1", ["127.0.0.1:80", "127.0.0.1", "LocalHost:80"], ["10.0.0.1:80", "{name}:80"]),
+        ("lab.example", "10.0.0.1", ["lab.example:80", "10.0.0.1:80"], ["localhost:80", "labXexample:80"]),
+        (
+            "0.0.0.0",
+            "0.0.0.0",
+            ["10.0.0.1:80", "localhost:80", "{name}:80", "{name}.local:80"],
+            ["evil.example:80", "10.0.0.1.evil.example:80", "10.0.0.1:81", "{name}.evil.example:80"],
+        ),
+    ],
+)
+def test_the_hosts_option_decides_by_which_names_the_page_is_reached(host, address, own, foreign):
+    pattern = guard.host_pattern(host, address, 80)
+    assert [each for each in own + foreign if pattern.fullmatch(each.format(name=socket.gethostname()))] == own
+    assert not guard.host_pattern(host, address, 8000).fullmatch(own[0].removesuffix(":80"))
+
+
+async def answer_at_length(scope, receive, send):
+    """An ASGI app that answers everything with 64 MiB."""
+    if scope["type"] == "lifespan":
+        for event in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{event}.complete"})
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"67108864")]})
+        for rest in reversed(range(64)):
+            await send({"type": "http.response.body", "body": bytes(2**20), "more_body": rest > 0})
+
+
+@pytest.fixture
+def large_page():
+    """The port of a guarded server that answers everything with 64 MiB."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, guard.serve_guarded(answer_at_length, listener, "127.0.0.1"):
+        yield listener.getsockname()[1]
+
+
+def connect(port, text=""):
+    """Open a connection and send the beginning of a request."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(text.format(port=port).encode())
+    return connection
+
+
+def read_to_the_end(connection):
+    """Return how many bytes come until the server ends the connection."""
+    size = 0
+    with contextlib.suppress(ConnectionResetError):
+        while read := len(connection.recv(2**20)):
+            size += read
+    return size
+
+
+HEAD = "GET / HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n"
+BODY = f"POST {guard.ANSWER} HTTP/1.1\r\nhost: 127.0.0.1:{{port}}\r\ncontent-length: 9\r\n\r\n1"
+
+
+@pytest.mark.parametrize("beginning", ["", "G", HEAD, BODY])
+def test_a_request_that_is_never_finished_is_ended(beginning, large_page, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    with connect(large_page, beginning) as connection:
+        assert read_to_the_end(connection) == 0
+
+
+def test_a_request_that_comes_byte_by_byte_is_ended(large_page, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    start = time.monotonic()
+    with connect(large_page, HEAD) as connection, contextlib.suppress(ConnectionError):
+        while time.monotonic() < start + 10:
+            connection.sendall(b"a")
+            time.sleep(0.1)
+    assert time.monotonic() < start + 5
+
+
+def test_an_answer_that_is_not_read_is_ended(large_page, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    with connect(large_page, HEAD + "\r\n") as connection:
+        time.sleep(1)
+        assert read_to_the_end(connection) < 2**26
+
+
+def test_a_second_request_that_is_never_finished_is_ended(large_page, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    with connect(large_page, HEAD.replace("GET / ", "GET /none ") + "\r\n") as connection:
+        while not connection.recv(2**10).endswith(b"no such request"):
+            pass
+        connection.sendall(b"G")
+        connection.settimeout(3)
+        assert read_to_the_end(connection) == 0
+
+
+def test_a_connection_lasts_longer_than_a_request_may(large_page, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS", 1)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", large_page, timeout=30)) as connection:
+        connection.connect()
+        connection.auto_open = 0
+        for _ in range(4):
+            time.sleep(0.4)
+            connection.request("GET", "/none")
+            assert connection.getresponse().read() == b"the page has no such request"
+
+
+@pytest.mark.parametrize("limit", ["CONNECTIONS", "CONNECTIONS_PER_CLIENT"])
+def test_newer_connections_take_the_place_of_those_that_wait_longest(limit, large_page, monkeypatch):
+    monkeypatch.setattr(guard, limit, 4)
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(connect(large_page)) for _ in range(12)]
+        assert [read_to_the_end(each) for each in waiting[:8]] == [0] * 8
+        waiting[8].sendall(HEAD.format(port=large_page).encode() + b"\r\n")
+        assert waiting[8].recv(12) == b"HTTP/1.1 200"
+
+
+def test_the_page_answers_among_many_idle_connections(port):
+    with contextlib.ExitStack() as stack:
+        for beginning in ("", HEAD, BODY) * 100:
+            stack.enter_context(connect(port, beginning))
+        test_a_drawing_that_is_sent_is_answered(port)
+
+
+def test_the_page_closes_in_time_while_requests_are_open():
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        with guard.serve_guarded(answer_at_length, listener, "127.0.0.1"):
+            for beginning in ("", HEAD, BODY, HEAD + "\r\n"):
+                connection = stack.enter_context(connect(listener.getsockname()[1], beginning))
+            assert connection.recv(4) == b"HTTP"  # the answer has begun
+            start = time.monotonic()
+        assert time.monotonic() - start < 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
@@ -213,7 +436,7 @@ def browser(tmp_path, port):
     options = selenium.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,940",
-                   f"--user-data-dir={tmp_path}"):  # fmt: skip
+                   f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP evil.example 127.0.0.1"):  # fmt: skip
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
@@ -304,5 +527,61 @@ def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(brow
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
     asked = [request["request"]["url"] for request in requests if request["documentURL"].startswith(page)]
-    assert any("queue/join" in url for url in asked)
+    assert any(url.endswith(guard.ANSWER) for url in asked)
     assert [url for url in asked if not url.startswith((page, "data:", "blob:"))] == []
+
+
+FOREIGN_SITE = """<title>busy</title><iframe name="inside"></iframe><form method="post" target="inside"></form>
+<script type="module">
+const page = "http://127.0.0.1:PORT", answer = page + "/gradio_api/run/predict";
+const call = '{"data": ["DRAWING"], "fn_index": 0}', file = new FormData();
+file.append("files", new Blob(["text"]), "file.txt");
+const read = await Promise.allSettled([
+  fetch(page), fetch(answer, {method: "POST", body: call}),
+  import(page + "/static/js/iframeResizer.contentWindow.min.js"),
+]);
+for (const path of ["/gradio_api/run/predict", "/gradio_api/upload", "/gradio_api/queue/join"])
+  for (const body of [call, file]) await fetch(page + path, {method: "POST", mode: "no-cors", body});
+document.forms[0].action = answer;
+document.forms[0].submit();
+const socket = new WebSocket(answer.replace("http", "ws"));
+const connected = await new Promise(done => { socket.onopen = () => done(true); socket.onerror = () => done(false); });
+const opened = window.open(page);
+while (!opened.closed) await new Promise(done => setTimeout(done, 100));  // closed for this site, not for the user
+document.querySelector("iframe").src = page;
+document.querySelector("iframe").onload = () =>
+  document.title = JSON.stringify([connected, ...read.map(each => each.status)]);
+</script>"""
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_page_in_another_tab_can_do_nothing_to_it(browser, port, tmp_path):
+    own_tab = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    site = FOREIGN_SITE.replace("PORT", str(port)).replace("DRAWING", in_base64(ink_of_a_one()))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text(site)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            browser.get_log("performance")
+            browser.get(f"http://127.0.0.1:{server.server_port}")
+            wait_until(lambda: browser.title != "busy")
+        finally:
+            server.shutdown()
+    assert json.loads(browser.title) == [False, "rejected", "rejected", "rejected"]
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    responses = [event["params"]["response"] for event in events if event["method"] == "Network.responseReceived"]
+    statuses = [each["status"] for each in responses if each["url"].startswith(f"http://127.0.0.1:{port}/gradio_api")]
+    assert statuses == [403] * 7
+    browser.switch_to.frame("inside")
+    assert browser.find_elements("css selector", "#board") == []
+
+    browser.get(f"http://evil.example:{port}")  # its name has this machine's address
+    assert "this page has another host" in browser.find_element("css selector", "body").text
+
+    browser.switch_to.window(own_tab)
+    draw(browser, [(0, 0), *[(0, 10)] * 16], start=(0, -80))
+    release(browser)
+    wait_until(lambda: read_answer(browser) == "1")

@@ -7,7 +7,10 @@ sends its pixels at every move, always the same number of them, so that nothing 
 import base64
 import functools
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +24,7 @@ from flax import linen as nn
 
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
+from cnn_jax.inference.demo.guard import serve_guarded
 from cnn_jax.inference.pictures import encode_png
 from cnn_jax.inference.preprocess import SIZE, check_takes_digits, prepare_digit
 from cnn_jax.inference.pretrained import TrainedModel, load_trained
@@ -31,16 +35,15 @@ from cnn_jax.runtime.errors import UsageError
 from cnn_jax.runtime.signals import listen_for_stop
 from cnn_jax.runtime.streams import printable
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+# Gradio reads these when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_TEMP_DIR"] = f"{tempfile.gettempdir()}/cnn-jax-demo-{secrets.token_hex(8)}"
 
+import fastapi
 import gradio as gr
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 BOARD = 140  # pixels per side
 PEN = 11  # pixels wide; three in the digit that the network gets
-MAXIMUM_REQUEST = 2**20  # bytes; a drawing has 26 kB
 MAPS_PER_ROW, GAP_GREY = 16, 64
 
 FOLDER = Path(__file__).parent
@@ -64,43 +67,33 @@ def serve(
       NoCheckpointError: there is no such run.
     """
     try:
-        socket.create_server((host, port)).close()
+        listener = socket.create_server((host, port))
     except OSError as error:
         raise UsageError(
             f"--host {host} --port {port}: nothing can listen there ({error.strerror}); choose another --port or --host"
         ) from error
-    start_devices(platform)
-    display = Display()
-    trained = load_trained(run, data_dir, display.say)
-    check_takes_digits(trained.image_shape, str(run and run.name))
-    # Gradio asks its own server whether it is running; a proxy must not answer in its place.
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
-    page = build_page(trained)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        css=(FOLDER / "style.css").read_text(encoding="utf-8"),
-        app_kwargs={
-            "middleware": [Middleware(LimitRequests)],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
-    )
-    display.say(f"draw a digit on http://{host}:{port}; Ctrl-C ends the page")
-    with listen_for_stop() as request:
-        while request.signal_number is None:
-            time.sleep(0.1)
-    page.close(verbose=False)
+    with listener:
+        start_devices(platform)
+        display = Display()
+        trained = load_trained(run, data_dir, display.say)
+        check_takes_digits(trained.image_shape, str(run and run.name))
+        page = gr.mount_gradio_app(
+            fastapi.FastAPI(),
+            build_page(trained),
+            path="/",
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            css=(FOLDER / "style.css").read_text(encoding="utf-8"),
+        )
+        shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)  # Gradio makes it, and this page has no files
+        with listen_for_stop() as request, serve_guarded(page, listener, host):
+            display.say(f"draw a digit on http://{host}:{port}; Ctrl-C ends the page")
+            while request.signal_number is None:
+                time.sleep(0.1)
     display.say("the page is closed")
 
 
@@ -129,7 +122,7 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
             answered,
             # While an answer is awaited, Gradio holds back new drawings, and then sends only the latest.
             trigger_mode="always_last",
-            concurrency_limit=1,
+            queue=False,  # the queue keeps answers until they are read
             show_progress="hidden",
             api_visibility="private",
         )
@@ -207,21 +200,3 @@ def _sheet(maps: np.ndarray) -> np.ndarray:
 def _data_uri(pixels: np.ndarray) -> str:
     """Return a grey picture, (H, W), uint8, as a data URI."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
-
-
-class LimitRequests:
-    """Refuses requests that are larger than `MAXIMUM_REQUEST` or do not state their size, before they are read."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with 413 or 411, or pass it on."""
-        handle = self._app
-        if scope["type"] == "http":
-            headers = dict(scope["headers"])
-            if int(headers.get(b"content-length", 0)) > MAXIMUM_REQUEST:
-                handle = PlainTextResponse(f"more than {MAXIMUM_REQUEST:,} bytes", status_code=413)
-            elif b"transfer-encoding" in headers:
-                handle = PlainTextResponse("the length is missing", status_code=411)
-        await handle(scope, receive, send)
