@@ -341,7 +341,7 @@ def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--features", 100_000, 100_000), "training needs more than 1,348 GiB of memory and there are"),
+        (("--features", 100_000, 100_000), "training needs more than 1,349 GiB of memory and there are"),
         (("--features", 10**200, 10**200), "training needs more than 1,000,000,000 GiB of memory and there are"),
         (
             ("--features", 9_000_000, 1, "--batch-size", 2000),
