@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.model import CNN
-from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set
+from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set, to_host
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
 from cnn_jax.data.loading import load_dataset
@@ -114,11 +114,12 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
         restored = restore_latest(checkpoints, settings, sizes, program)
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
-    if differences := differing_settings(restored.meta, settings):
+    now = describe_run(settings, dataset)
+    if differences := differing_settings(restored.meta, now):
         recorded = "; ".join(differences)
         remedy = "put it back, or start the run's training command again, which writes it anew"
         raise unreadable(folder.path / "config.json", f"by its checkpoint, {recorded}", remedy)
-    states = usable_states(folder, restored, settings, program, dataset)
+    states = usable_states(folder, restored, settings, program, now)
     return TrainedRun(settings, program, states, dataset, recorded_metrics(folder, restored.meta, warn))
 
 
@@ -136,33 +137,45 @@ def restore_latest(
     return checkpoints.restore_latest(structure)
 
 
-def differing_settings(meta: dict, settings: TrainSettings) -> list[str]:
-    """Return how the settings differ from those that a checkpoint's results depend on; before step 1 all may change."""
-    if meta["step"] == 0:
+def differing_settings(saved: dict, now: dict) -> list[str]:
+    """Return how a run's settings differ from those that its checkpoint was saved with; before step 1 all may change.
+
+    Args:
+      saved: What the checkpoint records.
+      now: What `describe_run` returns.
+    """
+    if saved["step"] == 0:
         return []
-    before, now = meta["settings"], deciding_settings(settings)
-    return [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
+    before, after = saved["settings"], now["settings"]
+    return [f"{name} was {before[name]} and is {after[name]}" for name in after if before[name] != after[name]]
 
 
 def usable_states(
-    folder: RunFolder, restored: Restored, settings: TrainSettings, program: Program, dataset: Dataset
+    folder: RunFolder, restored: Restored, settings: TrainSettings, program: Program, now: dict
 ) -> TrainState:
     """Return the states that a checkpoint holds; weights that were imported go on with any settings of their shapes.
+
+    Args:
+      folder: The run's folder.
+      restored: Its checkpoint.
+      settings: Those to go on with.
+      program: Their program.
+      now: What `describe_run` returns.
 
     Raises:
       InputFileError: the data have changed since.
       UsageError: weights that were imported are of another shape.
     """
     saved = restored.meta
-    imported = saved["step"] == 0 and saved["settings"] != deciding_settings(settings)
-    if not imported and saved["data"] != fingerprint(dataset):
+    imported = saved["step"] == 0 and saved["settings"] != now["settings"]
+    if not imported and saved["data"] != now["data"]:
         raise InputFileError(
             f"the data in {settings.dataset_dir or settings.dataset} are not those that the run "
             f"{folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
         )
     if not imported:
         return restored.state
-    states = jax.device_get(start_states(program))
+    states = to_host(start_states(program))
     weights = jax.tree.map(lambda saved: saved[0], restored.state.params)
     shapes = [jax.tree.map(np.shape, tree) for tree in (weights, jax.tree.map(lambda now: now[0], states.params))]
     if shapes[0] != shapes[1]:

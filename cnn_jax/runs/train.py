@@ -132,7 +132,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
         checkpoints = held.enter_context(open_run_checkpoints(settings, run))
         with clock.part("loading"):
             meta = on_process_0(describe_run, settings, dataset)
-            saved = restore_saved(settings, run, sizes, program, checkpoints, dataset)
+            saved = restore_saved(settings, run, sizes, program, checkpoints, meta)
         display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
         introduce(settings, dataset, program, display)
         if settings.dry_run:
@@ -289,9 +289,17 @@ def restore_saved(
     sizes: Sizes,
     program: Program,
     checkpoints: Checkpoints | None,
-    dataset: Dataset,
+    meta: dict,
 ) -> Restored | None:
     """Return a run's newest checkpoint, with states that go on with these settings, or None to begin.
+
+    Args:
+      settings: The run's.
+      run: Its folder.
+      sizes: The sizes of its data.
+      program: Its functions.
+      checkpoints: Its checkpoints; None where there are none.
+      meta: What its checkpoints record from now on.
 
     Raises:
       UsageError: with these settings the run would have had other results, naming each difference.
@@ -301,7 +309,7 @@ def restore_saved(
     saved = None if checkpoints is None else restore_latest(checkpoints, settings, sizes, program)
     if saved is None:
         return None
-    differences = differing_settings(saved.meta, settings)
+    differences = differing_settings(saved.meta, meta)
     if saved.meta["step"] > 0:
         # The checkpoints of earlier programs do not record it.
         epochs = saved.meta.get("epochs") or on_process_0(run.folder.read_settings).epochs
@@ -313,7 +321,7 @@ def restore_saved(
             f"the run {run.folder.path} has other settings: {'; '.join(differences)}; "
             "give them as they were, another --run-name, or --fresh"
         )
-    return saved._replace(state=usable_states(run.folder, saved, settings, program, dataset))
+    return saved._replace(state=usable_states(run.folder, saved, settings, program, meta))
 
 
 def restore_progress(
