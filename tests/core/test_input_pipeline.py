@@ -77,6 +77,7 @@ def test_a_streamed_run_ends_in_the_bits_of_a_resident_one(command, small_mnist,
     assert_same_run(tmp_path / "stream" / "run", tmp_path / "resident" / "run")
 
 
+@pytest.mark.slow
 def test_a_stopped_stream_goes_on_in_the_middle_of_an_epoch(command, small_mnist, tmp_path):
     arguments = ["train", "--dataset-dir", small_mnist, "--run-name", "run", "--feed", "stream"]
     assert command(*arguments, "--checkpoint-dir", tmp_path / "whole", "--epochs", 2)[0] == 0

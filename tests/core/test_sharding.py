@@ -47,6 +47,7 @@ def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
             np.testing.assert_allclose(one[i], other[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_however_many_seeds_are_trained_at_once_they_end_the_same(train_set):
     _, expected = train(train_set, program_of(1, 3), steps=3)
     for seeds_at_once in (2, 3):

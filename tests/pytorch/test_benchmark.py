@@ -28,7 +28,13 @@ def test_the_plain_flax_model_computes_what_ours_does():
 
 
 @pytest.mark.parametrize(
-    "name", ["the tutorial's loop as written", "PyTorch, channels_last", "plain Flax model", "cnn-jax, one of 8 seeds"]
+    "name",
+    [
+        "the tutorial's loop as written",
+        "PyTorch, channels_last",
+        pytest.param("plain Flax model", marks=pytest.mark.slow),
+        pytest.param("cnn-jax, one of 8 seeds", marks=pytest.mark.slow),
+    ],
 )
 def test_a_variant_runs_as_many_steps_as_asked_over_the_end_of_an_epoch(name, real_images):
     images, labels = real_images[0][:500, ..., np.newaxis], real_images[1][:500].astype(np.int32)

@@ -120,7 +120,9 @@ def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(st
     "options",
     [
         ("--learning-rate", 0.002),
-        ("--batch-size", 200, "--validation", 30, "--recipe", "accurate", "--seeds", 2),
+        pytest.param(
+            ("--batch-size", 200, "--validation", 30, "--recipe", "accurate", "--seeds", 2), marks=pytest.mark.slow
+        ),
     ],
     ids=["as it was", "otherwise"],
 )
