@@ -5,8 +5,6 @@ import ctypes
 import functools
 import gc
 import os
-import subprocess
-import sys
 
 import jax
 import jaxtyping
@@ -138,13 +136,12 @@ def command(capsys):
 @pytest.fixture
 def program():
     """Start `python ...` in a process of its own, from the repository's root; it is killed when the test ends."""
-    from tests.helpers import ROOT
+    from tests.helpers import start_python
 
     started = []
 
     def start(*arguments, **options):
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
-        started.append(subprocess.Popen([sys.executable, *map(str, arguments)], **options))
+        started.append(start_python(*arguments, **options))
         return started[-1]
 
     yield start

@@ -2,6 +2,8 @@
 
 import json
 import lzma
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,12 @@ from tests.fault_injection.runs import read_newest
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "cnn_jax" / "data" / "mnist"
 TIMES = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
+
+
+def start_python(*arguments, **options):
+    """Start `python ...` in a process of its own, from the repository's root."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
 
 
 def write_small_mnist(folder):

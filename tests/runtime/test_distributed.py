@@ -1,5 +1,6 @@
 """Several processes train one run, with the numbers and the checkpoint of one, and none waits forever for another."""
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers import assert_same_run, metrics_of, wait_for_step
+from tests.helpers import assert_same_run, metrics_of, start_python, wait_for_step
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -19,22 +20,23 @@ EPOCHS = 3
 @pytest.fixture
 def start(program, small_mnist, tmp_path):
     """Start the processes of a run."""
+    return functools.partial(start_processes, program, small_mnist, tmp_path)
 
-    def run(name, *options, processes, epochs=EPOCHS, platform="cpu"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return [
-            program(
-                "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
-                "--epochs", epochs, "--platform", platform, "--coordinator", f"127.0.0.1:{port}",
-                "--num-processes", processes, "--process-id", number, *options,
-                env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
-            )
-            for number in range(processes)
-        ]  # fmt: skip
 
-    return run
+def start_processes(program, data, folder, name, *options, processes, epochs=EPOCHS, platform="cpu"):
+    """Start the processes of a run, which find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        program(
+            "train.py", "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", name,
+            "--epochs", epochs, "--platform", platform, "--coordinator", f"127.0.0.1:{port}",
+            "--num-processes", processes, "--process-id", number, *options,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        )
+        for number in range(processes)
+    ]  # fmt: skip
 
 
 def finish(processes):
@@ -49,22 +51,34 @@ def alone(trained_run):
     return trained_run(epochs=EPOCHS)
 
 
+@pytest.fixture(scope="module")
+def together(small_mnist, tmp_path_factory):
+    """The folder of the same run by several processes, and what each of them ended with."""
+
+    @functools.cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp("together")
+        return folder / "run", finish(start_processes(start_python, small_mnist, folder, "run", processes=processes))
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(start, alone, tmp_path, processes):
-    ended = finish(start("run", processes=processes))
+def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(together, alone, processes):
+    run, ended = together(processes)
     assert [code for code, _, _ in ended] == [0] * processes, ended
     assert ended[0][1].count("[Epoch:") == EPOCHS
     assert f"{processes} x cpu" in ended[0][2]
     assert f"{processes} processes" in ended[0][2]
     assert all((out, err) == ("", "") for _, out, err in ended[1:]), ended
-    costs, expected = ([epoch["cost"] for epoch in metrics_of(run)] for run in (tmp_path / "run", alone))
+    costs, expected = ([epoch["cost"] for epoch in metrics_of(run)] for run in (run, alone))
     np.testing.assert_allclose(costs, expected, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_same_bits(start, tmp_path):
-    assert [code for code, _, _ in finish(start("whole", processes=2))] == [0, 0]
+def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_same_bits(start, together, tmp_path):
+    whole, _ = together(2)
     for victim in (1, 0):
         name = f"killed-{victim}"
         processes = start(name, "--checkpoint-every-steps", 2, processes=2)
@@ -79,7 +93,7 @@ def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_sam
         ended = finish(start(name, processes=2))
         assert [code for code, _, _ in ended] == [0, 0], ended
         assert "continuing after step" in ended[0][2]
-        assert_same_run(tmp_path / name, tmp_path / "whole")
+        assert_same_run(tmp_path / name, whole)
 
 
 @pytest.mark.slow
