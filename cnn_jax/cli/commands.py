@@ -21,6 +21,7 @@ from cnn_jax.data.loading import count_train_examples
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     FOLDER_NAME,
+    SHORT,
     Epochs,
     Must,
     Platform,
@@ -36,7 +37,7 @@ from cnn_jax.runtime.streams import results_delivered
 Count = Annotated[int, AT_LEAST_1]
 Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
 SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a spread")]
-StudyName = Annotated[str, FOLDER_NAME, Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")]
+StudyName = Annotated[str, FOLDER_NAME, SHORT]
 Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
 Range = Annotated[
     tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] < math.inf, "two positive numbers in order", "g")
@@ -66,6 +67,8 @@ def train(settings: TrainSettings) -> None:
     """
     if settings.profile is not None:
         check_output_folder(settings.profile, "--profile")
+    if settings.dry_run:
+        check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
     if settings.tensorboard:
         need("tensorboardX", extra="tensorboard")
     train_examples = count_train_examples(

@@ -151,6 +151,9 @@ class Checkpoints:
         return None
 
     def _read(self, step, structure):
+        for path in (self.folder / str(step)).rglob("*"):
+            if not path.is_file() and not path.is_dir():  # to open a pipe would wait for ever
+                raise ValueError(f"{path.name} is no file")
         meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
         if meta["schema"] not in (2, SCHEMA_VERSION):
             raise ValueError(f"it has version {meta['schema']} of the format, not {SCHEMA_VERSION}")

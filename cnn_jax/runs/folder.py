@@ -12,7 +12,7 @@ from typing import Any
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, UsageError, suggest
 from cnn_jax.runtime.files import AlreadyLockedError, first_free, locked, sync, write_atomically
-from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Seed, convert, decode, unreadable
+from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Seed, convert, decode, encode, unreadable
 
 # What a run's results depend on. Its other settings may change from one start to the next.
 DECIDING_FIELDS = (
@@ -242,6 +242,14 @@ class RunFolder:
             return None
         remedy = "delete it and start the run's training command again, which writes it anew"
         return decode(file.read_bytes(), ResultRecord, source=file, remedy=remedy)
+
+    def holds_result(self, numbers: dict) -> bool:
+        """Whether result.json is there and has these numbers under these keys."""
+        result = self.read_result()
+        written = None if result is None else json.loads(encode(result))
+        return written is not None and all(
+            written.get(key) == value for key, value in json.loads(json.dumps(numbers)).items()
+        )
 
     @contextlib.contextmanager
     def open_scalars(self, *, after_step: int) -> Iterator[Callable[[EpochMetrics], None]]:

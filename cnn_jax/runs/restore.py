@@ -27,6 +27,8 @@ from cnn_jax.runtime.records import convert, unreadable
 
 # The share of a device's memory for training images that stay there; more of them are streamed.
 RESIDENT_SHARE = 0.4
+# What to do about a config.json that its checkpoint contradicts.
+REMEDY = "put it back, or start the run's training command again, which writes it anew"
 
 
 class TrainedRun(NamedTuple):
@@ -109,7 +111,10 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
         dataset = load_run_data(settings)
         sizes = Sizes.of(dataset, settings)
         mesh = make_mesh(settings.seeds, jax.devices())
-        check_resources(settings, sizes, mesh)
+        try:
+            check_resources(settings, sizes, mesh)
+        except UsageError as error:  # the run was trained, so it fitted
+            raise unreadable(folder.path / "config.json", error, REMEDY) from error
         program = make_program(settings, sizes, mesh)
         restored = restore_latest(checkpoints, settings, sizes, program)
     if restored is None:
@@ -117,8 +122,7 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
     now = describe_run(settings, dataset)
     if differences := differing_settings(restored.meta, now):
         recorded = "; ".join(differences)
-        remedy = "put it back, or start the run's training command again, which writes it anew"
-        raise unreadable(folder.path / "config.json", f"by its checkpoint, {recorded}", remedy)
+        raise unreadable(folder.path / "config.json", f"by its checkpoint, {recorded}", REMEDY)
     states = usable_states(folder, restored, settings, program, now)
     return TrainedRun(settings, program, states, dataset, recorded_metrics(folder, restored.meta, warn))
 
@@ -147,7 +151,12 @@ def differing_settings(saved: dict, now: dict) -> list[str]:
     if saved["step"] == 0:
         return []
     before, after = saved["settings"], now["settings"]
-    return [f"{name} was {before[name]} and is {after[name]}" for name in after if before[name] != after[name]]
+    differences = [f"{name} was {before[name]} and is {after[name]}" for name in after if before[name] != after[name]]
+    # The tutorial's steps are the same however many follow; a schedule's are not. Earlier programs record no epochs.
+    epochs = saved.get("epochs", now["epochs"])
+    if now["epochs"] < epochs or (now["epochs"] != epochs and after["recipe"] != "tutorial"):
+        differences.append(f"epochs was {epochs:g} and is {now['epochs']:g}")
+    return differences
 
 
 def usable_states(

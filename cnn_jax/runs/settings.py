@@ -61,6 +61,7 @@ FOLDER_NAME = Must(
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
 TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8, as Orbax needs it")
+SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
 Epochs = Annotated[float, POSITIVE._replace(form="g")]
 
@@ -119,7 +120,7 @@ class TrainSettings:
     dataset: str = "mnist"
     dataset_dir: Path | None = None
     validation: Annotated[int | None, AT_LEAST_1] = None
-    run_name: Annotated[str | None, FOLDER_NAME] = None
+    run_name: Annotated[str | None, FOLDER_NAME, SHORT] = None
     fresh: bool = False
     dry_run: bool = False
     checkpoint_every_steps: Annotated[int | None, AT_LEAST_1] = None
@@ -142,6 +143,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_values(vars(self), type(self).__annotations__)
+        require(self.seeds <= 2**32, "--seeds", self.seeds, f"at most {2**32:,}")
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
         hosts = (self.coordinator, self.num_processes, self.process_id)
         together = "given with --num-processes and --process-id, all three or none"

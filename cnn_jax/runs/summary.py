@@ -120,11 +120,8 @@ class Result(NamedTuple):
 def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
     """Write result.json: what the run came to, where this process spent its time, on what, and what it could not show.
 
-    A process that found the run finished writes it only where it is missing.
+    A process that found the run finished writes it only where it is missing or holds other numbers.
     """
-    written = None if result.trained_here else folder.read_result()
-    if written is not None and written.step == result.run.step:
-        return
     accuracies, settings = result.accuracies, result.run.settings
     content: dict = {}
     if settings.validation is not None:
@@ -136,7 +133,10 @@ def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
         by_seed = enumerate(accuracies, start=settings.seed)
         content["seeds"] = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in by_seed]
         content["spread"] = mean_interval(accuracies)._asdict()
-    content |= {"step": result.run.step, "seconds": clock.seconds}
+    content["step"] = result.run.step
+    if not result.trained_here and folder.holds_result(content):
+        return
+    content["seconds"] = clock.seconds
     content |= {"machine": describe_machine(), "device": describe_devices(), "versions": result.meta["versions"]}
     if failure := write_failure(sys.stderr):
         content["not_shown"] = f"standard error: {failure.strerror}"

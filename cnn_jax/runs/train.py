@@ -309,13 +309,10 @@ def restore_saved(
     saved = None if checkpoints is None else restore_latest(checkpoints, settings, sizes, program)
     if saved is None:
         return None
-    differences = differing_settings(saved.meta, meta)
-    if saved.meta["step"] > 0:
-        # The checkpoints of earlier programs do not record it.
-        epochs = saved.meta.get("epochs") or on_process_0(run.folder.read_settings).epochs
-        # The tutorial's steps are the same however many follow; a schedule's are not.
-        if settings.epochs < epochs or (settings.epochs != epochs and settings.recipe != "tutorial"):
-            differences.append(f"epochs was {epochs:g} and is {settings.epochs:g}")
+    recorded = saved.meta
+    if "epochs" not in recorded and recorded["step"] > 0:  # an earlier program's
+        recorded = recorded | {"epochs": on_process_0(run.folder.read_settings).epochs}
+    differences = differing_settings(recorded, meta)
     if differences:
         raise UsageError(
             f"the run {run.folder.path} has other settings: {'; '.join(differences)}; "

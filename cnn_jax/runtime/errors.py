@@ -119,6 +119,12 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, UnicodeEncodeError):
         line = f"error: cannot read or write {error.object!a:.200} in {error.encoding}; set PYTHONUTF8=1 or rename it"
         exit_code = StorageError.exit_code
+    elif isinstance(error, FloatingPointError):  # with JAX_DEBUG_NANS
+        line = f"error: the loss is not finite ({reason}); lower --learning-rate"
+        exit_code = NonFiniteLossError.exit_code
+    elif "Disallowed" in reason and "transfer" in reason:
+        line = f"error: JAX_TRANSFER_GUARD forbids what the program does ({reason}); unset it"
+        exit_code = UsageError.exit_code
     elif lacks_memory(error):
         remedy = "allow more, or lower --batch-size, --features or --seeds"
         line = f"error: the memory does not suffice ({reason or name}); {remedy}"

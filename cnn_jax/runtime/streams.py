@@ -68,6 +68,10 @@ class OutputStream(io.TextIOWrapper):
     def __init__(self, descriptor: int, encoding: str | None, *, line_buffering: bool = False):
         """Write to a descriptor, in an encoding or else the system's, and at once if `line_buffering` or a terminal."""
         self._descriptor = _Descriptor(descriptor, "w", closefd=False)
+        try:
+            "a..b─\n".encode(encoding or "utf-8", "plainly")
+        except Exception:  # an encoding of something else than text, which raises any type
+            encoding = "utf-8"
         super().__init__(
             io.BufferedWriter(self._descriptor),
             encoding,

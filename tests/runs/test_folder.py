@@ -1,6 +1,7 @@
 """What a run's files hold is believed as far as the types, and the checkpoint that is covered by a digest, agree."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -95,6 +96,8 @@ def test_a_file_that_holds_something_else_is_named_with_the_remedy(name, content
         ({"precision": "bfloat16"}, "precision was float32 and is bfloat16"),
         ({"seeds": 2}, "seeds was 1 and is 2"),
         ({"validation": 30}, "validation was None and is 30"),
+        ({"epochs": 1.0}, "epochs was 2 and is 1"),
+        ({"features": [10**9, 10**9]}, "GiB of memory"),
     ],
 )
 def test_settings_that_were_edited_are_named_and_the_same_training_command_mends_them(
@@ -116,6 +119,25 @@ def test_the_training_command_writes_edited_settings_anew(run, command, again):
     edit(run.path / "config.json", batch_size=50, precision="nonsense", colour="red")
     assert again()[0] == 0
     assert command("evaluate", run.path)[0] == 0
+
+
+def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(run, command):
+    file = run.checkpoints / "40" / "meta" / "metadata"
+    file.unlink()
+    os.mkfifo(file)
+    code, _, err = command("evaluate", run.path)
+    assert code == 0, err
+    assert "the checkpoint of step 40 is damaged (metadata is no file); it is left out" in err
+
+
+def test_a_result_whose_numbers_were_edited_is_written_anew_by_the_training_command(run, again):
+    file = run.path / "result.json"
+    sound = json.loads(file.read_text())
+    assert again()[0] == 0
+    assert json.loads(file.read_text()) == sound
+    edit(file, test_accuracy=0.99)
+    assert again()[0] == 0
+    assert json.loads(file.read_text())["test_accuracy"] == sound["test_accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,15 @@ def test_a_folder_whose_name_is_markup_is_shown_as_it_is(train, tmp_path):
     assert "y[/i][red]" in "".join(line.strip(" │") for line in err.splitlines()[-5:])
 
 
+def test_a_dry_run_refuses_a_place_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    code, out, err = train("--dry-run", "--run-name", "run")
+    assert (code, out) == (4, ""), err
+    code, out, err = train("--dry-run", "--run-name", "x" * 300)
+    assert (code, out) == (2, "")
+    assert "it must be at most 255 bytes long" in err
+
+
 def test_a_dry_run_writes_nothing(train, tmp_path):
     code, out, err = train("--dry-run")
     assert (code, out) == (0, "")

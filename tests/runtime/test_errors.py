@@ -21,6 +21,12 @@ FAILURES = [
     (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again to continue"),
     (RecursionError("too deep"), 8, "error: the program failed, RecursionError: too deep; please report it with what"),
     (OverflowError("too large"), 8, "error: the program failed, OverflowError: too large; please report it with what"),
+    (
+        FloatingPointError("invalid value (nan)"),
+        5,
+        "error: the loss is not finite (invalid value (nan)); lower --learn",
+    ),
+    (RuntimeError("INVALID_ARGUMENT: Disallowed host-to-device transfer: a"), 2, "error: JAX_TRANSFER_GUARD forbids"),
     (CnnJaxError("no class"), 8, "error: no class"),
 ]
 
