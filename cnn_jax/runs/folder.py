@@ -246,10 +246,8 @@ class RunFolder:
     def holds_result(self, numbers: dict) -> bool:
         """Whether result.json is there and has these numbers under these keys."""
         result = self.read_result()
-        written = None if result is None else json.loads(encode(result))
-        return written is not None and all(
-            written.get(key) == value for key, value in json.loads(json.dumps(numbers)).items()
-        )
+        written = {} if result is None else json.loads(encode(result))
+        return written | numbers == written
 
     @contextlib.contextmanager
     def open_scalars(self, *, after_step: int) -> Iterator[Callable[[EpochMetrics], None]]:
