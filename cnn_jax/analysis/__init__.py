@@ -1,8 +1,11 @@
-"""What a network has learned.
+"""What a network has learned, and what a training would do on another machine.
 
-layers.py  runs a trained network layer by layer, and collects its confusion matrix and mistakes
-plots.py   draws every picture
-report.py  writes the page about a run; report.html is its template
+layers.py   runs a trained network layer by layer, and collects its confusion matrix and mistakes
+plots.py    draws every picture
+report.py   writes the page about a run; report.html is its template
+plan.py     compiles a training for devices that need not be here: the command `plan`
+targets.py  the accelerators that can be compiled for
+hlo.py      counts what a step starts, in XLA's optimised program
 """
 
 import logging

@@ -359,7 +359,32 @@ def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), 
     benchmark(rounds=rounds, output=output, data_dir=data_dir)
 
 
-COMMANDS = (train, evaluate, inspect, report, predict, demo, export, sweep, import_torch, compare, benchmark)
+def plan(target: str, settings: TrainSettings, *, json: bool = False, hlo: Path | None = None) -> None:
+    """Compile a training for a GPU or a TPU that need not be here, and tell what it would need and start there.
+
+    Options:
+      target (TARGET): Which, and how many: a100, h100, h200 or b200, such as h100:8; v4, v5e, v5p or v6e with the
+        layout of its chips, such as v5e:2x2 or v4:2x2x1.
+      json: Print a JSON object with all figures.
+      hlo (FILE): Write XLA's optimised program of the training steps.
+
+    Examples:
+      cnn-jax plan h100
+      cnn-jax plan h100:8 --seeds 64 --recipe fast
+      cnn-jax plan v5e:2x2 --seeds 8 --json
+    """
+    from cnn_jax.analysis.targets import find_target
+
+    wanted = find_target(target)
+    need("libtpu" if wanted.platform == "tpu" else "jax_cuda13_plugin", extra="plan")
+    if hlo is not None:
+        check_output_file(hlo, "--hlo")
+    from cnn_jax.analysis.plan import plan
+
+    plan(wanted, settings, as_json=json, hlo=hlo)
+
+
+COMMANDS = (train, evaluate, inspect, report, predict, demo, export, sweep, import_torch, compare, benchmark, plan)
 
 
 def need(*packages: str, extra: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
@@ -56,6 +56,22 @@ class Dataset:
     train_labels: Labels
     test_images: UInt8[np.ndarray, "m h w c"]
     test_labels: Int32[np.ndarray, " m"]
+    num_classes: int
+
+
+class DatasetSizes(NamedTuple):
+    """What is known of a data set before it is loaded.
+
+    Attributes:
+      train_examples: How many images it has to train on.
+      test_examples: How many it has to test on.
+      image_shape: (height, width, channels).
+      num_classes: How many classes there are.
+    """
+
+    train_examples: int
+    test_examples: int
+    image_shape: tuple[int, int, int]
     num_classes: int
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from cnn_jax.data.dataset import DatasetSizes
 from cnn_jax.runtime.errors import InputFileError, UsageError
 
 UNSIGNED_BYTE = 0x08
@@ -61,6 +62,15 @@ def read_idx_folder(folder: Path) -> FourArrays:
 def count_idx_examples(folder: Path) -> int:
     """Return the number of training images in a folder of IDX files, from the header alone; raises as above."""
     return _read_idx_shape(_find_idx_files(folder)["train", "images"], ndim=3)[0]
+
+
+def read_idx_sizes(folder: Path) -> DatasetSizes:
+    """Return the sizes of a folder's data set, from the images' headers and the training labels; raises as above."""
+    files = _find_idx_files(folder)
+    examples, height, width = _read_idx_shape(files["train", "images"], ndim=3)
+    test_examples, *_ = _read_idx_shape(files["test", "images"], ndim=3)
+    labels = read_idx(files["train", "labels"], ndim=1)
+    return DatasetSizes(examples, test_examples, (height, width, 1), int(labels.max(initial=0)) + 1)
 
 
 def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.ndarray, "..."]:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.idx import count_idx_examples, read_idx_folder
+from cnn_jax.data.dataset import Dataset, DatasetSizes
+from cnn_jax.data.idx import count_idx_examples, read_idx_folder, read_idx_sizes
 
-MNIST_TRAIN_EXAMPLES = 60_000
+MNIST_SIZES = DatasetSizes(60_000, 10_000, (28, 28, 1), 10)
 
 
 def load_dataset(
@@ -71,7 +71,24 @@ def count_train_examples(
     if dataset_dir is not None:
         return count_idx_examples(dataset_dir)
     if dataset == "mnist":
-        return MNIST_TRAIN_EXAMPLES
+        return MNIST_SIZES.train_examples
     from cnn_jax.data import tfds
 
     return tfds.count_tfds_examples(dataset, data_dir, prepare=prepare)
+
+
+def read_sizes(dataset: str, dataset_dir: Path | None, data_dir: Path | None) -> DatasetSizes:
+    """Return a data set's sizes without loading its images; arguments as above.
+
+    Raises:
+      UsageError: there is no such data set or folder, it is not an image classification set, or tfds has not yet
+        prepared it.
+      InputFileError: one of the files is missing or is not an IDX file.
+    """
+    if dataset_dir is not None:
+        return read_idx_sizes(dataset_dir)
+    if dataset == "mnist":
+        return MNIST_SIZES
+    from cnn_jax.data import tfds
+
+    return tfds.read_tfds_sizes(dataset, data_dir)

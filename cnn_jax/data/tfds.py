@@ -22,7 +22,15 @@ import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax.data.dataset import EXAMPLES_PER_READ, Dataset, Images, Labels, RecordedImages, contiguous_parts
+from cnn_jax.data.dataset import (
+    EXAMPLES_PER_READ,
+    Dataset,
+    DatasetSizes,
+    Images,
+    Labels,
+    RecordedImages,
+    contiguous_parts,
+)
 from cnn_jax.data.idx import idx_header
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist, read_embedded
 from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError, lacks_memory
@@ -90,6 +98,34 @@ def count_tfds_examples(name: str, data_dir: Path | None, *, prepare: bool) -> i
     if prepare:
         _require_place_and_network(builder, name)
     return None
+
+
+def read_tfds_sizes(name: str, data_dir: Path | None) -> DatasetSizes:
+    """Return the sizes of a tfds set that is prepared, from what tfds has written about it.
+
+    Raises:
+      UsageError: tfds does not know the set, it is not an image classification set, or it is not prepared.
+    """
+    builder = _find_builder(name, data_dir)
+    splits, features = builder.info.splits, _find_features(builder, name)
+    if "train" not in splits:
+        raise UsageError(f"--dataset {name}: it is not prepared here, so its sizes are not known; train with it first")
+    test_examples = splits[_test_split(splits, name)].num_examples
+    return DatasetSizes(
+        splits["train"].num_examples, test_examples, tuple(features.image.shape), features.label.num_classes
+    )
+
+
+def _test_split(splits: Any, name: str) -> str:
+    """Return the split to test on.
+
+    Raises:
+      UsageError: it or the one to train on is missing.
+    """
+    test_split = next((split for split in ("test", "validation") if split in splits), None)
+    if "train" not in splits or test_split is None:
+        raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
+    return test_split
 
 
 def _find_builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
@@ -193,11 +229,9 @@ def _require_place_and_network(builder: tfds.core.DatasetBuilder, name: str) -> 
 
 def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | None) -> Dataset:
     splits = builder.info.splits
-    test_split = next((split for split in ("test", "validation") if split in splits), None)
     if not splits:
         raise _damaged(builder.data_dir, "it has no dataset_info.json")
-    if "train" not in splits or test_split is None:
-        raise UsageError(f"--dataset {name}: it has the splits {', '.join(splits)}, but train and test are needed")
+    test_split = _test_split(splits, name)
     features = _find_features(builder, name)
     try:
         train_images, train_labels = _load_split(builder, "train", features, resident_bytes)

@@ -34,7 +34,6 @@ from cnn_jax.core.sharding import (
 from cnn_jax.core.training import SeedEpoch, TrainState
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.settings import TrainSettings, require
-from cnn_jax.runtime.devices import device_bytes
 from cnn_jax.runtime.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -72,6 +71,7 @@ class Program(NamedTuple):
       streams: Whether the images reach the devices in chunks.
       steps_per_epoch: Batches of an epoch.
       last_step: How many steps the run has.
+      seeds_at_once: As for `sharding.run_seeds`.
       start: Returns the states before step 0, every array with one more axis in front, for the seeds.
       epoch: Returns what the seeds decide of an epoch, by its number from 0.
       run_steps: Takes states (whose memory it reuses), epochs, images, labels, and two rows of the epochs' batches;
@@ -84,6 +84,7 @@ class Program(NamedTuple):
     streams: bool
     steps_per_epoch: int
     last_step: int
+    seeds_at_once: int | None
     start: functools.partial[TrainState]
     epoch: Callable[[np.int32], SeedEpoch]
     run_steps: jax.stages.Wrapped
@@ -141,6 +142,7 @@ def make_program(
         streams=streams,
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
+        seeds_at_once=seeds_at_once,
         start=functools.partial(jax.jit(start, out_shardings=shardings(mesh, P(SEEDS))), seeds),
         epoch=functools.partial(jax.jit(epoch, out_shardings=shardings(mesh, EPOCH)), seeds),
         run_steps=jit_over_mesh(
@@ -152,11 +154,17 @@ def make_program(
     )
 
 
-def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh) -> None:
+def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_bytes: int) -> None:
     """Refuse, before anything is compiled, a run that cannot end well.
 
     What a run needs is taken for less than it is: every seed's weights with Adam's two moments, and for one seed the
     gradient and the first block's convolution of the images that are computed at once.
+
+    Args:
+      settings: The run's.
+      sizes: The sizes of its data.
+      mesh: A mesh from `make_mesh`.
+      device_bytes: The memory of each of its devices.
 
     Raises:
       UsageError: that does not fit a device's memory, or the steps are too many to be counted in an int32.
@@ -168,29 +176,50 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh) -> None:
     weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes
     images = settings.batch_size // (mesh.shape[DATA] * count_parts(mesh, settings.batch_size))
     seeds_here = settings.seeds // mesh.shape[SEEDS]
-    needed, there = 4 * ((3 * seeds_here + 1) * weights + images * height * width * first), device_bytes()
-    if needed > there:
+    needed = 4 * ((3 * seeds_here + 1) * weights + images * height * width * first)
+    if needed > device_bytes:
+        there = device_bytes / 2**30
         raise UsageError(
             f"--features {first} {second} with --seeds {settings.seeds} and --batch-size {settings.batch_size}: "
-            f"training needs more than {min(needed >> 30, 10**9):,} GiB of memory and there are {there / 2**30:,.1f}; "
+            f"training needs more than {min(needed >> 30, 10**9):,} GiB of memory and there are {there:,.1f}; "
             "make them smaller"
         )
 
 
 def start_states(program: Program) -> TrainState:
-    """Return a program's states before step 0.
+    """Return a program's states before step 0."""
+    return compile_start(program)(*program.start.args)
+
+
+def compile_start(program: Program) -> jax.stages.Compiled:
+    """Compile the function of the seeds that returns their states before step 0.
 
     They are drawn once, in milliseconds, so most of XLA's optimisations would not pay: on two cores of a Xeon this is
     compiled in 0.7 s at level 1 and in 1.8 s as everything else is, to the same bits.
     """
     lowered = jax.jit(program.start.func).lower(*program.start.args)
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": "1"})(*program.start.args)
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": "1"})
 
 
 def compile_program(
-    program: Program, settings: TrainSettings, sizes: Sizes, states: TrainState, chunk: Chunk, test_set: TestSet
+    program: Program,
+    settings: TrainSettings,
+    sizes: Sizes,
+    states: TrainState,
+    chunk: Chunk,
+    test_set: TestSet,
+    device_bytes: int,
 ) -> Program:
     """Compile a program for its states, a chunk of its images and a test set: arrays, or their shapes.
+
+    Args:
+      program: The run's.
+      settings: The run's.
+      sizes: The sizes of its data.
+      states: Its states.
+      chunk: A chunk of its images.
+      test_set: What it is tested on after each epoch.
+      device_bytes: The memory of each of its devices.
 
     Returns:
       The program, which trains as many seeds at once as fit the memory of an accelerator.
@@ -198,15 +227,36 @@ def compile_program(
     steps = program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
     seeds_here = settings.seeds // program.mesh.shape[SEEDS]
     if seeds_here > 1 and program.mesh.devices.flat[0].platform != "cpu":
-        memory = steps.memory_analysis()
-        assert memory is not None, "an accelerator's compiler knows what memory a program needs"
-        seed_bytes = memory.temp_size_in_bytes
-        seeds_at_once = count_seeds_at_once(seeds_here, seed_bytes, device_bytes())
+        seeds_at_once = count_seeds_at_once(seeds_here, memory_of(steps).temporaries, device_bytes)
         program = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
         program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
         log.info("seeds trained at once: %d", seeds_at_once)
     program.sum_images.lower(states.eval_params, *test_set, pixel_scale(unscaled=False)).compile()
     return program
+
+
+class Memory(NamedTuple):
+    """What a compiled function needs of a device's memory, in bytes.
+
+    Attributes:
+      arguments: For its arguments.
+      temporaries: For its intermediate values.
+      output: For those of its results that do not take an argument's place.
+    """
+
+    arguments: int
+    temporaries: int
+    output: int
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+    """Return the memory that an accelerator's compiler planned for a function."""
+    memory = compiled.memory_analysis()
+    assert memory is not None, "an accelerator's compiler knows what memory a program needs"
+    arguments, output = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # A TPU's compiler reports no temporaries, but the most that is needed at once.
+    temporaries = memory.temp_size_in_bytes or max(0, memory.peak_memory_in_bytes - arguments - output)
+    return Memory(arguments, temporaries, output)
 
 
 def evaluate_seeds(

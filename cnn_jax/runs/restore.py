@@ -112,7 +112,7 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
         sizes = Sizes.of(dataset, settings)
         mesh = make_mesh(settings.seeds, jax.devices())
         try:
-            check_resources(settings, sizes, mesh)
+            check_resources(settings, sizes, mesh, device_bytes())
         except UsageError as error:  # the run was trained, so it fitted
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
         program = make_program(settings, sizes, mesh)
@@ -230,24 +230,33 @@ def load_run_data(settings: TrainSettings) -> Dataset:
         settings.dataset,
         settings.dataset_dir,
         settings.data_dir,
-        resident_bytes=resident_bytes(settings),
+        resident_bytes=resident_bytes(settings, device_bytes()),
         prepare=not settings.dry_run,
     )
     check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
-    height, width, _ = dataset.train_images.shape[1:]
-    if min(height, width) < 4:
-        raise UsageError(f"{dataset.name} has images of {height}x{width}; two poolings need at least 4x4")
+    check_image_size(dataset.name, dataset.train_images.shape[1:])
     return dataset
 
 
-def streams(settings: TrainSettings, dataset: Dataset) -> bool:
-    """Whether a run's training images are too many to stay on the device."""
-    limit = resident_bytes(settings)
-    return limit is not None and dataset.train_images.nbytes > limit
+def check_image_size(name: str, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a data set of images that are too small for the network.
+
+    Raises:
+      UsageError: naming the set and their size.
+    """
+    height, width, _ = image_shape
+    if min(height, width) < 4:
+        raise UsageError(f"{name} has images of {height}x{width}; two poolings need at least 4x4")
 
 
-def resident_bytes(settings: TrainSettings) -> int | None:
-    """Return how many bytes of training images may stay on the device; None for any number."""
+def streams(settings: TrainSettings, image_bytes: int, device_bytes: int) -> bool:
+    """Whether a run's training images are too many bytes to stay on a device with so much memory."""
+    limit = resident_bytes(settings, device_bytes)
+    return limit is not None and image_bytes > limit
+
+
+def resident_bytes(settings: TrainSettings, device_bytes: int) -> int | None:
+    """Return how many bytes of training images may stay on a device; None for any number."""
     if settings.feed is None:
-        return int(RESIDENT_SHARE * device_bytes())
+        return int(RESIDENT_SHARE * device_bytes)
     return 0 if settings.feed == "stream" else None

@@ -45,7 +45,7 @@ from cnn_jax.runs.restore import (
 )
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.summary import Result, epoch_metrics, introduce, show_epoch, show_segment
-from cnn_jax.runtime.devices import describe_devices, start_devices
+from cnn_jax.runtime.devices import describe_devices, device_bytes, start_devices
 from cnn_jax.runtime.display import Display, Stopwatch
 from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, on_process_0
 from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError, UsageError
@@ -126,8 +126,9 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     with clock.part("loading"):
         dataset = load_run_data(settings)
     sizes, mesh = Sizes.of(dataset, settings), make_mesh(settings.seeds, jax.devices())
-    check_resources(settings, sizes, mesh)
-    program = make_program(settings, sizes, mesh, streams=streams(settings, dataset))
+    check_resources(settings, sizes, mesh, device_bytes())
+    streaming = streams(settings, dataset.train_images.nbytes, device_bytes())
+    program = make_program(settings, sizes, mesh, streams=streaming)
     with contextlib.ExitStack() as held:
         checkpoints = held.enter_context(open_run_checkpoints(settings, run))
         with clock.part("loading"):
@@ -150,7 +151,8 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
             write_scalars = held.enter_context(scalars(settings, run.folder, after_step=first_step))
             with clock.part("compiling"):
                 chunk = next(feed(program.epoch(np.int32(0)), 0))
-                program = compile_program(program, settings, sizes, progress.states, chunk, epoch_test_set)
+                states, memory = progress.states, device_bytes()
+                program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, memory)
             if settings.profile is not None:
                 program = program._replace(run_steps=profiled(program.run_steps, settings.profile, display))
             while progress.step < program.last_step:

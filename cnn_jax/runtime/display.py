@@ -4,6 +4,7 @@ import collections
 import contextlib
 import re
 import statistics
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from cnn_jax.runtime.streams import printable
 
+REMIND_SECONDS = 15
 # Flax's arguments for a table of layers in plain text and 80 columns.
 LAYER_TABLE = {
     "console_kwargs": {"width": 80, "force_terminal": False},
@@ -83,6 +85,27 @@ class Display:
             self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
             yield
         self._progress = None
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say what takes so long until the block ends: on a terminal by a spinner, elsewhere by a line now and then."""
+        if self._console.is_terminal and self._shown:
+            with self._console.status(printable(what)):
+                yield
+            return
+        start, done = time.perf_counter(), threading.Event()
+
+        def remind() -> None:
+            while not done.wait(REMIND_SECONDS):
+                self.say(f"{what}: {describe_seconds(time.perf_counter() - start)} so far")
+
+        reminder = threading.Thread(target=remind, daemon=True)
+        reminder.start()
+        try:
+            yield
+        finally:
+            done.set()
+            reminder.join()
 
     def advance(self, *, epoch: int, epochs: float, step: int, cost: float, examples_per_second: float) -> None:
         """Move the bar: the step reached, the epoch's mean cost so far and the images trained per second."""
