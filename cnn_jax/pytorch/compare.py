@@ -16,7 +16,7 @@ from cnn_jax.core.statistics import difference_interval, mean_interval
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.processes import SeedResult, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
-from cnn_jax.runtime.devices import describe_machine, versions
+from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import StorageError
 from cnn_jax.runtime.files import write_atomically
@@ -92,6 +92,7 @@ class Report:
 def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path | None = None) -> None:
     """Train every seed in both frameworks, unless its result exists; write report.json, report.md and report.png."""
     display = Display()
+    leave_out_absent_accelerators()
     output.mkdir(parents=True, exist_ok=True)
     results = {framework: [] for framework in FRAMEWORKS}
     for each in range(seed, seed + seeds):

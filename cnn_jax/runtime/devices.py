@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import platform as system
 import re
@@ -10,7 +11,8 @@ import resource
 import subprocess
 import sys
 import warnings
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +26,9 @@ _WHEELS = {
     "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"), "pip install 'cnn-jax[cuda]'"),
     "tpu": (("libtpu",), "pip install 'cnn-jax[tpu]'"),
 }
+# JAX's plugins for GPUs; without one of these files they find none.
+_GPU_PLUGINS = {"xla_cuda12", "xla_cuda13", "xla_rocm7"}
+_GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compiled: bool = True) -> None:
@@ -41,8 +46,11 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
         _keep_compiled_code()
     if platform is not None:
         jax.config.update("jax_platforms", platform)
+    else:
+        leave_out_absent_accelerators()
     try:
-        jax.devices()
+        with _quiet_plugins():
+            jax.devices()
     except Exception as error:  # a plugin lets through whatever it meets
         reason = re.split(r"\n| \((?:you may need|set JAX)", str(error))[0].strip("; ") or type(error).__name__
         wanted = f"--platform {platform}" if platform else _variables("JAX_PLATFORMS", "XLA_FLAGS")
@@ -50,6 +58,45 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
         missing = modules and not any(importlib.util.find_spec(module) for module in modules)
         remedy = f"it needs {installation}" if missing else "choose another platform"
         raise UsageError(f"{wanted}: JAX finds no such device here, or cannot start it ({reason}); {remedy}") from error
+
+
+def leave_out_absent_accelerators() -> None:
+    """Let JAX start the CPU alone, here and in the processes that this one starts, where it would find nothing else."""
+    if has_only_cpu():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+
+
+def has_only_cpu() -> bool:
+    """Whether accelerators' wheels are installed and JAX, left to itself, would start them in vain.
+
+    The extra `plan` installs them on any machine.
+    """
+    # Where there is a TPU, JAX has chosen it when it was imported.
+    if jax.config.jax_platforms or _has_gpu():  # pyright: ignore[reportAttributeAccessIssue]  # as below
+        return False
+    wheels = any(importlib.util.find_spec(module) for modules, _ in _WHEELS.values() for module in modules)
+    return wheels and {plugin.name for plugin in entry_points(group="jax_plugins")} <= _GPU_PLUGINS
+
+
+def _has_gpu() -> bool:
+    return any(map(os.path.exists, _GPU_FILES))
+
+
+@contextlib.contextmanager
+def _quiet_plugins() -> Iterator[None]:
+    """Keep plugins from reporting at length what they lack where there is no device of theirs."""
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets it where it finds no TPU; libtpu would ask for these
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    logger = logging.getLogger("jax._src.xla_bridge")
+    level = logger.level
+    if not _has_gpu():
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @functools.cache
