@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,3 +138,27 @@ def test_a_dry_run_writes_and_downloads_nothing(dataset, started, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("dry run: nothing was ")
     assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wheels", "files", "plugins", "expected"),
+    [
+        (None, ["libtpu", "jax_cuda13_plugin"], [], ["xla_cuda13"], True),
+        (None, ["libtpu"], [], [], True),
+        (None, [], [], [], False),  # JAX finds by itself that there is nothing to start
+        (None, ["jax_cuda13_plugin"], ["/dev/nvidiactl"], ["xla_cuda13"], False),
+        (None, ["jax_cuda13_plugin"], [], ["xla_cuda13", "abacus"], False),
+        ("tpu,cpu", ["libtpu"], [], [], False),  # as JAX has it where there is a TPU
+    ],
+)
+def test_accelerators_are_left_out_only_where_their_wheels_are_and_no_device_can_be(
+    chosen, wheels, files, plugins, expected, monkeypatch
+):
+    from cnn_jax.runtime import devices
+
+    monkeypatch.setattr(devices, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=chosen)))
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object() if name in wheels else None)
+    monkeypatch.setattr(devices.os.path, "exists", lambda file: file in files)
+    installed = [SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(devices, "entry_points", lambda group: installed)
+    assert devices.has_only_cpu() is expected
