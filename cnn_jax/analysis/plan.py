@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from cnn_jax.analysis.hlo import Step, count_step
-from cnn_jax.analysis.targets import Target, compile_only_devices
+from cnn_jax.analysis.targets import Target, compile_only_devices, set_up_compilers
 from cnn_jax.core.input_pipeline import CHUNK_BYTES, Chunk
 from cnn_jax.core.sharding import DATA, TestSet, make_mesh
 from cnn_jax.data.dataset import DatasetSizes, check_sizes
@@ -129,6 +129,7 @@ def plan(target: Target, settings: TrainSettings, *, as_json: bool = False, hlo:
     sizes = read_sizes(settings.dataset, settings.dataset_dir, settings.data_dir)
     check_sizes(settings.batch_size, settings.validation, sizes.train_examples)
     check_image_size(settings.dataset, sizes.image_shape)
+    set_up_compilers()
     start_devices("cpu", keep_compiled=False)
     with display.waiting(f"compiling for {target.name}"):
         planned = make_plan(target, settings, sizes)
@@ -220,8 +221,9 @@ def _estimate(steps: jax.stages.Compiled) -> dict[str, float]:
 
 
 def _what_fits(planned: Plan) -> str:
-    """Return what would fit: fewer seeds, else a smaller batch, in proportion to what is needed."""
-    settings, share = planned.settings, planned.target.device_bytes / planned.needed
+    """Return what would fit: fewer seeds, else a smaller batch."""
+    # In proportion to what is needed, and less: near the limit XLA computes values anew, and more would be needed.
+    settings, share = planned.settings, 0.85 * planned.target.device_bytes / planned.needed
     seeds = int(settings.seeds * share)
     if seeds >= 1:
         return f"about --seeds {seeds} would fit"

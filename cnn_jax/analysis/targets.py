@@ -9,8 +9,10 @@ from cnn_jax.runtime.errors import UsageError, suggest
 # JAX takes this share of a GPU's memory as it starts, and a program gets no more.
 GPU_SHARE = 0.75
 GPUS_PER_HOST = 8
-# libtpu would look for its machine in the network and write logs, and refuse a second process at a time.
-TPU_VARIABLES = {
+# libtpu would look for its machine in the network, write logs and refuse a second process at a time, and XLA would warn
+# of each value that it computes anew to save memory.
+VARIABLES = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -134,12 +136,14 @@ def _suggestions(name: str, kind: str) -> str:
     return suggest(kind, known) or f"there are {', '.join(known.values())} and the like"
 
 
-def compile_only_devices(target: Target) -> list[Any]:
-    """Return devices of which JAX knows all that its compiler needs; nothing can run on them.
+def set_up_compilers() -> None:
+    """Change the environment for the compilers, which read it once: when JAX's devices are started, they are loaded."""
+    os.environ.update(VARIABLES)
 
-    The environment is changed for libtpu, which reads it once, when it is loaded.
-    """
+
+def compile_only_devices(target: Target) -> list[Any]:
+    """Return devices of which JAX knows all that its compiler needs; nothing can run on them."""
     from jax.experimental import topologies
 
-    os.environ.update(TPU_VARIABLES)
+    set_up_compilers()
     return topologies.get_topology_desc(target.topology, target.platform, **target.options).devices

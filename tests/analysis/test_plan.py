@@ -294,8 +294,8 @@ def test_of_a_tpu_the_figures_have_xlas_estimate(planning):
 @pytest.mark.parametrize(
     ("needed", "settings", "remedy"),
     [
-        (200 * 2**30, {"seeds": 32}, "about --seeds 9 would fit"),
-        (200 * 2**30, {}, "about --batch-size 29 would fit"),
+        (200 * 2**30, {"seeds": 32}, "about --seeds 8 would fit"),
+        (200 * 2**30, {}, "about --batch-size 25 would fit"),
         (200 * 2**40, {}, "a network with fewer --features may fit"),
     ],
 )
