@@ -27,6 +27,7 @@ COMMANDS = {
         "evaluate model --checkpoint-dir {runs}",
     ),
     "sweep": ("sweep --trials 1 --epochs 0.1 --dataset-dir {data} --checkpoint-dir {runs} --validation 500",),
+    "plan": ("plan h100 --features 2 2",),
     "tensorboard": (TRAIN + " --tensorboard",),
 }
 
@@ -70,6 +71,8 @@ def packages_of(extra):
 def test_commands_need_nothing_but_what_their_extra_brings(extra, program, small_mnist, tfds_folder, tmp_path):
     if extra == "torch":
         pytest.importorskip("torch", reason="needs the extra torch")
+    if extra == "plan":
+        pytest.importorskip("jax_cuda13_plugin", reason="needs the extra plan")
     packages, others = packages_of(extra)
     assert "jax" in packages
     assert "pytest" in others
