@@ -14,10 +14,10 @@ from flax import linen as nn
 from flax.linen import summary
 
 from cnn_jax.analysis import plots
-from cnn_jax.core.evaluation import logits
 from cnn_jax.core.model import PlainCNN
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import Dataset, scale_pixels
+from cnn_jax.inference.logits import logits
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import restore_run
 from cnn_jax.runs.settings import Platform

@@ -4,6 +4,7 @@ pretrained.py    loads a trained network and how it was trained, from a run or f
 torch_layout.py  converts weights to PyTorch's names and layout, and back
 pictures.py      reads picture files as arrays, and refuses bad ones
 preprocess.py    lays out a picture of a digit as MNIST does
+logits.py        computes its logits of any number of images
 predict.py       the command `predict`
 export.py        writes a network for another program, and tests the file before it is kept
 demo/            the page to draw digits on: Python, board (HTML and JavaScript), style, the answer's template, and

@@ -9,9 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cnn_jax.core import evaluation
 from cnn_jax.core.model import CNN
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.inference.logits import logits
 from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.devices import versions
@@ -73,7 +73,7 @@ class TrainedModel:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
-        return evaluation.logits(self.model, self.params, images)
+        return logits(self.model, self.params, images)
 
 
 def load_trained(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> TrainedModel:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save_file
 
-from cnn_jax.core.evaluation import batch_logits
 from cnn_jax.data.idx import read_idx
+from cnn_jax.inference.logits import batch_logits
 from cnn_jax.inference.pretrained import (
     PACKAGED,
     Provenance,
