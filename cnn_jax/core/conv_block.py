@@ -1,10 +1,11 @@
 """Convolution, bias, ReLU and 2x2 pooling as one differentiable operation that is fast inside a compiled loop.
 
 It computes what `lax.conv_general_dilated` with padding "SAME", `jnp.maximum(., 0)` and `lax.reduce_window` compute
-in turn. Its pooling is made of slices and comparisons on every platform, because the gradient of `reduce_window` is
-slow. On a CPU its convolution is a matrix product of patches, because XLA spends 19 ms there in the weight gradient of
-the second block's convolution, and over a second in it inside a loop; elsewhere it is the platform's own convolution.
-The milliseconds in this file are for a batch of 100 on two cores.
+in turn, from slices, products and comparisons alone, because XLA's own gradients are slow where training needs them:
+that of `reduce_window`; on a CPU that of a convolution, which takes over a second in a loop; on a GPU those of many
+seeds' convolutions at once, which are grouped. On a TPU float32 convolutions take two minutes to compile.
+The milliseconds in this file are for a batch of 100 on two cores. Launches are the kernels that a step of one seed
+starts on an H100, as XLA compiles it.
 """
 
 import functools
@@ -44,31 +45,36 @@ def conv_block(
       pool: The maximum or the mean of each 2x2 window; a last odd row or column is left out, as in PyTorch.
       dtype: The dtype of the products' operands; the sums have the images' dtype.
     """
-    patches_of_pixels = kernel.size // kernel.shape[-1] >= SMALLEST_PIXEL_PATCH
-    corners = lax.platform_dependent(
+    has_large_window = kernel.size // len(bias) >= SMALLEST_PIXEL_PATCH
+    on_cpu = functools.partial(_convolve_pixels if has_large_window else _convolve_windows, dtype)
+    elsewhere = functools.partial(_convolve_pixels if has_large_window else _convolve_shifts, dtype)
+    bias = bias[jnp.newaxis, jnp.newaxis, jnp.newaxis, :]
+    return lax.platform_dependent(
         images,
         kernel,
-        cpu=functools.partial(_convolve_pixels if patches_of_pixels else _convolve_windows, dtype),
-        default=functools.partial(_convolve_natively, dtype),
+        bias,
+        # After the pooling the bias costs a quarter.
+        cpu=lambda images, kernel, bias: _pool(pool, bias, *on_cpu(images, kernel, jnp.zeros_like(bias))),
+        # Its gradient is added up with the kernel's: on a GPU two launches less for each block.
+        default=lambda images, kernel, bias: _pool(pool, jnp.zeros_like(bias), *elsewhere(images, kernel, bias)),
     )
-    return _pool(pool, bias[jnp.newaxis, jnp.newaxis, jnp.newaxis, :], *corners)
 
 
-# The three convolutions below return the four corners of each pooling window, row by row: four arrays
-# (N, H // 2, W // 2, F). Each takes the dtype of its operands first.
+# The three convolutions below add a bias, (1, 1, 1, F), and return the four corners of each pooling window, row by row:
+# four arrays (N, H // 2, W // 2, F). Each takes the dtype of its operands first.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_pixels(dtype, images, kernel):
-    return _convolve_pixels_forward(dtype, images, kernel)[0]
+def _convolve_pixels(dtype, images, kernel, bias):
+    return _convolve_pixels_forward(dtype, images, kernel, bias)[0]
 
 
-def _convolve_pixels_forward(dtype, images, kernel):
+def _convolve_pixels_forward(dtype, images, kernel, bias):
     n, height, width, _ = images.shape
     # Without the barrier XLA computes what comes before (a pooling) again for each of the kernel's shifts.
     patches = _pixel_patches(lax.optimization_barrier(images.astype(dtype)), kernel.shape)
     flat_kernel = kernel.astype(dtype).reshape(-1, kernel.shape[-1])
-    convolved = _matmul(patches, flat_kernel).reshape(n, height, width, -1)
+    convolved = _matmul(patches, flat_kernel).reshape(n, height, width, -1) + bias
     # The patches are kept, because the kernel's gradient needs them too.
     return _corners(convolved), (patches, kernel, images)
 
@@ -77,28 +83,46 @@ def _convolve_pixels_backward(dtype, residuals, corner_cotangents):
     patches, kernel, images = residuals
     cotangent = _interleave(corner_cotangents, images.shape).astype(dtype).reshape(-1, kernel.shape[-1])
     flat_kernel = kernel.astype(dtype).reshape(-1, kernel.shape[-1])
-    # As products of plain matrices: 1 to 6 ms where XLA's convolution takes 19. Left in four dimensions, the same
-    # product makes a step 15 ms slower.
-    kernel_cotangent = _matmul(patches.T, cotangent).reshape(kernel.shape)
+    by_image = functools.partial(_sum_by_image, len(images))
+    kernel_cotangent, bias_cotangent = lax.platform_dependent(patches, cotangent, cpu=_sum_at_once, default=by_image)
     image_cotangent = _add_pixel_patches(_matmul(cotangent, flat_kernel.T), images.shape, kernel.shape)
-    return image_cotangent, kernel_cotangent
+    return image_cotangent, kernel_cotangent.reshape(kernel.shape), bias_cotangent.reshape(1, 1, 1, -1)
 
 
 _convolve_pixels.defvjp(_convolve_pixels_forward, _convolve_pixels_backward)
 
 
+def _sum_at_once(patches, cotangent):
+    """Return the gradients of a flat kernel and of the bias."""
+    # As a product of plain matrices: 1 to 6 ms where XLA's convolution takes 19. Left in four dimensions, the same
+    # product makes a step 15 ms slower.
+    kernel_cotangent = _matmul(patches.T, cotangent)
+    return kernel_cotangent, cotangent.sum(axis=0, dtype=kernel_cotangent.dtype)
+
+
+def _sum_by_image(n, patches, cotangent):
+    """Return the same, summed over the pixels of each of n images, and then over the images."""
+    # To keep a GPU busy, XLA cuts one long sum into parts too, and copies both matrices first: two launches more. The
+    # barrier keeps it from adding up the bias's gradient for each corner apart: three launches more.
+    patches, cotangent = (m.reshape(n, -1, m.shape[-1]) for m in (patches, lax.optimization_barrier(cotangent)))
+    kernels = jax.vmap(lambda patches, cotangent: _matmul(patches.T, cotangent))(patches, cotangent)
+    biases = cotangent.sum(axis=1, keepdims=True, dtype=kernels.dtype)
+    sums = jnp.concatenate([kernels, biases], axis=1).sum(axis=0)
+    return sums[:-1], sums[-1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_windows(dtype, images, kernel):
-    return _convolve_windows_forward(dtype, images, kernel)[0]
+def _convolve_windows(dtype, images, kernel, bias):
+    return _convolve_windows_forward(dtype, images, kernel, bias)[0]
 
 
-def _convolve_windows_forward(dtype, images, kernel):
+def _convolve_windows_forward(dtype, images, kernel, bias):
     n, height, width, _ = images.shape
     extract = functools.partial(_window_patches, kernel_shape=kernel.shape)
     patches = extract(_round(images, dtype))
     convolved = _matmul(patches, _window_kernel(_round(kernel, dtype)))  # (N * H // 2 * W // 2, 4 * F)
     corners = jnp.split(convolved.reshape(n, height // 2, width // 2, -1), 4, axis=-1)
-    return tuple(corners), (patches, kernel, images)
+    return tuple(corner + bias for corner in corners), (patches, kernel, images)
 
 
 def _convolve_windows_backward(dtype, residuals, corner_cotangents):
@@ -109,42 +133,40 @@ def _convolve_windows_backward(dtype, residuals, corner_cotangents):
     (image_cotangent,) = jax.linear_transpose(extract, images)(patch_cotangent)
     large = jax.ShapeDtypeStruct(kernel.shape, patch_cotangent.dtype)
     (kernel_cotangent,) = jax.linear_transpose(_window_kernel, large)(_matmul(patches.T, cotangent))
-    return image_cotangent, kernel_cotangent
+    return image_cotangent, kernel_cotangent, sum(corner_cotangents).sum(axis=(0, 1, 2), keepdims=True)
 
 
 _convolve_windows.defvjp(_convolve_windows_forward, _convolve_windows_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_natively(dtype, images, kernel):
-    return _convolve_natively_forward(dtype, images, kernel)[0]
+def _convolve_shifts(dtype, images, kernel, bias):
+    return _convolve_shifts_forward(dtype, images, kernel, bias)[0]
 
 
-def _convolve_natively_forward(dtype, images, kernel):
-    convolved = _convolve(images.astype(dtype), kernel.astype(dtype))
-    return _corners(convolved.astype(images.dtype)), (images, kernel)
+def _convolve_shifts_forward(dtype, images, kernel, bias):
+    # Value by value: on a GPU one launch, with the pooling. A CPU's compiler would repeat the sums at each use of them.
+    return _add_shifts(_round(kernel, dtype), bias, _round(images, dtype)), (images, kernel)
 
 
-def _convolve_natively_backward(dtype, residuals, corner_cotangents):
+def _convolve_shifts_backward(dtype, residuals, corner_cotangents):
     images, kernel = residuals
-    cotangent = _interleave(corner_cotangents, images.shape).astype(dtype)
-    # All operands have one dtype here: XLA has no fast convolution for a float32 cotangent and bfloat16 images.
-    _, transpose = jax.vjp(_convolve, images.astype(dtype), kernel.astype(dtype))
-    return tuple(c.astype(o.dtype) for c, o in zip(transpose(cotangent), residuals, strict=True))
+    cotangents = tuple(_round(cotangent, dtype) for cotangent in corner_cotangents)
+    shifts = _shifts(_round(images, dtype), kernel.shape)
+    # The bias is a last value of the kernel, which meets ones. Without the barrier XLA puts a corner's values together
+    # again for each feature, in code that takes half a minute to compile.
+    corners = zip(*shifts, [jnp.ones_like(shift) for shift in shifts[0]], strict=True)
+    patches = lax.optimization_barrier(tuple(jnp.concatenate(corner, axis=-1) for corner in corners))
+    # As a plain sum: two launches, and four products of matrices eight.
+    products = (p[..., :, jnp.newaxis] * c[..., jnp.newaxis, :] for p, c in zip(patches, cotangents, strict=True))
+    sums = sum(products).sum(axis=(0, 1, 2))
+    flat_kernel = _round(kernel, dtype).reshape(-1, kernel.shape[-1])
+    cotangent = _interleave(cotangents, images.shape).reshape(-1, kernel.shape[-1])
+    image_cotangent = _add_pixel_patches(_matmul(cotangent, flat_kernel.T), images.shape, kernel.shape)
+    return image_cotangent, sums[:-1].reshape(kernel.shape), sums[-1].reshape(1, 1, 1, -1)
 
 
-_convolve_natively.defvjp(_convolve_natively_forward, _convolve_natively_backward)
-
-
-def _convolve(images, kernel):
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=_precision(images.dtype),
-    )
+_convolve_shifts.defvjp(_convolve_shifts_forward, _convolve_shifts_backward)
 
 
 def _matmul(left, right):
@@ -228,6 +250,26 @@ def _window_kernel(kernel):
         for column in range(2)
     ]
     return jnp.concatenate(placed, axis=-1).reshape(-1, 4 * kernel.shape[-1])
+
+
+def _add_shifts(kernel, bias, images):
+    """Convolve by adding to the bias each value of the kernel times what it meets at each corner."""
+    values = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
+    corners = zip(*_shifts(images, kernel.shape), strict=True)
+    return tuple(sum(map(jnp.multiply, corner, values), start=bias) for corner in corners)
+
+
+def _shifts(images, kernel_shape):
+    """Return what each value of a kernel meets at the four corners of the pooling windows, (N, H // 2, W // 2, 1)."""
+    height, width = (size // 2 * 2 for size in images.shape[1:3])
+    rows, columns, channels = kernel_shape[:3]
+    padded = _pad(images, kernel_shape)
+    return [
+        [padded[:, y : y + height : 2, x : x + width : 2, c : c + 1] for y in (i, i + 1) for x in (j, j + 1)]
+        for i in range(rows)
+        for j in range(columns)
+        for c in range(channels)
+    ]
 
 
 def _corners(values):

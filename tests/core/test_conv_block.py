@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cnn_jax.core.conv_block import _convolve_natively, _convolve_pixels, _convolve_windows, _pool, conv_block
+from cnn_jax.core.conv_block import (
+    _convolve_pixels,
+    _convolve_shifts,
+    _convolve_windows,
+    _pool,
+    _sum_at_once,
+    _sum_by_image,
+    conv_block,
+)
 from tests.helpers import ROOT
 
 
@@ -81,23 +89,31 @@ def test_values_and_gradients_equal_those_of_convolution_relu_and_reduce_window(
             np.testing.assert_allclose(mine, reference, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("convolve", [_convolve_pixels, _convolve_windows, _convolve_natively])
+@pytest.mark.parametrize("convolve", [_convolve_pixels, _convolve_windows, _convolve_shifts])
 @pytest.mark.parametrize(
     ("shape", "kernel_shape"),
-    [((2, 9, 7, 3), (5, 2, 3, 4)), ((2, 6, 5, 12), (4, 3, 12, 3)), ((1, 4, 4, 1), (3, 3, 1, 2))],
+    [((2, 9, 7, 3), (5, 2, 3, 4)), ((2, 6, 5, 4), (4, 3, 4, 3)), ((1, 4, 4, 1), (3, 3, 1, 2))],
 )
-def test_each_lowering_is_right_for_any_size_whichever_platform_it_is_for(convolve, shape, kernel_shape):
+def test_each_convolution_is_right_for_any_size(convolve, shape, kernel_shape):
     with jax.enable_x64(True):
         *operands, cotangent = draw(shape, kernel_shape, jnp.float64)
 
         def block(images, kernel, bias):
             bias = bias[jnp.newaxis, jnp.newaxis, jnp.newaxis, :]
-            return _pool("max", bias, *convolve(jnp.float64, images, kernel))
+            return _pool("max", jnp.zeros_like(bias), *convolve(jnp.float64, images, kernel, bias))
 
         ours = value_and_gradients(block, operands, cotangent)
         theirs = value_and_gradients(lambda *args: reference_block(*args, "max"), operands, cotangent)
         for mine, reference in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-13 * jnp.abs(reference).max())
+
+
+def test_the_sums_of_accelerators_are_those_of_a_cpu():
+    random = np.random.default_rng(0)
+    patches, cotangent = random.normal(size=(6 * 20, 9)), random.normal(size=(6 * 20, 4))
+    with jax.enable_x64(True):
+        for mine, reference in zip(_sum_by_image(6, patches, cotangent), _sum_at_once(patches, cotangent), strict=True):
+            np.testing.assert_allclose(mine, reference, rtol=1e-12)
 
 
 def test_it_can_be_sharded_over_devices():
