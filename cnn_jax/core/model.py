@@ -7,6 +7,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
@@ -42,7 +43,9 @@ class PlainCNN(nn.Module):
             x = ReLU(name=f"relu{number}")(x)  # (N, 28, 28, 32)
             x = MaxPool(name=f"pool{number}")(x)  # (N, 14, 14, 32)
         x = Flatten(name="flatten")(x)  # (N, 3136)
-        return dense_head(self.num_classes, fan_in=x.shape[-1])(x)  # (N, 10)
+        xavier, uniform = nn.initializers.xavier_uniform(), torch_uniform(fan_in=x.shape[-1])
+        fc = nn.Dense(self.num_classes, kernel_init=xavier, bias_init=uniform, precision="highest", name="fc")
+        return fc(x)  # (N, 10)
 
 
 class ReLU(nn.Module):
@@ -85,7 +88,7 @@ class CNN(nn.Module):
         x = ConvBlock(features=first, pool=self.pool, dtype=self.dtype, name="layer1")(images)  # (N, 14, 14, 32)
         x = ConvBlock(features=second, pool=self.pool, dtype=self.dtype, name="layer2")(x)  # (N, 7, 7, 64)
         x = x.reshape(x.shape[0], -1)  # (N, 3136)
-        return dense_head(self.num_classes, fan_in=x.shape[-1])(x)  # (N, 10)
+        return Dense(self.num_classes, name="fc")(x)  # (N, 10)
 
 
 class ConvBlock(nn.Module):
@@ -108,10 +111,28 @@ def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -
     return cast(Array, model.apply({"params": params}, pixels))  # Flax returns a tuple only if asked for more
 
 
-def dense_head(num_classes: int, fan_in: int) -> nn.Dense:
-    """Return the last layer, in full float32 on every platform: a GPU's default would round the operands to TF32."""
-    xavier, uniform = nn.initializers.xavier_uniform(), torch_uniform(fan_in)
-    return nn.Dense(num_classes, kernel_init=xavier, bias_init=uniform, precision="highest", name="fc")
+class Dense(nn.Module):
+    """A dense layer in full float32 on every platform: a GPU's default would round the operands to TF32."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n {self.features}"]:
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+        bias = self.param("bias", torch_uniform(x.shape[-1]), (self.features,))
+        return lax.platform_dependent(x, kernel, bias, cuda=_add_products, rocm=_add_products, default=_multiply)
+
+
+def _multiply(x, kernel, bias):
+    return jnp.matmul(x, kernel, precision="highest") + bias[jnp.newaxis]
+
+
+def _add_products(x, kernel, bias):
+    # To keep a GPU busy with so few columns, XLA cuts the matrix product's sum into parts and copies both matrices:
+    # four launches. A plain sum takes one, and one for each gradient; the bias is the weight of an input that is 1.
+    x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
+    kernel = jnp.concatenate([kernel, bias[jnp.newaxis]])
+    return (x[:, :, jnp.newaxis] * kernel[jnp.newaxis]).sum(axis=1)
 
 
 def torch_uniform(fan_in: int) -> Callable[..., jax.Array]:

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float32, Int32, Key
 
@@ -19,12 +20,23 @@ Augment = Callable[[Keys, Pixels], Pixels]
 Loss = Callable[[Float32[Array, "n k"], Int32[Array, " n"]], Float32[Array, " n"]]
 
 
+def cross_entropy(logits: Float32[Array, "n k"], labels: Int32[Array, " n"]) -> Float32[Array, " n"]:
+    """Return the softmax cross-entropy of each example.
+
+    The gradient of indexing by labels is a scatter-add: on a GPU one launch more, and in no fixed order.
+    """
+    index = optax.softmax_cross_entropy_with_integer_labels
+    return lax.platform_dependent(logits, labels, cpu=index, default=smoothed(0.0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a network is trained.
 
     Attributes:
       optimizer: Turns gradients into updates.
+      elementwise: Whether the optimiser treats each weight alike, whichever array it is in. A GPU then updates all
+        weights as one vector, in one launch.
       loss: Returns the loss of each example.
       augment: Changes the images of a batch, each by its own key; None leaves them unchanged.
       ema_decay: Evaluation uses an exponential moving average of the weights, of which each step keeps this share.
@@ -32,7 +44,8 @@ class Recipe:
     """
 
     optimizer: optax.GradientTransformation
-    loss: Loss = optax.softmax_cross_entropy_with_integer_labels
+    elementwise: bool = False
+    loss: Loss = cross_entropy
     augment: Augment | None = None
     ema_decay: float | None = None
 
@@ -50,13 +63,13 @@ def make_recipe(name: Literal["tutorial", "fast", "accurate"], learning_rate: fl
 
 def tutorial(learning_rate: float) -> Recipe:
     """Adam with the tutorial's constants, from the first step to the last."""
-    return Recipe(optimizer=optax.adam(learning_rate))
+    return Recipe(optimizer=optax.adam(learning_rate), elementwise=True)
 
 
 def fast(learning_rate: float, steps: int) -> Recipe:
     """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120), smoothed labels, averaged weights."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
-    return Recipe(optimizer=optax.adam(schedule, b1=0.85), loss=smoothed(0.05), ema_decay=0.99)
+    return Recipe(optimizer=optax.adam(schedule, b1=0.85), elementwise=True, loss=smoothed(0.05), ema_decay=0.99)
 
 
 def accurate(learning_rate: float, steps: int) -> Recipe:
@@ -66,6 +79,7 @@ def accurate(learning_rate: float, steps: int) -> Recipe:
     )
     return Recipe(
         optimizer=optax.adamw(schedule, weight_decay=0.05),
+        elementwise=True,
         loss=smoothed(0.05),
         augment=shift_turn_and_scale,
         ema_decay=0.999,

@@ -127,6 +127,7 @@ def run_seeds(
     model: nn.Module,
     recipe: Recipe,
     parts: int,
+    platform: str,
     seeds_at_once: int | None,
 ) -> tuple[TrainState, Float32[Array, "s steps"]]:
     """Run the steps first..stop-1 of every seed that this device has.
@@ -141,6 +142,7 @@ def run_seeds(
       model: The network.
       recipe: How it is trained.
       parts: As for `train_step`.
+      platform: As for `run_steps`.
       seeds_at_once: The number of seeds to train at once, vectorised. None trains one after the other, which is
         faster on a CPU: one seed's intermediate values fit its cache, and one seed keeps all cores busy.
 
@@ -157,6 +159,7 @@ def run_seeds(
         recipe=recipe,
         axis=DATA,
         parts=parts,
+        platform=platform,
     )
     return lax.map(run, (states, epochs), batch_size=seeds_at_once)
 

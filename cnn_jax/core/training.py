@@ -1,6 +1,7 @@
 """Training one seed, read downwards: many steps in a compiled loop, one step, its loss; then keys and first states."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float32, Int32, Key, PyTree, UInt8, UInt32
 
 from cnn_jax.core.model import forward
@@ -48,7 +50,11 @@ class SeedEpoch(NamedTuple):
     augment_key: Key[Array, "*seeds"] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts"))
+# The most steps of a compiled loop on an accelerator; between two the bar moves and signals are answered.
+LOOP_STEPS = 100
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))
 def run_steps(
     seed: tuple[TrainState, SeedEpoch],
     images: UInt8[Array, "m h w c"],
@@ -60,6 +66,7 @@ def run_steps(
     recipe: Recipe,
     axis: str | None = None,
     parts: int = 1,
+    platform: str = "cpu",
 ) -> tuple[TrainState, Float32[Array, " steps"]]:
     """Run the steps first..stop-1 of an epoch in one compiled loop.
 
@@ -77,25 +84,56 @@ def run_steps(
       recipe: How it is trained.
       axis: As for `train_step`.
       parts: As for `train_step`.
+      platform: What runs it. A GPU updates all weights as one vector, if the recipe's optimiser allows it. Elsewhere
+        than on a CPU the loop has a constant length, `loop_steps`, or its host would be asked before each step whether
+        to go on: from `stop` on, and beyond that length, no step changes anything.
 
     Returns:
       The state after the last step, and the steps' losses, of which first..stop-1 are filled in.
     """
     state, epoch = seed
+    losses, unravel = jnp.zeros(len(epoch.batches), jnp.float32), None
+    if platform == "gpu" and recipe.elementwise:
+        unravel = ravel_pytree(state.params)[1]
+        state = map_weights(lambda weights: ravel_pytree(weights)[0], state, seed[0])
+    step = functools.partial(train_step, model=model, recipe=recipe, axis=axis, parts=parts, unravel=unravel)
 
     def take_step(i, carry):
         state, losses = carry
         rows = epoch.batches[i]
         batch_labels = jnp.where(rows >= 0, labels[rows], -1)
-        state, loss = train_step(
-            state, images[rows], batch_labels, epoch.augment_key, model=model, recipe=recipe, axis=axis, parts=parts
-        )
+        state, loss = step(state, images[rows], batch_labels, epoch.augment_key)
         return state, losses.at[i].set(loss)
 
-    return lax.fori_loop(first, stop, take_step, (state, jnp.zeros(len(epoch.batches), jnp.float32)))
+    def take_step_until_stop(i, carry):
+        after = take_step(first + i, carry)
+        return jax.tree.map(functools.partial(jnp.where, first + i < stop), after, carry)
+
+    if platform == "cpu":
+        return lax.fori_loop(first, stop, take_step, (state, losses))
+    state, losses = lax.fori_loop(0, loop_steps(len(losses)), take_step_until_stop, (state, losses))
+    return (state if unravel is None else map_weights(unravel, state, seed[0])), losses
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts"))
+def map_weights(function: Callable, state: TrainState, tree: TrainState) -> TrainState:
+    """Apply a function to what a state has in the places of a tree that hold its weights, or as many other values."""
+    weights = jax.tree.structure(tree.params)
+
+    def is_weights(part):
+        return jax.tree.structure(part) == weights
+
+    def apply(part, of_state):
+        return function(of_state) if is_weights(part) else of_state
+
+    return jax.tree.map(apply, tree, state, is_leaf=is_weights)
+
+
+def loop_steps(steps: int) -> int:
+    """Return the length of an accelerator's compiled loop for an epoch, or a chunk of it, of so many steps."""
+    return -(-steps // -(-steps // LOOP_STEPS))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "unravel"))
 def train_step(
     state: TrainState,
     images: UInt8[Array, "n h w c"],
@@ -106,6 +144,7 @@ def train_step(
     recipe: Recipe,
     axis: str | None = None,
     parts: int = 1,
+    unravel: Callable[[Array], PyTree] | None = None,
 ) -> tuple[TrainState, Float32[Array, ""]]:
     """Take one step down the mean loss of a batch.
 
@@ -119,6 +158,7 @@ def train_step(
       axis: Inside `jax.shard_map`, the mesh axis that divides the batch over devices.
       parts: The number of equal parts of the batch. Their gradients are computed one after the other and added: see
         `sharding.count_parts`.
+      unravel: Returns the weights that a vector stands for, where the state has vectors of them.
 
     Returns:
       The state after the step, and the batch's mean loss before it.
@@ -129,7 +169,7 @@ def train_step(
         pixels = recipe.augment(_image_keys(augment_key, state.step, len(labels), axis), pixels)
 
     def loss_fn(params, pixels, labels):
-        logits = forward(model, params, pixels)  # (N, num_classes)
+        logits = forward(model, params if unravel is None else unravel(params), pixels)  # (N, num_classes)
         losses = recipe.loss(logits, jnp.maximum(labels, 0))
         return jnp.where(labels >= 0, losses, 0).sum()
 

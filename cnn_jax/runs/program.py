@@ -133,7 +133,12 @@ def make_program(
         seeds_epoch, num_examples=sizes.train_examples, batch_size=settings.batch_size, shares=mesh.shape[DATA]
     )
     train = functools.partial(
-        run_seeds, model=model, recipe=recipe, parts=count_parts(mesh, settings.batch_size), seeds_at_once=seeds_at_once
+        run_seeds,
+        model=model,
+        recipe=recipe,
+        parts=count_parts(mesh, settings.batch_size),
+        platform=mesh.devices.flat[0].platform,
+        seeds_at_once=seeds_at_once,
     )
     data = STREAMED if streams else RESIDENT
     return Program(

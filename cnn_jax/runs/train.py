@@ -19,6 +19,7 @@ from cnn_jax import __version__
 from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.input_pipeline import Feed, resident, streamed
 from cnn_jax.core.sharding import SEEDS, TestSet, make_mesh, shard, shard_test_set, to_host
+from cnn_jax.core.training import loop_steps
 from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
@@ -211,10 +212,14 @@ def train_epoch(
         losses = np.zeros_like(losses)
     length = FIRST_SEGMENT_STEPS
     for chunk in feed(program.epoch(np.int32(epoch)), first):
+        if program.mesh.devices.flat[0].platform != "cpu":
+            length = loop_steps(chunk.epoch.batches.shape[1])
         while first < min(chunk.stop, end):
             limit = min(chunk.stop, end) - first
             if save_every is not None:
                 limit = min(limit, save_every - step % save_every)
+            if program.mesh.devices.flat[0].platform != "cpu":
+                length = loop_steps(chunk.epoch.batches.shape[1])
             length = agree_on_length(min(length, limit), stop)
             if length == 0:
                 return

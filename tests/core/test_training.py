@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import tutorial
-from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys
+from cnn_jax.core.recipes import Recipe, make_recipe, tutorial
+from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, loop_steps, make_keys
 from cnn_jax.core.training import run_steps as run_any_steps
 from cnn_jax.core.training import train_step as take_any_step
 from cnn_jax.data.dataset import scale_pixels
@@ -37,12 +38,12 @@ def order_of(epoch, *, seed=777, num_examples=2000, batch_size=100):
     return batch_indices(make_keys(seed).order_key, epoch, num_examples=num_examples, batch_size=batch_size)
 
 
-def train_one_epoch(train_set, *, cuts=(), seed=777):
+def train_one_epoch(train_set, *, cuts=(), seed=777, platform="cpu"):
     order = order_of(0, seed=seed)
     state, losses = initial_state(seed), np.zeros(len(order), np.float32)
     ends = (*cuts, len(order))
     for first, stop in zip((0, *cuts), ends, strict=True):
-        state, some_losses = run_steps((state, SeedEpoch(order)), *train_set, first, stop)
+        state, some_losses = run_steps((state, SeedEpoch(order)), *train_set, first, stop, platform=platform)
         losses[first:stop] = some_losses[first:stop]
     return state, losses
 
@@ -115,10 +116,43 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train_set):
     assert not np.array_equal(first[0].params["fc"]["kernel"], other_state.params["fc"]["kernel"])
 
 
-def test_the_length_of_the_segments_changes_no_bit(train_set):
-    whole = train_one_epoch(train_set)
-    assert_same_bits(whole, train_one_epoch(train_set, cuts=(1, 8, 13)))
-    assert_same_bits(whole, train_one_epoch(train_set, cuts=tuple(range(1, 20))))
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_length_of_the_segments_changes_no_bit(train_set, platform):
+    whole = train_one_epoch(train_set, platform=platform)
+    assert_same_bits(whole, train_one_epoch(train_set, cuts=(1, 8, 13), platform=platform))
+    if platform == "cpu":
+        assert_same_bits(whole, train_one_epoch(train_set, cuts=tuple(range(1, 20))))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("name", ["tutorial", "fast", "accurate"])
+def test_the_loop_of_an_accelerator_trains_as_a_cpus_does(train_set, name, platform):
+    recipe = make_recipe(name, 0.001, 20)
+    state = create_train_state(make_keys(7).init_key, MODEL, (28, 28, 1), recipe)
+    seed = state, SeedEpoch(order_of(0)[:4], make_keys(7).augment_key)
+    run = functools.partial(run_any_steps, seed, *train_set, 1, 4, model=MODEL, recipe=recipe)
+    expected, losses = run()
+    found, found_losses = run(platform=platform)
+    np.testing.assert_allclose(found_losses[1:], losses[1:], rtol=1e-5)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for mine, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-4)
+
+
+def test_only_an_optimiser_that_treats_every_weight_alike_gets_them_as_one_vector(train_set):
+    def of_each_array(updates, state, params):
+        return jax.tree.map(lambda array: jnp.full_like(array, array.ndim), updates), state
+
+    optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), of_each_array)
+    state = create_train_state(make_keys(7).init_key, MODEL, (28, 28, 1), Recipe(optimizer))
+    seed = state, SeedEpoch(order_of(0)[:1])
+    after, _ = run_any_steps(seed, *train_set, 0, 1, model=MODEL, recipe=Recipe(optimizer), platform="gpu")
+    for before, weights in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(weights - before, before.ndim, rtol=1e-6)
+
+
+def test_the_loops_of_an_accelerator_waste_few_steps():
+    assert [loop_steps(steps) for steps in (1, 30, 100, 101, 469, 600)] == [1, 30, 100, 51, 94, 100]
 
 
 def test_one_epoch_on_a_subset_of_mnist_learns(train_set, real_images):
