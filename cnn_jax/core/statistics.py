@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import scipy.stats
+import scipy  # whose stats, which take half a second to import, come when they are first used
 
 
 class MeanInterval(NamedTuple):
