@@ -103,16 +103,31 @@ def small_mnist(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def no_report():
+    """End the trainings in this block without their report, which takes half of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnn_jax.analysis.report.write_report", lambda *arguments: None)
+        yield
+
+
+@pytest.fixture
+def without_report():
+    """For tests whose trainings' reports are not the claim."""
+    with no_report():
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, small_mnist):
     """Train on the small set by the command, once for the same options; tests leave the run's folder as it is."""
     from cnn_jax.cli.commands import main
 
     @functools.cache
-    def train(*options, epochs, data=small_mnist):
+    def train(*options, epochs, data=small_mnist, reported=True):
         folder = tmp_path_factory.mktemp("trained")
         arguments = ["--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", epochs]
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.numpy_dtype_promotion("standard"), contextlib.nullcontext() if reported else no_report():
             main(["train", *map(str, [*arguments, *options])])
         return folder / "run"
 

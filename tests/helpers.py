@@ -14,6 +14,8 @@ from cnn_jax.data.idx import idx_header, read_idx
 from tests.fault_injection.runs import read_newest
 
 ROOT = Path(__file__).parents[1]
+# What starts a training in a process of its own that ends without a report.
+TRAIN = ("-m", "tests.train_without_report")
 EMBEDDED = ROOT / "cnn_jax" / "data" / "mnist"
 TIMES = ("seconds", "examples_per_second", "step_milliseconds", "compile_seconds")
 

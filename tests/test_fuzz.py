@@ -171,7 +171,8 @@ def test_a_jpeg_is_read_as_some_digit_or_refused(name, data, pictures, tmp_path)
 @pytest.fixture(scope="module")
 def run_files(trained_run):
     """The sound bytes of a run's files by their names."""
-    run = trained_run("--features", 2, 4, "--batch-size", 100, "--seeds", 2, "--validation", 30, epochs=1)
+    options = ("--features", 2, 4, "--batch-size", 100, "--seeds", 2, "--validation", 30)
+    run = trained_run(*options, epochs=1, reported=False)
     return {name: (run / name).read_bytes() for name in ("config.json", "metrics.jsonl", "result.json")}
 
 

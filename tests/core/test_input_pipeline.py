@@ -14,7 +14,7 @@ from cnn_jax.runs.program import Sizes, make_program
 from cnn_jax.runs.settings import TrainSettings
 from tests.helpers import assert_same_run
 
-pytestmark = pytest.mark.optax_promotes
+pytestmark = [pytest.mark.optax_promotes, pytest.mark.usefixtures("without_report")]
 
 
 @pytest.fixture(scope="module")

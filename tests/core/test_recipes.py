@@ -105,6 +105,7 @@ def test_every_recipe_that_can_be_named_can_be_made():
         assert isinstance(make_recipe(name, learning_rate, 100), Recipe)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_recipe_learns_and_a_schedules_run_is_not_made_longer(command, small_mnist, tmp_path):
     arguments = ["train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--recipe", "accurate"]
     assert command(*arguments, "--epochs", 2, "--batch-size", 50)[0] == 0

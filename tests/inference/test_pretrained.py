@@ -70,6 +70,7 @@ def test_the_packaged_network_needs_neither_orbax_nor_tfds_nor_pytorch():
 
 
 @pytest.mark.optax_promotes
+@pytest.mark.usefixtures("without_report")
 def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged(
     command, small_mnist, tmp_path, monkeypatch
 ):

@@ -16,7 +16,7 @@ from cnn_jax.analysis import report
 from cnn_jax.core import recipes
 from cnn_jax.runs import program as program_module
 from tests.fault_injection.runs import read_newest
-from tests.helpers import TIMES, assert_same_run, damage_newest, metrics_of, wait_for_step
+from tests.helpers import TIMES, TRAIN, assert_same_run, damage_newest, metrics_of, wait_for_step
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -41,7 +41,7 @@ def train(command, small_mnist, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def uninterrupted(trained_run):
     """The folder of a run that nothing interrupted."""
-    return trained_run(epochs=EPOCHS)
+    return trained_run(epochs=EPOCHS, reported=False)
 
 
 def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(train, tmp_path):
@@ -190,7 +190,7 @@ def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_dif
                                                                                     program):  # fmt: skip
     assert train(epochs=1)[0] == 0
     process = program(
-        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
+        *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )  # fmt: skip
     out, err = process.communicate(timeout=60)
@@ -251,7 +251,7 @@ def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
 @pytest.mark.slow
 def test_different_runs_train_side_by_side(tmp_path, small_mnist, program, uninterrupted):
     processes = [
-        program("train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
+        program(*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
                 "--epochs", EPOCHS)
         for name in ("one", "other")
     ]  # fmt: skip
@@ -333,7 +333,7 @@ def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_
 
 
 def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
-    arguments = ["train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1]
+    arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1]
     _, err = program(*arguments, "--log-level", "info").communicate(timeout=60)
     assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, images resident" in err
 

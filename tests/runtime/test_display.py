@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
+from tests.helpers import TRAIN
 
 
 @pytest.fixture
 def arguments(small_mnist, tmp_path):
-    return ["train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 2]
+    return [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 2]
 
 
 TUTORIALS_LINES = r"\[Epoch:    1\] cost = \d\.\d+\n\[Epoch:    2\] cost = \d\.\d+\nAccuracy: 0\.\d{4}\n"

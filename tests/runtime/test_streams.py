@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnn_jax.runtime.streams import OutputStream, printable
-from tests.helpers import ROOT
+from tests.helpers import ROOT, TRAIN
 
 REFUSED = ["-m", "cnn_jax", "train", "--epochs", "0"]
 HELP = ["-m", "cnn_jax", "predict", "--help"]
@@ -83,7 +83,7 @@ with results_delivered():
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("bad", BAD)
 def test_a_training_whose_log_or_result_cannot_be_written_is_saved_all_the_same(bad, stream, small_mnist, tmp_path):
-    arguments = ["train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run"]
+    arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run"]
     code, out, err = run([*arguments, "--epochs", 1], **{stream: bad})
     assert (tmp_path / "run" / "steps" / "20").is_dir()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
