@@ -2,7 +2,7 @@
 
 import functools
 import json
-import os
+import shutil
 import signal
 import socket
 import time
@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers import assert_same_run, metrics_of, start_python, wait_for_step
+from tests.helpers import TRAIN, assert_same_run, metrics_of, start_python, wait_for_step
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -30,10 +30,9 @@ def start_processes(program, data, folder, name, *options, processes, epochs=EPO
         port = free.getsockname()[1]
     return [
         program(
-            "train.py", "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", name,
+            *TRAIN, "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", name,
             "--epochs", epochs, "--platform", platform, "--coordinator", f"127.0.0.1:{port}",
             "--num-processes", processes, "--process-id", number, *options,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
         )
         for number in range(processes)
     ]  # fmt: skip
@@ -48,7 +47,7 @@ def finish(processes):
 @pytest.fixture(scope="session")
 def alone(trained_run):
     """The folder of the same run by one process."""
-    return trained_run(epochs=EPOCHS)
+    return trained_run(epochs=EPOCHS, reported=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +76,11 @@ def test_several_processes_give_the_costs_of_one_and_the_first_alone_prints(toge
 
 
 @pytest.mark.slow
-def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_same_bits(start, together, tmp_path):
+def test_after_one_is_killed_the_other_ends_and_both_together_continue_to_the_same_bits(start, together, tmp_path):
     whole, _ = together(2)
-    for victim in (1, 0):
-        name = f"killed-{victim}"
-        processes = start(name, "--checkpoint-every-steps", 2, processes=2)
-        wait_for_step(tmp_path / name, 10)
+    for victim, step in ((1, 10), (0, 30)):
+        processes = start("run", "--checkpoint-every-steps", 2, processes=2)
+        wait_for_step(tmp_path / "run", step)
         processes[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         _, err = processes[1 - victim].communicate(timeout=90)
@@ -90,41 +88,39 @@ def test_after_one_is_killed_the_others_end_and_all_together_continue_to_the_sam
         assert processes[1 - victim].returncode == 7, err
         assert "another process of this run is gone" in err.splitlines()[-1]
         assert "start all of them again to continue" in err.splitlines()[-1]
-        ended = finish(start(name, processes=2))
-        assert [code for code, _, _ in ended] == [0, 0], ended
-        assert "continuing after step" in ended[0][2]
-        assert_same_run(tmp_path / name, whole)
+    ended = finish(start("run", processes=2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "continuing after step" in ended[0][2]
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_one_save(start, tmp_path):
-    processes = start("run", "--checkpoint-every-steps", 5, processes=2, epochs=1000)
-    wait_for_step(tmp_path / "run", 10)
+@pytest.mark.usefixtures("without_report")
+def test_a_signal_to_one_process_stops_all_after_one_save_and_one_process_can_continue(start, command, small_mnist,
+                                                                                       tmp_path):  # fmt: skip
+    options = ("--seeds", 2, "--features", 4, 8)
+    processes = start("run", *options, "--checkpoint-every-steps", 5, processes=2, epochs=10)
+    wait_for_step(tmp_path / "run", 25)
     processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
     assert [code for code, _, _ in ended] == [143, 143], ended
     assert "stopped by SIGTERM after step" in ended[0][2].splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_what_the_first_process_refuses_all_refuse(start, tmp_path):
-    assert [code for code, _, _ in finish(start("run", processes=2, epochs=1))] == [0, 0]
-    ended = finish(start("run", "--learning-rate", 0.01, processes=2, epochs=1))
-    assert [code for code, _, _ in ended] == [2, 2], ended
-    assert "learning_rate was 0.001 and is 0.01" in ended[0][2]
-
-
-@pytest.mark.slow
-def test_a_run_moves_between_numbers_of_processes(start, command, small_mnist, tmp_path):
-    assert [code for code, _, _ in finish(start("run", "--seeds", 2, processes=2, epochs=1))] == [0, 0]
     code, out, err = command(
-        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
-        "--seeds", 2,
+        "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 10,
+        *options,
     )  # fmt: skip
-    assert (code, out.count("[Epoch:")) == (0, 2), err
+    assert (code, out.count("[Epoch:")) == (0, 10), err
     assert "bits may differ" in err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [len(line["seeds"]["cost"]) for line in lines] == [2, 2]
+    assert [len(line["seeds"]["cost"]) for line in lines] == [2] * 10
+
+
+@pytest.mark.slow
+def test_what_the_first_process_refuses_all_refuse(start, together, tmp_path):
+    shutil.copytree(together(2)[0], tmp_path / "run")
+    ended = finish(start("run", "--learning-rate", 0.01, processes=2))
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "learning_rate was 0.001 and is 0.01" in ended[0][2]
 
 
 def test_a_cluster_that_is_not_there_is_reported_in_one_line(program, small_mnist, tmp_path):
