@@ -15,7 +15,7 @@ from tests.helpers import EMBEDDED
 
 pytestmark = pytest.mark.optax_promotes
 
-MODEL, RECIPE = CNN(), tutorial(0.001)
+MODEL, RECIPE = CNN(features=(8, 16)), tutorial(0.001)
 
 
 @pytest.fixture(scope="module")

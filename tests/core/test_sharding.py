@@ -123,13 +123,16 @@ def test_one_device_or_eight_give_the_same_costs(train_set, program, tmp_path, r
     images, labels = tmp_path / "images.npy", tmp_path / "labels.npy"
     np.save(images, train_set[0])
     np.save(labels, train_set[1])
-    costs = []
-    for devices, shape in ((8, mesh), (1, {"seeds": 1, "data": 1})):
-        code = DEVICES.format(recipe=recipe, seeds=seeds, mesh=shape, images=images, labels=labels)
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        process = program("-c", code, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        costs.append(np.array(json.loads(out)))
-    assert costs[0].shape == (seeds, 10)
-    np.testing.assert_allclose(costs[0], costs[1], atol=1e-5)
+    code = DEVICES.format(recipe=recipe, seeds=seeds, mesh=mesh, images=images, labels=labels)
+    flags = "--xla_force_host_platform_device_count=8"
+    process = program("-c", code, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    one_device = program_of(0, seeds, recipe=recipe)
+    assert dict(one_device.mesh.shape) == {"seeds": 1, "data": 1}
+    states, expected = train(train_set, one_device)
+    tests = evaluate_seeds(one_device, states, shard_test_set(*(part[:333] for part in train_set), one_device.mesh))
+    assert [test.count for test in tests] == [333] * seeds
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    costs = np.array(json.loads(out))
+    assert costs.shape == (seeds, 10)
+    np.testing.assert_allclose(costs, expected, atol=1e-5)

@@ -501,8 +501,10 @@ def test_two_processes_begin_a_study_at_once_and_never_take_the_same_waiting_tri
 
 @pytest.mark.slow
 def test_several_processes_share_a_study_and_a_stopped_trial_is_taken_up_again(program, arguments, tmp_path):
-    arguments = ["-m", "cnn_jax", "sweep", "--trials", 4, "--recipe", "tutorial", "--batch-size", 50, *arguments]
-    arguments[arguments.index("--epochs") + 1] = 4
+    arguments = [
+        "-m", "cnn_jax", "sweep", "--trials", 4, "--recipe", "tutorial", "--batch-size", 50, "--features", 8, 16,
+        *arguments, "--epochs", 8,
+    ]  # fmt: skip
     first = program(*arguments)
     deadline = time.monotonic() + 60
     while not (tmp_path / "sweep" / "trial-0" / "metrics.jsonl").exists():
