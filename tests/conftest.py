@@ -1,5 +1,6 @@
 """What holds for every test, and the real data that they share."""
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -27,6 +28,14 @@ def pytest_configure(config):
         cores = sorted(os.sched_getaffinity(0))
         number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
         os.sched_setaffinity(0, cores[number::count] or cores)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Begin with the files of the most slow tests, and end with those of few tests: a worker gets a file at a time."""
+    of_file = collections.Counter(item.path for item in items)
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], -of_file[item.path]))
 
 
 @pytest.fixture(autouse=True)
