@@ -43,7 +43,7 @@ def write_idx(path, array):
 
 def wait_for_step(run, step):
     """Wait until a run has a checkpoint of this step or a later one."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not any(int(f.name) >= step for f in (run / "steps").glob("*") if f.name.isdigit()):
         assert time.monotonic() < deadline, "the run never got there"
         time.sleep(0.02)
