@@ -12,13 +12,14 @@ import numpy as np
 from cnn_jax.analysis.hlo import Step, count_step
 from cnn_jax.analysis.targets import Target, compile_only_devices, set_up_compilers
 from cnn_jax.core.input_pipeline import CHUNK_BYTES, Chunk
-from cnn_jax.core.sharding import DATA, TestSet, make_mesh
+from cnn_jax.core.sharding import DATA, make_mesh
 from cnn_jax.data.dataset import DatasetSizes, check_sizes
 from cnn_jax.data.loading import read_sizes
 from cnn_jax.runs.program import (
     Memory,
     Program,
     Sizes,
+    TestSet,
     check_resources,
     compile_program,
     compile_start,
@@ -27,7 +28,7 @@ from cnn_jax.runs.program import (
 )
 from cnn_jax.runs.restore import check_image_size, streams
 from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runtime.devices import start_devices
+from cnn_jax.runtime.devices import fix_algorithms, start_devices
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import UsageError, lacks_memory
 from cnn_jax.runtime.files import write_atomically
@@ -130,6 +131,7 @@ def plan(target: Target, settings: TrainSettings, *, as_json: bool = False, hlo:
     check_sizes(settings.batch_size, settings.validation, sizes.train_examples)
     check_image_size(settings.dataset, sizes.image_shape)
     set_up_compilers()
+    fix_algorithms()
     start_devices("cpu", keep_compiled=False)
     with display.waiting(f"compiling for {target.name}"):
         planned = make_plan(target, settings, sizes)

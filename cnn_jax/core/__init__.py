@@ -7,5 +7,4 @@ training.py        one step, and the compiled run of many
 evaluation.py      accuracy and loss over a whole test set
 sharding.py        many seeds in one program, over all devices
 input_pipeline.py  how training images reach the devices
-statistics.py      mean, standard error and 95 % interval, of one sample and of a difference
 """

@@ -133,7 +133,8 @@ def _convolve_windows_backward(dtype, residuals, corner_cotangents):
     (image_cotangent,) = jax.linear_transpose(extract, images)(patch_cotangent)
     large = jax.ShapeDtypeStruct(kernel.shape, patch_cotangent.dtype)
     (kernel_cotangent,) = jax.linear_transpose(_window_kernel, large)(_matmul(patches.T, cotangent))
-    return image_cotangent, kernel_cotangent, sum(corner_cotangents).sum(axis=(0, 1, 2), keepdims=True)
+    bias_cotangent = functools.reduce(jnp.add, corner_cotangents).sum(axis=(0, 1, 2), keepdims=True)
+    return image_cotangent, kernel_cotangent, bias_cotangent
 
 
 _convolve_windows.defvjp(_convolve_windows_forward, _convolve_windows_backward)
@@ -159,7 +160,7 @@ def _convolve_shifts_backward(dtype, residuals, corner_cotangents):
     patches = lax.optimization_barrier(tuple(jnp.concatenate(corner, axis=-1) for corner in corners))
     # As a plain sum: two launches, and four products of matrices eight.
     products = (p[..., :, jnp.newaxis] * c[..., jnp.newaxis, :] for p, c in zip(patches, cotangents, strict=True))
-    sums = sum(products).sum(axis=(0, 1, 2))
+    sums = functools.reduce(jnp.add, products).sum(axis=(0, 1, 2))
     flat_kernel = _round(kernel, dtype).reshape(-1, kernel.shape[-1])
     cotangent = _interleave(cotangents, images.shape).reshape(-1, kernel.shape[-1])
     image_cotangent = _add_pixel_patches(_matmul(cotangent, flat_kernel.T), images.shape, kernel.shape)

@@ -106,11 +106,6 @@ class ConvBlock(nn.Module):
         return conv_block(x, kernel, bias, self.pool, self.dtype)
 
 
-def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:
-    """Return a network's logits of images with pixels in [0, 1]."""
-    return cast(Array, model.apply({"params": params}, pixels))  # Flax returns a tuple only if asked for more
-
-
 class Dense(nn.Module):
     """A dense layer in full float32 on every platform: a GPU's default would round the operands to TF32."""
 
@@ -133,6 +128,11 @@ def _add_products(x, kernel, bias):
     x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
     kernel = jnp.concatenate([kernel, bias[jnp.newaxis]])
     return (x[:, :, jnp.newaxis] * kernel[jnp.newaxis]).sum(axis=1)
+
+
+def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:
+    """Return a network's logits of images with pixels in [0, 1]."""
+    return cast(Array, model.apply({"params": params}, pixels))  # Flax returns a tuple only if asked for more
 
 
 def torch_uniform(fan_in: int) -> Callable[..., jax.Array]:

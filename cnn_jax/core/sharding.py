@@ -8,7 +8,7 @@ devices that programs are only compiled for.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,6 @@ EPOCH = SeedEpoch._make((P(SEEDS, None, DATA), P(SEEDS)))
 # On a CPU the gradients of a batch are computed in parts of at least this many images, one after the other, and added:
 # a part's intermediate values stay in the cache. A step on a batch of 100 takes 18 ms that way, and 23 all at once.
 CPU_PART_IMAGES = 25
-# The share of a device's memory for the intermediate values of the seeds trained at once; the rest is for the data and
-# for XLA.
-MEMORY_SHARE = 0.6
 
 
 def make_mesh(seeds: int, devices: Sequence[Any]) -> Mesh:
@@ -48,17 +45,6 @@ def count_parts(mesh: Mesh, batch_size: int) -> int:
     if mesh.devices.flat[0].platform != "cpu":
         return 1
     return max(n for n in range(1, images + 1) if n == 1 or (images % n == 0 and images // n >= CPU_PART_IMAGES))
-
-
-def count_seeds_at_once(seeds: int, seed_bytes: int, device_bytes: int) -> int:
-    """Return how many of its seeds an accelerator should train at once.
-
-    Args:
-      seeds: The number of its seeds.
-      seed_bytes: The memory that a step of one seed needs, besides the data.
-      device_bytes: The memory that the device has.
-    """
-    return max(1, min(seeds, int(MEMORY_SHARE * device_bytes / max(1, seed_bytes))))
 
 
 def shard(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
@@ -197,17 +183,3 @@ def jit_over_mesh(
 def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
     """Return the sharding over a mesh that each spec of a tree stands for."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda spec: isinstance(spec, P))
-
-
-class TestSet(NamedTuple):
-    """A set of labelled images on the devices that share each seed; an image labelled -1 counts for nothing."""
-
-    images: UInt8[Array, "m h w c"]
-    labels: Int32[Array, " m"]
-
-
-def shard_test_set(images: UInt8[np.ndarray, "m h w c"], labels: Int32[np.ndarray, " m"], mesh: Mesh) -> TestSet:
-    """Divide a test set over the devices that share each seed, filled up with images labelled -1."""
-    missing = -len(labels) % mesh.shape[DATA]
-    images = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
-    return TestSet(*shard((images, np.pad(labels, (0, missing), constant_values=-1)), mesh, P(DATA)))

@@ -1,5 +1,6 @@
 """A run's compiled functions, made from its settings and the sizes of its data alone."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float32
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from cnn_jax.core.evaluation import Evaluation, pixel_scale
 from cnn_jax.core.input_pipeline import RESIDENT, STREAMED, Chunk
@@ -20,12 +21,11 @@ from cnn_jax.core.sharding import (
     DATA,
     EPOCH,
     SEEDS,
-    TestSet,
     count_parts,
-    count_seeds_at_once,
     jit_over_mesh,
     run_seeds,
     seeds_epoch,
+    shard,
     shardings,
     start_seeds,
     sum_seeds,
@@ -37,6 +37,10 @@ from cnn_jax.runs.settings import TrainSettings, require
 from cnn_jax.runtime.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+# The share of a device's memory for the intermediate values of the seeds trained at once; the rest is for the data and
+# for XLA.
+MEMORY_SHARE = 0.6
 
 
 class Sizes(NamedTuple):
@@ -57,6 +61,20 @@ class Sizes(NamedTuple):
         """Return the sizes of a data set without the images held out for validation."""
         held_out = settings.validation or 0
         return cls(len(dataset.train_labels) - held_out, dataset.train_images.shape[1:], dataset.num_classes)
+
+
+class TestSet(NamedTuple):
+    """A set of labelled images on the devices that share each seed; an image labelled -1 counts for nothing."""
+
+    images: UInt8[Array, "m h w c"]
+    labels: Int32[Array, " m"]
+
+
+def shard_test_set(images: UInt8[np.ndarray, "m h w c"], labels: Int32[np.ndarray, " m"], mesh: Mesh) -> TestSet:
+    """Divide a test set over the devices that share each seed, filled up with images labelled -1."""
+    missing = -len(labels) % mesh.shape[DATA]
+    images = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
+    return TestSet(*shard((images, np.pad(labels, (0, missing), constant_values=-1)), mesh, P(DATA)))
 
 
 class Program(NamedTuple):
@@ -229,15 +247,29 @@ def compile_program(
     Returns:
       The program, which trains as many seeds at once as fit the memory of an accelerator.
     """
-    steps = program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
     seeds_here = settings.seeds // program.mesh.shape[SEEDS]
     if seeds_here > 1 and program.mesh.devices.flat[0].platform != "cpu":
+        one_each = dataclasses.replace(settings, seeds=program.mesh.shape[SEEDS])
+        of_one = make_program(one_each, sizes, program.mesh, streams=program.streams)
+        its_states, its_epoch = jax.eval_shape(of_one.start), jax.eval_shape(of_one.epoch, np.int32(0))
+        steps = of_one.run_steps.lower(its_states, its_epoch, *chunk[1:3], np.int32(0), np.int32(0)).compile()
         seeds_at_once = count_seeds_at_once(seeds_here, memory_of(steps).temporaries, device_bytes)
         program = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
-        program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
         log.info("seeds trained at once: %d", seeds_at_once)
+    program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
     program.sum_images.lower(states.eval_params, *test_set, pixel_scale(unscaled=False)).compile()
     return program
+
+
+def count_seeds_at_once(seeds: int, seed_bytes: int, device_bytes: int) -> int:
+    """Return how many of its seeds an accelerator should train at once.
+
+    Args:
+      seeds: The number of its seeds.
+      seed_bytes: The memory that a step of one seed needs, besides the data.
+      device_bytes: The memory that the device has.
+    """
+    return max(1, min(seeds, int(MEMORY_SHARE * device_bytes / max(1, seed_bytes))))
 
 
 class Memory(NamedTuple):

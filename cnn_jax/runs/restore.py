@@ -12,13 +12,21 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.model import CNN
-from cnn_jax.core.sharding import SEEDS, make_mesh, shard, shard_test_set, to_host
+from cnn_jax.core.sharding import SEEDS, make_mesh, shard, to_host
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, EpochRecord, RunFolder, deciding_settings
-from cnn_jax.runs.program import Program, Sizes, check_resources, evaluate_seeds, make_program, start_states
+from cnn_jax.runs.program import (
+    Program,
+    Sizes,
+    check_resources,
+    evaluate_seeds,
+    make_program,
+    shard_test_set,
+    start_states,
+)
 from cnn_jax.runs.settings import Platform, TrainSettings
 from cnn_jax.runtime.devices import device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display

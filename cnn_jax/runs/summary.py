@@ -2,13 +2,14 @@
 
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import scipy  # whose stats, which take half a second to import, come when they are first used
 
 from cnn_jax.core.evaluation import Evaluation
-from cnn_jax.core.statistics import mean_interval
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.program import Program, Progress
@@ -170,3 +171,30 @@ def result_rows(
             ("each seed", " ".join(f"{accuracy:.4f}" for accuracy in accuracies)),
         ]
     return rows
+
+
+class MeanInterval(NamedTuple):
+    """The mean of the results of several seeds, and how sure it is.
+
+    Attributes:
+      mean: Their mean.
+      standard_deviation: The sample's, with n - 1 in its denominator.
+      standard_error: The mean's: the standard deviation divided by the square root of n.
+      low: The lower end of the mean's 95 % interval, by Student's distribution with n - 1 degrees of freedom.
+      high: The upper end.
+    """
+
+    mean: float
+    standard_deviation: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    """Return the mean of at least two values and its interval (Student, Biometrika 6, 1908)."""
+    mean, deviation, error = statistics.fmean(values), statistics.stdev(values), float(scipy.stats.sem(values))
+    if error == 0:  # SciPy divides by it
+        return MeanInterval(mean, deviation, error, mean, mean)
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    return MeanInterval(mean, deviation, error, float(low), float(high))

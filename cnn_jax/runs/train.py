@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from cnn_jax import __version__
 from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.input_pipeline import Feed, resident, streamed
-from cnn_jax.core.sharding import SEEDS, TestSet, make_mesh, shard, shard_test_set, to_host
+from cnn_jax.core.sharding import SEEDS, make_mesh, shard, to_host
 from cnn_jax.core.training import loop_steps
 from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
@@ -27,10 +27,12 @@ from cnn_jax.runs.program import (
     Program,
     Progress,
     Sizes,
+    TestSet,
     check_resources,
     compile_program,
     evaluate_seeds,
     make_program,
+    shard_test_set,
     start_states,
 )
 from cnn_jax.runs.restore import (

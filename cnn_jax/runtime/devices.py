@@ -26,6 +26,8 @@ _WHEELS = {
     "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"), "pip install 'cnn-jax[cuda]'"),
     "tpu": (("libtpu",), "pip install 'cnn-jax[tpu]'"),
 }
+# XLA's flag for the same bits at each run on a GPU: sums in a fixed order, and no algorithm chosen by its time.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # JAX's plugins for GPUs; without one of these files they find none.
 _GPU_PLUGINS = {"xla_cuda12", "xla_cuda13", "xla_rocm7"}
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -42,6 +44,8 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
       UsageError: this machine or this installation has no such device, or `XLA_FLAGS` cannot be understood.
     """
     _check_xla_flags()
+    if _has_gpu():
+        fix_algorithms()
     if keep_compiled:
         _keep_compiled_code()
     if platform is not None:
@@ -58,6 +62,13 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
         missing = modules and not any(importlib.util.find_spec(module) for module in modules)
         remedy = f"it needs {installation}" if missing else "choose another platform"
         raise UsageError(f"{wanted}: JAX finds no such device here, or cannot start it ({reason}); {remedy}") from error
+
+
+def fix_algorithms() -> None:
+    """Have XLA, which reads it when JAX's devices start, keep a GPU's bits the same, unless the user decides."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
 
 
 def leave_out_absent_accelerators() -> None:
@@ -106,7 +117,7 @@ def _check_xla_flags() -> None:
     Raises:
       UsageError: naming the variable.
     """
-    if "XLA_FLAGS" not in os.environ:
+    if os.environ.get("XLA_FLAGS", DETERMINISTIC) == DETERMINISTIC:
         return
     read_flags = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
     with contextlib.suppress(OSError):  # without another process they are not checked

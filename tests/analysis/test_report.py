@@ -11,7 +11,7 @@ import jax
 import pytest
 from PIL import Image
 
-from cnn_jax.core.statistics import mean_interval
+from cnn_jax.runs.summary import mean_interval
 from cnn_jax.runtime.display import describe_seconds
 
 pytestmark = pytest.mark.optax_promotes

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cnn_jax.core.evaluation import evaluate
-from cnn_jax.core.sharding import count_parts, count_seeds_at_once, make_mesh, of_seed, shard, shard_test_set, to_host
-from cnn_jax.runs.program import Sizes, evaluate_seeds, make_program, start_states
+from cnn_jax.core.sharding import count_parts, make_mesh, of_seed, shard, to_host
+from cnn_jax.runs.program import (
+    Sizes,
+    count_seeds_at_once,
+    evaluate_seeds,
+    make_program,
+    shard_test_set,
+    start_states,
+)
 from cnn_jax.runs.settings import TrainSettings
+from tests.helpers import evaluate
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -5,7 +5,8 @@ import math
 import pytest
 from scipy import stats
 
-from cnn_jax.core.statistics import difference_interval, mean_interval
+from cnn_jax.pytorch.compare import difference_interval
+from cnn_jax.runs.summary import mean_interval
 
 LEFT, RIGHT = [0.989, 0.9902, 0.9911], [0.9895, 0.9907, 0.99, 0.9889]
 
