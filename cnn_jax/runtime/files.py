@@ -9,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cnn_jax.runtime.errors import StorageError
 
@@ -31,6 +32,19 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         raise
 
 
+def read_file(file: Path) -> bytes:
+    """Return what is in a file.
+
+    Raises:
+      OSError: naming the file; it cannot be read, or is a folder, a device or a pipe.
+    """
+    try:
+        return _target(file).read_bytes()
+    except OSError as error:
+        error.filename = str(file)  # what fails while it is read has no name
+        raise
+
+
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """Give an empty file to be written, which takes a file's place when the block ends, unless that raises.
@@ -42,12 +56,10 @@ def replaced(file: Path) -> Iterator[Path]:
       OSError: it cannot be made or replaced, or is a folder, a device or a pipe.
     """
     target = _target(file)
-    new = target.with_name(TEMPORARY.format(secrets.token_hex(4)))
-    _temporary_files.add(new)
+    stream = _locked_temporary_file(target)
+    new = Path(stream.name)
     try:
-        with new.open("xb") as stream:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(stream, fcntl.LOCK_EX)
+        with stream:
             _remove_abandoned(target.parent)
             yield new
             os.fsync(stream.fileno())
@@ -55,6 +67,20 @@ def replaced(file: Path) -> Iterator[Path]:
             sync(target.parent)
     finally:
         new.unlink(missing_ok=True)
+        _temporary_files.discard(new)
+
+
+def _locked_temporary_file(target: Path) -> BinaryIO:
+    """Make a temporary file beside another and lock it, so that no other process takes it for abandoned."""
+    while True:
+        new = target.with_name(TEMPORARY.format(secrets.token_hex(4)))
+        stream = new.open("xb")
+        _temporary_files.add(new)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.fstat(stream.fileno()).st_nlink:
+            return stream
+        stream.close()  # it was removed before it was locked
         _temporary_files.discard(new)
 
 
@@ -169,8 +195,9 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
       AlreadyLockedError: another process holds it, and this one does not wait.
+      OSError: it cannot be written, or is a folder, a device or a pipe.
     """
-    with file.open("a+") as stream:
+    with _target(file).open("a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

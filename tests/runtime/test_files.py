@@ -12,7 +12,14 @@ import pytest
 
 from cnn_jax.runtime import files
 from cnn_jax.runtime.errors import StorageError
-from cnn_jax.runtime.files import check_output_file, check_output_folder, replaced, write_atomically
+from cnn_jax.runtime.files import (
+    check_output_file,
+    check_output_folder,
+    locked,
+    read_file,
+    replaced,
+    write_atomically,
+)
 from tests.helpers import ROOT
 
 
@@ -75,6 +82,20 @@ def test_two_writers_of_one_name_end_as_one_after_the_other(tmp_path):
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == "first"
     assert names(tmp_path) == ["a"]
+
+
+def test_a_file_that_another_writer_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    lock, removed = files.fcntl.flock, []
+
+    def remove_then_lock(stream, operation):
+        if not removed:
+            removed.append(stream.name)
+            os.unlink(stream.name)
+        lock(stream, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", remove_then_lock)
+    write_atomically(tmp_path / "a", "whole")
+    assert ((tmp_path / "a").read_text(), names(tmp_path), len(removed)) == ("whole", ["a"], 1)
 
 
 def test_many_writers_at_once_leave_one_whole_file(tmp_path):
@@ -152,6 +173,10 @@ def test_what_is_no_file_is_refused_and_stays_what_it_is(kind, tmp_path):
     assert refused.value.filename == str(path)
     with pytest.raises(StorageError, match=r"; give another --output$"):
         check_output_file(path, "--output")
+    for use in (read_file, lambda file: locked(file).__enter__()):
+        with pytest.raises(OSError, match=r".") as refused:
+            use(path)
+        assert str(refused.value.filename) == str(path)
     assert names(tmp_path) == before
     assert stat.S_ISCHR(os.stat(device()).st_mode)
 
