@@ -1,5 +1,7 @@
 """The commands: `python -m cnn_jax COMMAND`, installed as `cnn-jax`."""
 
+import sys
+
 from cnn_jax.runtime.signals import end_on_signals
 from cnn_jax.runtime.streams import guard_standard_streams
 
@@ -11,9 +13,13 @@ def program(command: str | None = None) -> None:
     """
     end_on_signals()  # first, because the next import takes 0.1 s
     guard_standard_streams()
-    from cnn_jax.cli import commands
+    from cnn_jax.runtime.errors import one_line_failures, require_environment
 
-    commands.main(command=getattr(commands, command) if command else None)
+    with one_line_failures(debug="--debug" in sys.argv):
+        require_environment()
+        from cnn_jax.cli import commands
+
+        commands.main(command=getattr(commands, command) if command else None)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from cnn_jax.core.training import TrainState
 from cnn_jax.runtime.distributed import is_process_0, on_process_0
-from cnn_jax.runtime.errors import NoCheckpointError, StorageError
+from cnn_jax.runtime.errors import NoCheckpointError, StorageError, lacks_access, lacks_memory
 from cnn_jax.runtime.files import first_free, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
@@ -131,6 +131,7 @@ class Checkpoints:
 
         Raises:
           NoCheckpointError: not one is sound.
+          StorageError: the machine refuses to read it, which is no damage.
         """
         return on_process_0(self._restore_latest, structure)
 
@@ -140,8 +141,15 @@ class Checkpoints:
                 try:
                     return self._read(step, structure)
                 except Exception as error:  # Orbax raises ValueError, KeyError, FileNotFoundError and bare Exception
-                    reason = _describe(error)
+                    if lacks_memory(error):
+                        raise
+                    reason, refused = _describe(error), lacks_access(error)
                 _let_orbax_end()
+            if refused:
+                raise StorageError(
+                    f"cannot read the checkpoint of step {step} in {self.folder} ({reason}); "
+                    "see to the permissions and limits, then run the same command again"
+                )
             self._leave_out(step, reason)
         if any(path.is_file() for path in self.quarantine.rglob("*")):
             raise NoCheckpointError(

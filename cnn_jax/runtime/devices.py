@@ -32,6 +32,15 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _GPU_PLUGINS = {"xla_cuda12", "xla_cuda13", "xla_rocm7"}
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
+# What the program's numbers, or that it runs, depend on, whatever the environment's variables say.
+SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_threefry_partitionable": True,
+    "jax_no_tracing": False,
+}
+MOST_DEVICES = 1024  # parts that a CPU can be divided into; each takes threads, and many more never start
+
 
 def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compiled: bool = True) -> None:
     """Start JAX on a platform.
@@ -43,7 +52,9 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
     Raises:
       UsageError: this machine or this installation has no such device, or `XLA_FLAGS` cannot be understood.
     """
-    _check_xla_flags()
+    _check_variables()
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
     if _has_gpu():
         fix_algorithms()
     if keep_compiled:
@@ -57,7 +68,9 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
             jax.devices()
     except Exception as error:  # a plugin lets through whatever it meets
         reason = re.split(r"\n| \((?:you may need|set JAX)", str(error))[0].strip("; ") or type(error).__name__
-        wanted = f"--platform {platform}" if platform else _variables("JAX_PLATFORMS", "XLA_FLAGS")
+        wanted = (
+            f"--platform {platform}" if platform else _variables("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+        )
         modules, installation = _WHEELS.get(platform or "", ((), ""))
         missing = modules and not any(importlib.util.find_spec(module) for module in modules)
         remedy = f"it needs {installation}" if missing else "choose another platform"
@@ -111,12 +124,16 @@ def _quiet_plugins() -> Iterator[None]:
 
 
 @functools.cache
-def _check_xla_flags() -> None:
+def _check_variables() -> None:
     """Refuse an `XLA_FLAGS` that XLA does not understand: it would end this process, with a page of text.
 
     Raises:
-      UsageError: naming the variable.
+      UsageError: naming the variable; also where a CPU is to be too many devices.
     """
+    divided = re.findall(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if max(jax.config.jax_num_cpu_devices, *map(int, divided), 0) > MOST_DEVICES:  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
+        named = _variables("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+        raise UsageError(f"{named}: a CPU cannot be so many devices; give at most {MOST_DEVICES:,}")
     if os.environ.get("XLA_FLAGS", DETERMINISTIC) == DETERMINISTIC:
         return
     read_flags = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]

@@ -3,7 +3,9 @@
 import contextlib
 import contextvars
 import difflib
+import errno
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -115,7 +117,8 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
         line, exit_code = f"error: {error}", error.exit_code
     elif isinstance(error, OSError):
         file = f" {error.filename}" if error.filename else ""
-        line, exit_code = f"error: cannot read or write{file}: {error.strerror or error}", StorageError.exit_code
+        told = f"error: cannot read or write{file}: {error.strerror or error}"
+        line, exit_code = f"{told}; {_remedy(error)}", StorageError.exit_code
     elif isinstance(error, UnicodeEncodeError):
         line = f"error: cannot read or write {error.object!a:.200} in {error.encoding}; set PYTHONUTF8=1 or rename it"
         exit_code = StorageError.exit_code
@@ -143,10 +146,64 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     return printable(line), exit_code
 
 
+# Below these, NumPy, JAX or Python itself ends the process, or fails anywhere, without a word of the limit.
+LEAST = {
+    "memory (ulimit -v)": (resource.RLIMIT_AS, 2**31),  # bytes; JAX's libraries alone map 1.3 GiB
+    "data (ulimit -d)": (resource.RLIMIT_DATA, 2**29),
+    "open files (ulimit -n)": (resource.RLIMIT_NOFILE, 64),  # a training has up to 30 open
+}
+MOST_FILES = 4096  # all that the page's connections need, too
+
+
+def require_environment() -> None:
+    """Refuse limits and a mode of Python that the program cannot work with; open files are allowed as far as may be.
+
+    Raises:
+      UsageError: naming it, and how much is needed.
+    """
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow fewer than they say
+        if 0 <= files < MOST_FILES:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(MOST_FILES, most % 2**63), most))
+    for name, (limit, least) in LEAST.items():
+        if 0 <= (now := resource.getrlimit(limit)[0]) < least:
+            raise UsageError(f"the limit of {now:,} on {name} does not suffice; allow at least {least:,}")
+    if sys.flags.optimize > 1:
+        raise UsageError(
+            "Python leaves out the docstrings, which are the help; unset PYTHONOPTIMIZE, or do not use -OO"
+        )
+
+
+def _remedy(error: OSError) -> str:
+    """Return what to do where the system refused to read or write."""
+    if error.filename == "standard output":
+        return "the work is done: run the same command again where it can be written"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            return "make room there, or allow larger files"
+        case errno.EMFILE | errno.ENFILE:
+            return "allow more open files"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "see to its permissions"
+        case errno.ENAMETOOLONG:
+            return "give a shorter name"
+        case errno.ENOENT:
+            return "see that it and its folder stay there"
+        case errno.EEXIST | errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.EINVAL:
+            return "move away what is in its place"
+    return "see to the disk"
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or XLA did not get the memory, or the thread, that it asked for."""
     told = str(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def lacks_access(error: BaseException) -> bool:
+    """Whether the machine refused what is needed to read a file, which says nothing of what is in it."""
+    codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+    return any(os.strerror(code).lower() in str(error).lower() for code in codes)
 
 
 def _refused_variables() -> str:

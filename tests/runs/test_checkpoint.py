@@ -1,5 +1,8 @@
 """A checkpoint gives back what was saved, bit for bit, or is moved aside; only the newest three are kept."""
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.training import create_train_state, make_keys, train_step
 from cnn_jax.runs.checkpoint import open_checkpoints
-from cnn_jax.runtime.errors import NoCheckpointError
+from cnn_jax.runtime.errors import NoCheckpointError, StorageError
 from tests.helpers import assert_same_bits, damage_newest
 
 pytestmark = [
@@ -142,3 +145,26 @@ def test_a_checkpoint_without_the_arrays_that_it_says_it_has_is_damaged(trained,
     ):
         checkpoints.restore_latest(lambda meta: trained._replace(ema_params=trained.params))
     assert "it holds other arrays: state.ema_params.fc.bias" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (RuntimeError("can't start new thread"), RuntimeError),
+        (MemoryError(), MemoryError),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), StorageError),
+        (ValueError("PERMISSION_DENIED: Error opening local file: Permission denied"), StorageError),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_refuses_to_read_is_not_damaged(failure, expected, trained, steps):
+    def fail(meta):
+        raise failure
+
+    save(steps, trained, 1, 2)
+    with (
+        open_checkpoints(steps, writing=True, warn=pytest.fail) as checkpoints,
+        pytest.raises(expected, match=r"thread|^$|cannot read the checkpoint of step 2 .*limits"),
+    ):
+        checkpoints.restore_latest(fail)
+    assert restore(steps, trained) == (2, [])

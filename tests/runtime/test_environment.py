@@ -40,6 +40,9 @@ def started():
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=-1"},
             "XLA_FLAGS=--xla_force_host_platform_device_count",
         ),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=100000"}, "XLA_FLAGS=--xla_force_host"),
+        ({"JAX_NUM_CPU_DEVICES": "100000"}, "JAX_NUM_CPU_DEVICES=100000: a CPU cannot be so many"),
+        ({"JAX_NUM_CPU_DEVICES": "0"}, "JAX_NUM_CPU_DEVICES=0: JAX finds no such device here"),
         ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda: JAX finds no such device here"),
         ({"JAX_PLATFORMS": "abacus"}, "JAX_PLATFORMS=abacus: JAX finds no such device here"),
         ({"JAX_PLATFORMS": "tpu"}, "JAX_PLATFORMS=tpu: JAX finds no such device here"),
@@ -107,14 +110,37 @@ def test_folders_of_conveniences_that_cannot_be_written_are_left_out_quietly(nam
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "2\n", "")
 
 
-@pytest.mark.parametrize("limit", ["-v 300000", "-v 1000000", pytest.param("-n 9", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", ["-v 40000", "-v 300000", "-v 1600000", "-d 40000", "-n 9", "-n 50"])
 def test_a_limit_that_does_not_suffice_is_named(limit, started, tmp_path):
     command = f"ulimit {limit}; exec {sys.executable} train.py --epochs 0.01 --checkpoint-dir {tmp_path / 'runs'}"
     ended = started(["bash", "-c", command])
-    (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode == (2 if "-v" in limit else 4), ended.stderr
-    assert ("memory" if "-v" in limit else "Too many open files") in error
-    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: the limit of "), ended.stderr
+    assert f"(ulimit {limit[:2]}) does not suffice; allow at least " in ended.stderr
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
+
+
+def test_as_many_files_may_be_open_as_the_machine_allows(started):
+    code = "from cnn_jax.runtime.errors import require_environment as check; check(); import resource; "
+    code += "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    ended = started(["bash", "-c", f"ulimit -Sn 20; ulimit -Hn 100; exec {sys.executable} -c '{code}'"])
+    assert (ended.stdout, ended.stderr) == ("100\n", "")
+
+
+def test_a_python_without_docstrings_is_refused(started):
+    ended = started([sys.executable, "-OO", "train.py", "--help"])
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.endswith("do not use -OO\n")
+
+
+def test_variables_of_jax_that_change_numbers_or_forbid_tracing_change_nothing(started, tmp_path):
+    code = (
+        "import jax; from cnn_jax.runtime.devices import start_devices; start_devices('cpu', keep_compiled=False); "
+        "print(jax.jit(lambda x: x * 1.5)(jax.numpy.arange(2)).dtype)"
+    )
+    variables = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NO_TRACING": "1"}
+    ended = started([sys.executable, "-c", code], **variables)
+    assert (ended.returncode, ended.stdout) == (0, "float32\n"), ended.stderr
 
 
 def everything_in(folder):

@@ -1,5 +1,8 @@
 """Every failure has a code of its own, and what a user or the machine causes is never the program's."""
 
+import errno
+import os
+
 import pytest
 
 from cnn_jax.runtime.errors import CnnJaxError, UsageError, describe_failure, one_line_failures
@@ -15,8 +18,12 @@ FAILURES = [
     ),
     (RuntimeError("can't start new thread"), 2, "error: the memory does not suffice (can't start new thread); "),
     (ImportError("no segment", name="libjax"), 2, "error: cannot load libjax (no segment); install cnn-jax anew"),
-    (PermissionError(13, "Permission denied", "/a"), 4, "error: cannot read or write /a: Permission denied"),
-    (BrokenPipeError(32, "Broken pipe"), 4, "error: cannot read or write: Broken pipe"),
+    (
+        PermissionError(13, "Permission denied", "/a"),
+        4,
+        "error: cannot read or write /a: Permission denied; see to its",
+    ),
+    (BrokenPipeError(32, "Broken pipe"), 4, "error: cannot read or write: Broken pipe; see to"),
     (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 4, "error: cannot read or write '\\xe9' in ascii; "),
     (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again to continue"),
     (RecursionError("too deep"), 8, "error: the program failed, RecursionError: too deep; please report it with what"),
@@ -42,3 +49,10 @@ def test_a_failure_ends_in_its_code_and_one_line(failure, code, line, debug, cap
     assert described.startswith(line)
     assert err.splitlines()[-1] == described
     assert ("Traceback" in err) == debug
+
+
+@pytest.mark.parametrize("code", errno.errorcode)
+def test_whatever_the_system_refuses_is_told_with_a_remedy(code):
+    line, exit_code = describe_failure(OSError(code, os.strerror(code), "a-file"))
+    assert exit_code == 4
+    assert line.startswith(f"error: cannot read or write a-file: {os.strerror(code)}; ")
