@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Annotated, Literal, get_args
 from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes
 from cnn_jax.data.loading import count_train_examples
+from cnn_jax.runs.folder import RunFolder, check_output
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     FOLDER_NAME,
@@ -31,7 +33,7 @@ from cnn_jax.runs.settings import (
 )
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
-from cnn_jax.runtime.files import check_output_file, check_output_folder
+from cnn_jax.runtime.files import check_output_folder
 from cnn_jax.runtime.streams import results_delivered
 
 Count = Annotated[int, AT_LEAST_1]
@@ -54,7 +56,7 @@ class CommonOptions:
 
     def run_folder(self, run: str) -> Path:
         """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`."""
-        return Path(run) if Path(run).is_dir() else self.checkpoint_dir / run
+        return Path(run) if os.path.isdir(run) else self.checkpoint_dir / run
 
 
 def train(settings: TrainSettings) -> None:
@@ -135,9 +137,11 @@ def inspect(run: str, common: CommonOptions) -> None:
     Examples:
       cnn-jax inspect mnist-seed777
     """
+    folder = common.run_folder(run)
+    RunFolder(folder).check_report()
     from cnn_jax.analysis.layers import inspect_run
 
-    inspect_run(common.run_folder(run), data_dir=common.data_dir, platform=common.platform)
+    inspect_run(folder, data_dir=common.data_dir, platform=common.platform)
 
 
 def report(run: str, common: CommonOptions, *, output: Path | None = None) -> None:
@@ -151,11 +155,11 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
       cnn-jax report mnist-seed777
       cnn-jax report mnist-seed777 --output report.html
     """
-    if output is not None:
-        check_output_file(output, "--output")
+    folder = common.run_folder(run)
+    RunFolder(folder).check_report(output)
     from cnn_jax.analysis.report import report_run
 
-    report_run(common.run_folder(run), output, data_dir=common.data_dir, platform=common.platform)
+    report_run(folder, output, data_dir=common.data_dir, platform=common.platform)
 
 
 def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | None = None, json: bool = False) -> None:
@@ -219,7 +223,7 @@ def export(
       cnn-jax export --to onnx --output mnist.onnx
       cnn-jax export mnist-seed777 --to torch --output model.pt
     """
-    check_output_file(output, "--output")
+    check_output(output)
     if to == "torch":
         need("torch", extra="torch")
     elif to == "onnx":

@@ -4,14 +4,25 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, UsageError, suggest
-from cnn_jax.runtime.files import AlreadyLockedError, first_free, locked, sync, write_atomically
+from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
+from cnn_jax.runtime.files import (
+    AlreadyLockedError,
+    check_output_file,
+    check_output_folder,
+    first_free,
+    locked,
+    output_errors,
+    read_file,
+    sync,
+    write_atomically,
+)
 from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Seed, convert, decode, encode, unreadable
 
 # What a run's results depend on. Its other settings may change from one start to the next.
@@ -19,6 +30,9 @@ DECIDING_FIELDS = (
     "dataset", "dataset_dir", "recipe", "batch_size", "learning_rate", "seed", "seeds", "validation", "features",
     "precision",
 )  # fmt: skip
+
+# What a run or a study is read back from: no other file may take its place.
+STATE_FILES = ("config.json", "metrics.jsonl", "result.json", "lock", "study.db", "steps", "quarantine")
 
 # What config.json held once and no longer does.
 FORMER_FIELDS = {"debug"}
@@ -37,6 +51,9 @@ def _as_json(value: object) -> object:
     if isinstance(value, Path):
         return str(value.resolve())
     return list(value) if isinstance(value, tuple) else value
+
+
+_PLACE = "--checkpoint-dir or --run-name"
 
 
 class SeedsRecord(Record, frozen=True, kw_only=True):
@@ -169,10 +186,10 @@ class RunFolder:
           InputFileError: its config.json is damaged or was edited.
         """
         file = self.path / "config.json"
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
         remedy = "start the run's training command again, which writes it anew, or start anew with --fresh"
-        values = decode(file.read_bytes(), dict[str, Any], source=file, remedy=remedy)
+        values = decode(read_file(file), dict[str, Any], source=file, remedy=remedy)
         names = [field.name for field in dataclasses.fields(TrainSettings)]
         # Earlier programs may have had fewer settings beside those that the results depend on.
         if missing := {*DECIDING_FIELDS, "epochs"} - values.keys():
@@ -207,7 +224,7 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         remedy = "put it back, or start anew with --fresh"
-        lines = file.read_bytes().splitlines() if file.is_file() else []
+        lines = read_file(file).splitlines() if file.is_file() else []
         try:
             return [
                 EpochMetrics.of_record(decode(line, EpochRecord, source=f"line {i} of {file}", remedy=remedy))
@@ -219,12 +236,12 @@ class RunFolder:
     def holds_metrics(self, metrics: list[EpochMetrics]) -> bool:
         """Whether metrics.jsonl begins with these lines, as `write_metrics` writes them."""
         file = self.path / "metrics.jsonl"
-        return file.is_file() and file.read_bytes().startswith(_lines(metrics).encode())
+        return file.is_file() and read_file(file).startswith(_lines(metrics).encode())
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
         """Make metrics.jsonl hold a line for each epoch and nothing else."""
         file, content = self.path / "metrics.jsonl", _lines(metrics).encode()
-        if content != (file.read_bytes() if file.is_file() else b""):
+        if content != (read_file(file) if file.is_file() else b""):
             write_atomically(file, content)
 
     def write_result(self, result: dict) -> None:
@@ -241,7 +258,7 @@ class RunFolder:
         if not file.is_file():
             return None
         remedy = "delete it and start the run's training command again, which writes it anew"
-        return decode(file.read_bytes(), ResultRecord, source=file, remedy=remedy)
+        return decode(read_file(file), ResultRecord, source=file, remedy=remedy)
 
     def holds_result(self, numbers: dict) -> bool:
         """Whether result.json is there and has these numbers under these keys."""
@@ -285,17 +302,52 @@ class RunFolder:
 
         Raises:
           RunLockedError: another process holds it.
+          StorageError: something in it could not be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        sync(self.path.parent)
-        try:
-            with locked(self.path / "lock"):
-                yield
-        except AlreadyLockedError as error:
-            raise RunLockedError(
-                f"process {error.holder} is writing the run {self.path}; "
-                "wait for it, stop it, or give another --run-name"
-            ) from error
+        with contextlib.ExitStack() as held:
+            with output_errors(self.path, _PLACE):
+                self.path.mkdir(parents=True, exist_ok=True)
+                sync(self.path.parent)
+            try:
+                with output_errors(self.path / "lock", _PLACE):
+                    held.enter_context(locked(self.path / "lock"))
+            except AlreadyLockedError as error:
+                raise RunLockedError(
+                    f"process {error.holder} is writing the run {self.path}; "
+                    "wait for it, stop it, or give another --run-name"
+                ) from error
+            for name in ("config.json", "metrics.jsonl", "result.json"):
+                check_output_file(self.path / name, _PLACE)
+            for folder in (self.checkpoints, self.path / "quarantine"):
+                check_output_folder(folder, _PLACE)
+            self.check_report()
+            yield
+
+    def check_report(self, file: Path | None = None) -> None:
+        """Refuse a place for a page about the run, by default its own, or for the pictures, that cannot be written.
+
+        Raises:
+          StorageError: naming it.
+        """
+        if file is not None:
+            check_output(file)
+        if self.path.is_dir():
+            check_output_file(file or self.report, _PLACE)
+            check_output_folder(self.pictures, _PLACE)
+
+
+def check_output(file: Path) -> None:
+    """Refuse an `--output` that cannot be written, or whose place belongs to what a run or a study is read back from.
+
+    Raises:
+      StorageError: naming it.
+    """
+    check_output_file(file, "--output")
+    target = Path(os.path.realpath(file))
+    for folder in target.parents:
+        own = target.relative_to(folder).parts[0]
+        if own in STATE_FILES and any((folder / name).is_file() for name in ("config.json", "study.db")):
+            raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another --output")
 
 
 def _lines(metrics: list[EpochMetrics]) -> str:

@@ -116,12 +116,14 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
     """
     settings = folder.read_settings(data_dir)
     with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
-        dataset = load_run_data(settings)
-        sizes = Sizes.of(dataset, settings)
         mesh = make_mesh(settings.seeds, jax.devices())
         try:
+            dataset = load_run_data(settings)
+            sizes = Sizes.of(dataset, settings)
             check_resources(settings, sizes, mesh, device_bytes())
         except UsageError as error:  # the run was trained, so it fitted
+            if settings.dataset_dir is not None and not settings.dataset_dir.is_dir():
+                raise
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
         program = make_program(settings, sizes, mesh)
         restored = restore_latest(checkpoints, settings, sizes, program)

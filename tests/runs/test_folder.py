@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from cnn_jax.runs.folder import RunFolder
-from cnn_jax.runtime.errors import InputFileError
+from cnn_jax.runs.folder import RunFolder, check_output
+from cnn_jax.runtime.errors import InputFileError, StorageError
 from tests.helpers import ROOT, metrics_of
 
 pytestmark = pytest.mark.optax_promotes
@@ -98,6 +98,9 @@ def test_a_file_that_holds_something_else_is_named_with_the_remedy(name, content
         ({"validation": 30}, "validation was None and is 30"),
         ({"epochs": 1.0}, "epochs was 2 and is 1"),
         ({"features": [10**9, 10**9]}, "GiB of memory"),
+        # With these, the data do not fit.
+        ({"validation": 2029}, "--batch-size 100: it must be at most 1"),
+        ({"validation": 10**30}, "--validation"),
     ],
 )
 def test_settings_that_were_edited_are_named_and_the_same_training_command_mends_them(
@@ -228,3 +231,44 @@ def test_a_result_that_was_edited_is_named(changes, run, command):
     code, _, err = command("report", run.path)
     assert code == 65
     assert f"{run.path / 'result.json'} is damaged or was edited (" in err.splitlines()[-1]
+
+
+IN_THE_WAY = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a file": lambda path: path.touch(),
+}
+FOLDERS = ("steps", "quarantine", "pictures")
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json", "report.html", "lock", *FOLDERS])
+def test_what_stands_in_a_runs_place_is_told_before_it_begins(name, kind, tmp_path):
+    if kind == ("a folder" if name in FOLDERS else "a file"):
+        return
+    IN_THE_WAY[kind](tmp_path / name)
+    with pytest.raises(
+        StorageError, match=rf"cannot write .*{name} \(.*; give another --checkpoint-dir or --run-name$"
+    ):
+        RunFolder(tmp_path).locked().__enter__()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "lock", "steps/40/state", "study.db"])
+def test_an_output_takes_no_place_of_what_a_run_is_read_back_from(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_output(file)  # in any other folder
+    (tmp_path / "config.json").touch()
+    (tmp_path / "link").symlink_to(file)
+    for given in (file, tmp_path / "link"):
+        with pytest.raises(StorageError, match=rf"needs {name.partition('/')[0]}\); give another --output"):
+            check_output(given)
+    check_output(tmp_path / "report.html")
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as refused:
+        RunFolder(tmp_path).read_settings()
+    assert refused.value.filename == str(tmp_path / "config.json")
