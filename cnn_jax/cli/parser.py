@@ -165,6 +165,8 @@ def _value(parser: argparse.ArgumentParser, parameter: Parameter) -> dict[str, A
 
     def read(word: str) -> Any:
         wrong = f"{parameter.option} {word}: it must be"
+        if not word:  # a path would be the folder that the program is in
+            parser.error(f"{parameter.option or ''} '': it must be {parameter.metavar}".strip())
         if choices is None:
             try:
                 return kind(word)

@@ -132,6 +132,8 @@ def _find_builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
     """Find a tfds set: one that is prepared on this machine, or one that tfds has the code for."""
     # tfds reads lists of community sets with TensorFlow when it meets a name with a colon before its slash;
     # everything else it finds on the disk or in its own code.
+    if name.lower() == "mnist":
+        raise UsageError(f"--dataset {name}: perhaps you meant mnist; {_KNOWN_SETS}")
     if not re.fullmatch(r"[A-Za-z]\w*(/[\w.+-]+)?(:[\d.*]+)?", name):
         raise UsageError(f"--dataset {name}: this is not a tfds name; {_KNOWN_SETS}")
     try:
@@ -201,10 +203,18 @@ def _require_place_and_network(builder: tfds.core.DatasetBuilder, name: str) -> 
     if str(builder.data_dir).startswith("~"):
         no_home = FileNotFoundError(errno.ENOENT, "there is no home folder")
         raise _cannot_prepare(name, builder.data_dir, no_home)
-    failures: list[object] = [f"no answer in {NETWORK_SECONDS} s"]
-    urls = [url for url in builder.url_infos or () if url.startswith("http")]
+    url = next((url for url in builder.url_infos or () if url.startswith("http")), None)
+    if url is not None and (failure := _ask(url)) is not None:
+        no_network = ConnectionError(f"{urllib.parse.urlsplit(url).hostname} cannot be reached: {failure}")
+        raise _cannot_prepare(name, builder.data_dir, no_network)
 
-    def ask(url: str) -> None:
+
+@functools.cache
+def _ask(url: str) -> object:
+    """Return why a server does not answer, or None where it does; each is asked once."""
+    failures: list[object] = [f"no answer in {NETWORK_SECONDS} s"]
+
+    def ask() -> None:
         try:
             urllib.request.urlopen(url, timeout=NETWORK_SECONDS).close()
         except urllib.error.HTTPError:
@@ -216,15 +226,11 @@ def _require_place_and_network(builder: tfds.core.DatasetBuilder, name: str) -> 
                 return
         failures.clear()
 
-    if urls:
-        # In a thread, because no timeout ends the search for a name's address.
-        asking = threading.Thread(target=ask, args=(urls[0],), daemon=True)
-        asking.start()
-        asking.join(NETWORK_SECONDS)
-        if failures:
-            host = urllib.parse.urlsplit(urls[0]).hostname
-            no_network = ConnectionError(f"{host} cannot be reached: {failures[0]}")
-            raise _cannot_prepare(name, builder.data_dir, no_network)
+    # In a thread, because no timeout ends the search for a name's address.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(NETWORK_SECONDS)
+    return failures[0] if failures else None
 
 
 def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | None) -> Dataset:

@@ -55,13 +55,18 @@ AT_LEAST_1 = Must(lambda number: number >= 1, "at least 1")
 EACH_AT_LEAST_1 = Must(lambda numbers: min(numbers) >= 1, "at least 1 each")
 POSITIVE = Must(lambda number: 0 < number < math.inf, "a positive number")
 FRACTION = Must(lambda number: 0 <= number <= 1, "between 0 and 1")
-ADDRESS = Must(re.compile(r"\S+:\d+").fullmatch, "HOST:PORT, such as 10.0.0.1:1234")
+ADDRESS = Must(
+    lambda address: re.fullmatch(r"\S+:\d{1,5}", address) and 1 <= int(address.rpartition(":")[2]) <= 65535,
+    "HOST:PORT, such as 10.0.0.1:1234",
+)
 FOLDER_NAME = Must(
     re.compile(r"\w[\w.=+-]*").fullmatch,
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
 TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8, as Orbax needs it")
 SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
+
+HOSTS = ("coordinator", "num_processes", "process_id")
 
 Epochs = Annotated[float, POSITIVE._replace(form="g")]
 
@@ -145,9 +150,10 @@ class TrainSettings:
         check_values(vars(self), type(self).__annotations__)
         require(self.seeds <= 2**32, "--seeds", self.seeds, f"at most {2**32:,}")
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
-        hosts = (self.coordinator, self.num_processes, self.process_id)
-        together = "given with --num-processes and --process-id, all three or none"
-        require(hosts.count(None) in (0, 3), "--coordinator", self.coordinator, together)
+        given = [name for name in HOSTS if getattr(self, name) is not None]
+        if len(given) in (1, 2):
+            together = f"given with {', '.join(map(option_name, HOSTS))}, all three or none"
+            require(False, option_name(given[0]), getattr(self, given[0]), together)
         ranked = self.process_id is None or self.num_processes is None or 0 <= self.process_id < self.num_processes
         require(ranked, "--process-id", self.process_id, "from 0 to one less than --num-processes")
 

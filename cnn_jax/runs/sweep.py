@@ -39,7 +39,7 @@ from cnn_jax.runtime.errors import (
     StorageError,
     UsageError,
 )
-from cnn_jax.runtime.files import locked, sync
+from cnn_jax.runtime.files import check_output_file, locked, sync
 from cnn_jax.runtime.records import NonEmpty, Pair, Positive, Record, Seed, Sha256, Size, Text, convert
 
 # The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
@@ -158,6 +158,7 @@ def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = Non
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} is a run, not a study; give another --study")
     folder.mkdir(parents=True, exist_ok=True)
+    check_output_file(file, "--checkpoint-dir or --study")  # SQLite would not tell what else it is
     # Where several begin it at once, one does.
     with locked(folder / "lock", wait=True), _failures_named(file, reading=True):
         # Listed before the trials: another process makes a trial, then its folder.
@@ -209,8 +210,10 @@ def _read_study(file: Path) -> optuna.Study:
     name, names = file.parent.name, optuna.get_all_study_names(storage)
     if name not in names:
         raise InputFileError(
-            f"{file} holds {', '.join(names) or 'no study'}, not {name}; "
-            "give its folder the study's name, or give another --study"
+            f"{file} holds the study {', '.join(names)}, not {name}; give its folder the study's name, "
+            "or give another --study"
+            if names
+            else f"{file} holds no study; bring a sound copy back, or give another --study"
         )
     # A process takes the unfinished trials of the others for bad ones, so that they try different things.
     sampler = optuna.samplers.TPESampler(constant_liar=True)
@@ -338,7 +341,8 @@ def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
     """Refuse runs that a trial still to come would take for its own; raises UsageError."""
     if strays := sorted(runs.keys() - range(trials)):
         raise UsageError(
-            f"{folder} holds trial-{strays[0]}, which is no trial of its study; move it away, or give another --study"
+            f"{folder} holds trial-{strays[0]}, which is no trial of its study.db; "
+            "bring that back, move the trial away, or give another --study"
         )
 
 

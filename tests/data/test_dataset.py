@@ -148,6 +148,7 @@ def test_a_set_that_must_be_downloaded_is_refused_at_once_without_a_network(
 ):
     monkeypatch.setattr(tfds_module.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(tfds_module, "NETWORK_SECONDS", 0.1)
+    tfds_module._ask.cache_clear()
     for load in (load_dataset, functools.partial(count_train_examples, prepare=True)):
         begin = time.monotonic()
         with pytest.raises(StorageError, match=rf"cannot prepare fashion_mnist .* cannot be reached: {reason}\)") as no:
@@ -159,16 +160,19 @@ def test_a_set_that_must_be_downloaded_is_refused_at_once_without_a_network(
 
 def test_a_set_is_downloaded_where_the_network_answers_with_whatever(tmp_path, monkeypatch):
     def refuse(url, timeout):
+        asked.append(url)
         raise urllib.error.HTTPError(url, 405, "ask otherwise", None, None)
 
-    downloaded = []
+    asked, downloaded = [], []
     monkeypatch.setattr(tfds_module.urllib.request, "urlopen", refuse)
+    tfds_module._ask.cache_clear()
     monkeypatch.setattr(
         tfds.core.DatasetBuilder, "download_and_prepare", lambda builder, **options: downloaded.append(builder.name)
     )
+    assert count_train_examples("fashion_mnist", None, tmp_path, prepare=True) is None
     with pytest.raises(InputFileError):  # nothing is there afterwards
         load_dataset("fashion_mnist", None, tmp_path)
-    assert downloaded == ["fashion_mnist"]
+    assert (downloaded, len(asked)) == (["fashion_mnist"], 1)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])

@@ -248,6 +248,15 @@ def be_a_dangling_link(folder):
     (folder / "study.db").symlink_to(folder / "nowhere")
 
 
+def be_a_link_to_itself(folder):
+    (folder / "study.db").unlink()
+    (folder / "study.db").symlink_to("study.db")
+
+
+def hold_no_study(folder):
+    edit(folder, ["PRAGMA foreign_keys = OFF"], ["DELETE FROM studies"])
+
+
 def be_another_folders(folder):
     edit(folder, ["UPDATE studies SET study_name = 'other'"])
 
@@ -275,8 +284,10 @@ def edited(table, column, value):
         (scramble, 65, ""),
         (break_an_index, 65, ""),
         (belong_to_another_program, 65, "no such table"),
-        (be_another_folders, 65, "holds other, not sweep"),
-        (be_a_folder, 4, "unable to open"),
+        (be_another_folders, 65, "holds the study other, not sweep"),
+        (hold_no_study, 65, "holds no study; bring"),
+        (be_a_folder, 4, "it is a folder"),
+        (be_a_link_to_itself, 4, "levels of symbolic links"),
         (be_a_dangling_link, 4, "unable to open"),
         (edited("alembic_version", "version_num", "v99.0.0.a"), 65, "another version of Optuna"),
         (edited("alembic_version", "version_num", "v0.9.0.a"), 65, "another version of Optuna"),
@@ -389,7 +400,7 @@ def test_a_study_does_not_go_on_with_the_runs_of_another_one(command, arguments,
     before = files_of(begun)
     code, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
     assert code == 2
-    assert_one_line(err, begun, "trial-1")
+    assert_one_line(err, begun, "trial-1", "study.db")
     assert files_of(begun) == before
 
 
