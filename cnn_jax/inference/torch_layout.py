@@ -17,6 +17,7 @@ NAMES = {
     "fc.weight": ("fc", "kernel"),
     "fc.bias": ("fc", "bias"),
 }
+SHOWN = 12  # complaints, two for each of the network's tensors
 # The two blocks divide an image's height and width by this.
 SHRINKING = 4
 
@@ -60,7 +61,8 @@ def params_from_torch(
         elif not np.isfinite(tensor).all():
             complaints.append(f"{name} holds values that are not finite")
     if complaints:
-        raise InputFileError(f"{source} does not fit the network: {'; '.join(sorted(complaints))}")
+        shown = "; ".join(sorted(complaints)[:SHOWN]) + "; ..." * (len(complaints) > SHOWN)
+        raise InputFileError(f"{source} does not fit the network: {shown}; give the weights of one that does")
     params = jax.tree.map(np.asarray, template)
     for name, (layer, kind) in NAMES.items():
         params[layer][kind] = _from_torch(tensors[name], params[layer][kind].shape, image_shape)

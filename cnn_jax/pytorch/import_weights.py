@@ -1,6 +1,7 @@
 """Make a run from a file of PyTorch weights, after checking the file."""
 
 import contextlib
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cnn_jax.runs.restore import describe_run, load_run_data
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import InputFileError, UsageError
+from cnn_jax.runtime.errors import InputFileError, UsageError, lacks_memory
 
 MAXIMUM_BYTES = 2**30  # of a file, compressed or not; the tutorial's has 0.2 MiB
 
@@ -47,7 +48,7 @@ def import_weights(file: Path, run: TrainSettings) -> None:
 
 
 def read_torch_file(file: Path) -> dict[str, np.ndarray]:
-    """Read a PyTorch `state_dict`, or a safetensors file if its name ends in `.safetensors`.
+    """Read a PyTorch `state_dict`, or a safetensors file, whatever its name.
 
     Raises:
       InputFileError: the file is missing, damaged, too large, or holds something else; nothing in it is ever
@@ -58,25 +59,40 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
         raise InputFileError(f"{file} is not a file; give a PyTorch state_dict or a .safetensors file")
     try:
         _check_size_and_checksums(file)
-        if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
+            begin = stream.read(9)
+        if file.suffix == ".safetensors" or begin[8:] == b"{":  # after the header's length, its JSON
             from safetensors.numpy import load_file
 
             return load_file(file)
         import torch
 
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of tensors that PyTorch no longer recommends
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
             raise InputFileError(f"{file} holds no state_dict; save one with torch.save(model.state_dict(), ...)")
-        return {name: tensor.detach().numpy() for name, tensor in content.items()}
+        return {name: _to_numpy(file, name, tensor) for name, tensor in content.items()}
     except ImportError as error:
         raise UsageError("PyTorch weights need an extra: pip install 'cnn-jax[torch]'") from error
     except InputFileError:
         raise
     except Exception as error:  # a damaged file raises one of a dozen types
+        if lacks_memory(error):
+            raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputFileError(
             f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
             "save them with torch.save(model.state_dict(), ...)"
+        ) from error
+
+
+def _to_numpy(file, name, tensor):
+    try:
+        return tensor.detach().numpy()
+    except (TypeError, RuntimeError) as error:  # what NumPy does not have: bfloat16, sparse, quantised, without data
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+        raise InputFileError(
+            f"{file} holds {name} as {kind}; save plain float32 tensors, such as model.float().state_dict()"
         ) from error
 
 

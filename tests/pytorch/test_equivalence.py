@@ -19,10 +19,12 @@ from cnn_jax.data.idx import read_idx  # noqa: E402
 from cnn_jax.inference.torch_layout import NAMES, params_from_torch, params_to_torch  # noqa: E402
 from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_markdown  # noqa: E402
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
+from cnn_jax.pytorch.import_weights import read_torch_file  # noqa: E402
 from cnn_jax.pytorch.processes import SeedResult  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
 from cnn_jax.runs.folder import RunFolder  # noqa: E402
 from cnn_jax.runs.restore import restore_run  # noqa: E402
+from cnn_jax.runtime.errors import InputFileError  # noqa: E402
 from tests.helpers import EMBEDDED, assert_same_bits  # noqa: E402
 
 pytestmark = pytest.mark.optax_promotes
@@ -157,13 +159,42 @@ def test_an_imported_run_goes_on_from_its_weights_whatever_changes_beside_them(s
     )
 
 
-def test_safetensors_are_read_too(state_dict, command, tfds_folder, tmp_path):
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.st", "weights.pt"])
+def test_safetensors_are_read_too_whatever_their_name(name, state_dict, tmp_path):
     from safetensors.torch import save_file
 
-    save_file(state_dict[0].state_dict(), tmp_path / "weights.safetensors")
-    code, _, err = command("import-torch", tmp_path / "weights.safetensors", "--checkpoint-dir", tmp_path,
-                           "--data-dir", tfds_folder)  # fmt: skip
-    assert code == 0, err
+    tensors = state_dict[0].state_dict()
+    save_file(tensors, tmp_path / name)
+    read = read_torch_file(tmp_path / name)
+    assert read.keys() == tensors.keys()
+    np.testing.assert_array_equal(read["fc.bias"], tensors["fc.bias"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        (lambda tensor: tensor.bfloat16(), "bfloat16, strided, on cpu"),
+        (lambda tensor: tensor.to_sparse(), "float32, sparse_coo, on cpu"),
+        (lambda tensor: tensor.to("meta"), "float32, strided, on meta"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "qint8, strided, on cpu"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_tensors_that_numpy_lacks_are_named_with_the_remedy(changed, kind, state_dict, tmp_path, recwarn):
+    tensors = dict(state_dict[0].state_dict())
+    tensors["fc.weight"] = changed(tensors["fc.weight"])
+    torch.save(tensors, tmp_path / "other.pt")
+    recwarn.clear()
+    with pytest.raises(InputFileError, match=rf"other.pt holds fc.weight as {kind}; save plain float32 tensors"):
+        read_torch_file(tmp_path / "other.pt")
+    assert not recwarn.list
+
+
+def test_however_many_tensors_do_not_fit_the_line_names_a_few(params, tmp_path):
+    tensors = {f"unknown.{i}": np.zeros(1) for i in range(5000)}
+    with pytest.raises(InputFileError, match=r"fc.bias is missing; .*; \.\.\.; give") as refused:
+        params_from_torch(tensors, params, IMAGE_SHAPE, source=tmp_path)
+    assert len(str(refused.value)) < 1000
 
 
 def without(tensors):
