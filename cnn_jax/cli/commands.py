@@ -104,6 +104,8 @@ def train(settings: TrainSettings) -> None:
                     write_report(run.folder.report, run.folder, result.run, result.accuracies)
         rows = result_rows(result.run, result.accuracies, result.unscaled_accuracies)
         rows += [(part, describe_seconds(seconds)) for part, seconds in run.clock.seconds.items()]
+        if run.folder.unwritten:
+            rows.append(("not written", run.folder.unwritten))
         run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
     target = settings.target_accuracy
     if target is not None and accuracy < target:

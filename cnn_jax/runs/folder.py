@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ class RunFolder:
       checkpoints: The folder of its checkpoints.
       pictures: The folder of its pictures.
       report: The page about it.
+      unwritten: What this process has written for TensorBoard in vain, and why; None for nothing.
     """
 
     def __init__(self, path: Path):
@@ -174,6 +176,7 @@ class RunFolder:
         self.checkpoints = path / "steps"
         self.pictures = path / "pictures"
         self.report = path / "report.html"
+        self.unwritten: str | None = None
 
     def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
@@ -270,23 +273,44 @@ class RunFolder:
     def open_scalars(self, *, after_step: int) -> Iterator[Callable[[EpochMetrics], None]]:
         """Return a function that writes an epoch's numbers for TensorBoard, under their names in metrics.jsonl.
 
-        The numbers of several seeds are written one by one, too. TensorBoard forgets what an earlier process wrote of
+        The numbers of several seeds are written one by one, too. What cannot be written is left out, and `unwritten`
+        says so. TensorBoard forgets what an earlier process wrote of
         steps after `after_step`.
         """
-        from tensorboardX import SummaryWriter  # an extra
+        from tensorboardX.event_file_writer import EventsWriter  # an extra; its SummaryWriter fails in a thread
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf as it runs
+        from tensorboardX.summary import scalar
 
-        with SummaryWriter(str(self.path / "tensorboard"), purge_step=after_step + 1) as writer:
+        place = self.path / "tensorboard"
 
-            def write(metrics: EpochMetrics) -> None:
-                line = metrics.to_record()
-                seeds = line.pop("seeds", {})
-                line |= {f"seeds/{i}/{name}": value for name, values in seeds.items() for i, value in enumerate(values)}
+        def note(failure: OSError) -> None:
+            self.unwritten = self.unwritten or f"{place}: {failure.strerror or failure}"
+
+        def write(metrics: EpochMetrics) -> None:
+            line = metrics.to_record()
+            step, seeds = line.pop("step"), line.pop("seeds", {})
+            line |= {f"seeds/{i}/{name}": value for name, values in seeds.items() for i, value in enumerate(values)}
+            try:
                 for name, value in line.items():
-                    if name != "step":
-                        writer.add_scalar(name, value, metrics.step)
+                    writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
                 writer.flush()
+            except OSError as error:
+                note(error)
 
-            yield write
+        try:
+            place.mkdir(exist_ok=True)
+            writer = EventsWriter(str(place / "events"))
+            start = SessionLog(status=SessionLog.START)
+            writer.write_event(Event(wall_time=time.time(), step=after_step + 1, session_log=start))
+        except OSError as error:
+            note(error)
+            yield lambda metrics: None
+            return
+        yield write
+        try:
+            writer.close()
+        except OSError as error:
+            note(error)
 
     def move_aside(self) -> Path | None:
         """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""

@@ -139,8 +139,10 @@ def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
         return
     content["seconds"] = clock.seconds
     content |= {"machine": describe_machine(), "device": describe_devices(), "versions": result.meta["versions"]}
-    if failure := write_failure(sys.stderr):
-        content["not_shown"] = f"standard error: {failure.strerror}"
+    failure = write_failure(sys.stderr)
+    lost = [f"standard error: {failure.strerror}" if failure else None, folder.unwritten]
+    if any(lost):
+        content["not_shown"] = "; ".join(filter(None, lost))
     folder.write_result(content)
 
 

@@ -1,5 +1,7 @@
 """A run can be stopped, killed and continued and ends in the same bits; what it writes is what it did."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -323,6 +325,29 @@ def test_tensorboard_gets_each_epochs_numbers(train, tmp_path):
     content = file.read_bytes()
     for name in (b"cost", b"test_accuracy", b"step_milliseconds", b"seeds/1/test_accuracy"):
         assert content.count(name) >= 2
+
+
+class FullStream(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("kind", ["a full disk", "a file"])
+def test_a_training_goes_on_without_tensorboards_file_and_says_so_in_its_result(kind, train, tmp_path, monkeypatch):
+    from tensorboardX import record_writer
+
+    if kind == "a file":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "tensorboard").touch()
+    monkeypatch.setattr(record_writer, "open_file", lambda path: io.BufferedWriter(FullStream()))
+    code, _, err = train("--tensorboard", epochs=2)
+    assert code == 0, err
+    said = json.loads((tmp_path / "run" / "result.json").read_text())["not_shown"]
+    assert said.endswith("File exists" if kind == "a file" else "No space left on device")
+    assert "not written" in err
 
 
 def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_path):
