@@ -344,10 +344,12 @@ class RunFolder:
                 check_output_file(self.path / name, _PLACE)
             for folder in (self.checkpoints, self.path / "quarantine"):
                 check_output_folder(folder, _PLACE)
-            self.check_report()
+            self.check_report(option=_PLACE)
             yield
 
-    def check_report(self, file: Path | None = None) -> None:
+    def check_report(
+        self, file: Path | None = None, *, option: str = "run, or a copy of it that can be written"
+    ) -> None:
         """Refuse a place for a page about the run, by default its own, or for the pictures, that cannot be written.
 
         Raises:
@@ -356,8 +358,8 @@ class RunFolder:
         if file is not None:
             check_output(file)
         if self.path.is_dir():
-            check_output_file(file or self.report, _PLACE)
-            check_output_folder(self.pictures, _PLACE)
+            check_output_file(file or self.report, option)
+            check_output_folder(self.pictures, option)
 
 
 def check_output(file: Path) -> None:

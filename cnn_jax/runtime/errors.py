@@ -140,6 +140,9 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
             f"error: JAX does not start with {variables} ({reason}); unset what is wrong",
             UsageError.exit_code,
         )
+    elif library := _failing_import(error):
+        line = f"error: cannot load {library} ({reason}); see to the environment's variables and the folders they name"
+        exit_code = UsageError.exit_code
     else:
         told = " ".join(str(error).split())
         line = f"error: the program failed, {name}: {told}; please report it with what --debug shows"
@@ -204,6 +207,15 @@ def lacks_access(error: BaseException) -> bool:
     """Whether the machine refused what is needed to read a file, which says nothing of what is in it."""
     codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
     return any(os.strerror(code).lower() in str(error).lower() for code in codes)
+
+
+def _failing_import(error: BaseException) -> str:
+    """Return the library whose import raised this, because of what it met in the environment; nothing if none did."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if frame.f_code.co_name == "<module>" and package not in ("__main__", "cnn_jax"):
+            return package
+    return ""
 
 
 def _refused_variables() -> str:

@@ -1,6 +1,7 @@
 """Every failure has a code of its own, and what a user or the machine causes is never the program's."""
 
 import errno
+import importlib
 import os
 
 import pytest
@@ -56,3 +57,15 @@ def test_whatever_the_system_refuses_is_told_with_a_remedy(code):
     line, exit_code = describe_failure(OSError(code, os.strerror(code), "a-file"))
     assert exit_code == 4
     assert line.startswith(f"error: cannot read or write a-file: {os.strerror(code)}; ")
+
+
+def test_a_library_that_the_environment_keeps_from_loading_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a_library.py").write_text("int('abc')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="abc") as failed:
+        importlib.import_module("a_library")
+    line, code = describe_failure(failed.value)
+    assert code == 2
+    assert line.startswith(
+        "error: cannot load a_library (invalid literal for int() with base 10: 'abc'); see to the env"
+    )
