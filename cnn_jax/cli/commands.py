@@ -384,7 +384,7 @@ def plan(target: str, settings: TrainSettings, *, json: bool = False, hlo: Path 
     wanted = find_target(target)
     need("libtpu" if wanted.platform == "tpu" else "jax_cuda13_plugin", extra="plan")
     if hlo is not None:
-        check_output_file(hlo, "--hlo")
+        check_output(hlo, "--hlo")
     from cnn_jax.analysis.plan import plan
 
     plan(wanted, settings, as_json=json, hlo=hlo)

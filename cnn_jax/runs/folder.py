@@ -362,18 +362,18 @@ class RunFolder:
             check_output_folder(self.pictures, option)
 
 
-def check_output(file: Path) -> None:
-    """Refuse an `--output` that cannot be written, or whose place belongs to what a run or a study is read back from.
+def check_output(file: Path, option: str = "--output") -> None:
+    """Refuse a file that cannot be written, or whose place belongs to what a run or a study is read back from.
 
     Raises:
       StorageError: naming it.
     """
-    check_output_file(file, "--output")
+    check_output_file(file, option)
     target = Path(os.path.realpath(file))
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
         if own in STATE_FILES and any((folder / name).is_file() for name in ("config.json", "study.db")):
-            raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another --output")
+            raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another {option}")
 
 
 def _lines(metrics: list[EpochMetrics]) -> str:

@@ -7,7 +7,16 @@ import optax
 import pytest
 
 from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import Recipe, accurate, fast, make_recipe, shift_turn_and_scale, smoothed, tutorial
+from cnn_jax.core.recipes import (
+    Recipe,
+    accurate,
+    cross_entropy,
+    fast,
+    make_recipe,
+    shift_turn_and_scale,
+    smoothed,
+    tutorial,
+)
 from cnn_jax.core.training import create_train_state, make_keys, train_step
 from cnn_jax.runs.settings import RECIPE_DEFAULTS
 from tests.helpers import metrics_of
@@ -27,9 +36,16 @@ def keys(count, seed=0):
 
 def test_the_tutorials_recipe_is_adam_on_the_images_as_they_are():
     recipe = tutorial(0.001)
-    assert recipe == Recipe(recipe.optimizer)
-    assert recipe.loss is optax.softmax_cross_entropy_with_integer_labels
+    assert recipe == Recipe(recipe.optimizer, elementwise=True)
+    assert recipe.loss is cross_entropy
     assert (recipe.augment, recipe.ema_decay) == (None, None)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, smoothed(0.0)], ids=["by index, as on a CPU", "elsewhere"])
+def test_the_cross_entropy_is_minus_the_log_of_the_softmax_at_the_label(loss):
+    logits, labels = jax.random.normal(keys(1)[0], (20, 7)), jnp.arange(20, dtype=jnp.int32) % 7
+    expected = -jnp.log(jax.nn.softmax(logits))[jnp.arange(20), labels]
+    np.testing.assert_allclose(loss(logits, labels), expected, rtol=1e-5)
 
 
 def test_moves_of_nothing_leave_the_images_as_they_are(batch):
