@@ -132,6 +132,7 @@ def plan(target: Target, settings: TrainSettings, *, as_json: bool = False, hlo:
     check_image_size(settings.dataset, sizes.image_shape)
     set_up_compilers()
     fix_algorithms()
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read what is for devices that are not here
     start_devices("cpu", keep_compiled=False)
     with display.waiting(f"compiling for {target.name}"):
         planned = make_plan(target, settings, sizes)

@@ -35,19 +35,19 @@ class Recipe:
 
     Attributes:
       optimizer: Turns gradients into updates.
-      elementwise: Whether the optimiser treats each weight alike, whichever array it is in. A GPU then updates all
-        weights as one vector, in one launch.
       loss: Returns the loss of each example.
       augment: Changes the images of a batch, each by its own key; None leaves them unchanged.
       ema_decay: Evaluation uses an exponential moving average of the weights, of which each step keeps this share.
         None evaluates the weights themselves.
+      elementwise: Whether the optimiser treats each weight alike, whichever array it is in. A GPU then updates all
+        weights as one vector, in one launch.
     """
 
     optimizer: optax.GradientTransformation
-    elementwise: bool = False
     loss: Loss = cross_entropy
     augment: Augment | None = None
     ema_decay: float | None = None
+    elementwise: bool = False
 
 
 def make_recipe(name: Literal["tutorial", "fast", "accurate"], learning_rate: float, steps: int) -> Recipe:

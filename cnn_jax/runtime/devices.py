@@ -53,6 +53,9 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
       UsageError: this machine or this installation has no such device, or `XLA_FLAGS` cannot be understood.
     """
     _check_variables()
+    # As the user gave them: some are set below.
+    variables = _variables("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    wanted = f"--platform {platform}" if platform else variables
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
     if _has_gpu():
@@ -68,9 +71,6 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
             jax.devices()
     except Exception as error:  # a plugin lets through whatever it meets
         reason = re.split(r"\n| \((?:you may need|set JAX)", str(error))[0].strip("; ") or type(error).__name__
-        wanted = (
-            f"--platform {platform}" if platform else _variables("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
-        )
         modules, installation = _WHEELS.get(platform or "", ((), ""))
         missing = modules and not any(importlib.util.find_spec(module) for module in modules)
         remedy = f"it needs {installation}" if missing else "choose another platform"

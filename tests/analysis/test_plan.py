@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+import warnings
 
 import jax
 import numpy as np
@@ -28,8 +29,13 @@ pytestmark = pytest.mark.optax_promotes
 
 slow = pytest.mark.slow
 GPU_PACKAGE, TPU_PACKAGE = "jax_cuda13_plugin", "libtpu"
-# Compiling for any layout of TPUs takes at most 25 s of both cores of a small machine.
-MOST_CPU_SECONDS = 50
+# XLA's own float32 convolutions for one TPU take two minutes or more; products take 15 to 50 s, on a loaded machine.
+MOST_CPU_SECONDS = 100
+
+
+@pytest.fixture(autouse=True)
+def own_xla_flags(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
 
 
 @functools.cache
@@ -37,7 +43,9 @@ def compiled(target, **settings):
     """The plan of a training, and the processor's seconds that it took to make, once for all tests."""
     pytest.importorskip(TPU_PACKAGE if target.startswith("v") else GPU_PACKAGE, reason="needs the extra plan")
     chosen = TrainSettings.of(**settings)
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
+        # The tests keep compiled code, and JAX cannot read again what is for devices that are not here.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         begin = time.process_time()
         planned = make_plan(find_target(target), chosen, read_sizes(chosen.dataset, None, None))
     return planned, time.process_time() - begin
@@ -51,17 +59,11 @@ def plan(target, **settings):
     ("target", "settings"),
     [
         ("h100", {}),
-        ("h100", {"seeds": 32}),
-        ("h100:8", {}),
+        pytest.param("h100", {"seeds": 32}, marks=slow),
+        pytest.param("h100:8", {}, marks=slow),
         pytest.param("h100:8", {"seeds": 8}, marks=slow),
         pytest.param("h100", {"precision": "bfloat16"}, marks=slow),
-        pytest.param("h100", {"precision": "bfloat16", "seeds": 32}, marks=slow),
-        pytest.param("h100", {"recipe": "fast"}, marks=slow),
         pytest.param("h100", {"recipe": "accurate"}, marks=slow),
-        pytest.param("h100", {"recipe": "accurate", "seeds": 32}, marks=slow),
-        pytest.param("a100", {}, marks=slow),
-        pytest.param("h200", {}, marks=slow),
-        pytest.param("b200", {}, marks=slow),
     ],
 )
 def test_on_gpus_no_step_waits_for_the_host_and_no_convolution_is_grouped(target, settings):
@@ -77,26 +79,26 @@ def test_on_gpus_no_step_waits_for_the_host_and_no_convolution_is_grouped(target
 def test_a_step_of_one_seed_starts_few_kernels():
     step = plan("h100").step
     assert step.launches <= 26
-    assert step.matmuls + step.convolutions == 8  # two of block 1, three of block 2 and of the head
+    assert (step.matmuls, step.convolutions) == (3, 0)  # block 2's: all else is sums that have a launch in common
 
 
 @slow
 def test_more_seeds_than_fit_are_trained_in_groups():
     planned = plan("h100", seeds=512)
     step = planned.step
-    assert 1 <= planned.seeds_at_once <= 512
+    assert 256 <= planned.seeds_at_once <= 512
     assert planned.fits
     assert (step.grouped_convolutions, step.known_trip_count) == (0, True)
 
 
+@slow
 @pytest.mark.parametrize(
     ("target", "settings", "exchanges"),
     [
         ("h100:8", {}, 1),
-        pytest.param("h100:8", {"seeds": 8}, 0, marks=slow),
+        ("h100:8", {"seeds": 8}, 0),
         ("v5e:1x1", {}, 0),
-        pytest.param("v5e:2x2", {}, 1, marks=slow),
-        pytest.param("v5e:2x2", {"seeds": 4}, 0, marks=slow),
+        ("v5e:2x2", {}, 1),
     ],
 )
 def test_devices_exchange_one_sum_per_step_and_none_where_each_has_its_own_seeds(target, settings, exchanges):
@@ -104,16 +106,13 @@ def test_devices_exchange_one_sum_per_step_and_none_where_each_has_its_own_seeds
     assert step.collectives == exchanges
 
 
+@slow
 @pytest.mark.parametrize(
     ("target", "settings"),
     [
         ("v5e:1x1", {}),
-        pytest.param("v5e:2x2", {}, marks=slow),
-        pytest.param("v5e:2x2", {"seeds": 4}, marks=slow),
-        pytest.param("v5e:1x1", {"seeds": 8}, marks=slow),
-        pytest.param("v5e:1x1", {"precision": "bfloat16"}, marks=slow),
-        pytest.param("v5e:1x1", {"recipe": "accurate"}, marks=slow),
-        pytest.param("v6e:1x1", {}, marks=slow),
+        ("v5e:2x2", {}),
+        ("v5e:1x1", {"precision": "bfloat16"}),
     ],
 )
 def test_for_tpus_it_compiles_soon_and_says_what_xla_estimates(target, settings):
@@ -127,7 +126,7 @@ def test_for_tpus_it_compiles_soon_and_says_what_xla_estimates(target, settings)
     assert all(value > 0 for value in planned.estimate.values())
 
 
-@pytest.mark.parametrize("target", ["h100", "h100:8", "v5e:1x1"])
+@pytest.mark.parametrize("target", ["h100", *(pytest.param(target, marks=slow) for target in ("h100:8", "v5e:1x1"))])
 def test_products_of_float32_are_computed_in_full(target):
     products = re.findall(r"^.* (?:dot|convolution)\(.*$|^.*__cu(?:dnn|blas).*$", plan(target).hlo, re.MULTILINE)
     in_full = re.compile(r"operand_precision=\{highest,highest\}|algorithm=dot_(f32_f32_f32|bf16_bf16_f32_x[69])")

@@ -184,7 +184,7 @@ def test_help_groups_the_settings_and_gives_each_ones_default_and_meaning(printe
 
 
 MISTYPED = {
-    "": "a command is missing; the commands are train, .*benchmark; cnn-jax --help explains them",
+    "": "a command is missing; the commands are train, .*benchmark, plan; cnn-jax --help explains them",
     "evalaute run": "there is no command evalaute; perhaps you meant evaluate;",
     "abacus": "there is no command abacus; the commands are train, ",
     "--debug train": "there is no command --debug; ",
