@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnn_jax.core.evaluation import Evaluation, pixel_scale, sum_over_images
 from cnn_jax.data.idx import idx_header, read_idx
 from tests.fault_injection.runs import read_newest
 
@@ -84,8 +83,3 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def evaluate(model, params, images, labels, *, unscaled=False):
-    """Test one network on all images."""
-    return Evaluation.of(*sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model))

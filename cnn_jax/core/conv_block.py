@@ -48,11 +48,9 @@ def conv_block(
     has_large_window = kernel.size // len(bias) >= SMALLEST_PIXEL_PATCH
     on_cpu = functools.partial(_convolve_pixels if has_large_window else _convolve_windows, dtype)
     elsewhere = functools.partial(_convolve_pixels if has_large_window else _convolve_shifts, dtype)
-    bias = bias[jnp.newaxis, jnp.newaxis, jnp.newaxis, :]
+    operands = images, kernel, bias[jnp.newaxis, jnp.newaxis, jnp.newaxis, :]
     return lax.platform_dependent(
-        images,
-        kernel,
-        bias,
+        *operands,
         # After the pooling the bias costs a quarter.
         cpu=lambda images, kernel, bias: _pool(pool, bias, *on_cpu(images, kernel, jnp.zeros_like(bias))),
         # Its gradient is added up with the kernel's: on a GPU two launches less for each block.
@@ -133,8 +131,7 @@ def _convolve_windows_backward(dtype, residuals, corner_cotangents):
     (image_cotangent,) = jax.linear_transpose(extract, images)(patch_cotangent)
     large = jax.ShapeDtypeStruct(kernel.shape, patch_cotangent.dtype)
     (kernel_cotangent,) = jax.linear_transpose(_window_kernel, large)(_matmul(patches.T, cotangent))
-    bias_cotangent = functools.reduce(jnp.add, corner_cotangents).sum(axis=(0, 1, 2), keepdims=True)
-    return image_cotangent, kernel_cotangent, bias_cotangent
+    return image_cotangent, kernel_cotangent, jnp.stack(corner_cotangents).sum(axis=(0, 1, 2, 3)).reshape(1, 1, 1, -1)
 
 
 _convolve_windows.defvjp(_convolve_windows_forward, _convolve_windows_backward)

@@ -58,6 +58,18 @@ class Sums(NamedTuple):
     images: Int32[Array, "*seeds"]
 
 
+def evaluate(
+    model: nn.Module,
+    params: PyTree,
+    images: UInt8[Array, "m h w c"] | UInt8[np.ndarray, "m h w c"],
+    labels: Int32[Array, " m"] | Int32[np.ndarray, " m"],
+    *,
+    unscaled: bool = False,
+) -> Evaluation:
+    """Test a network on all images; `unscaled` feeds pixels in 0..255, as the PyTorch tutorial does when it tests."""
+    return Evaluation.of(*sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model))
+
+
 def pixel_scale(*, unscaled: bool) -> np.float32:
     """Return the pixel value that becomes 1: an argument of the compiled program, so that both ways share it."""
     return np.float32(1 if unscaled else 255)

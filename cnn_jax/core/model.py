@@ -115,11 +115,9 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n {self.features}"]:
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias = self.param("bias", torch_uniform(x.shape[-1]), (self.features,))
-        return lax.platform_dependent(x, kernel, bias, cuda=_add_products, rocm=_add_products, default=_multiply)
-
-
-def _multiply(x, kernel, bias):
-    return jnp.matmul(x, kernel, precision="highest") + bias[jnp.newaxis]
+        gpu = _add_products
+        product = lambda x, kernel, bias: jnp.matmul(x, kernel, precision="highest") + bias[jnp.newaxis]  # noqa: E731
+        return lax.platform_dependent(x, kernel, bias, cuda=gpu, rocm=gpu, default=product)
 
 
 def _add_products(x, kernel, bias):

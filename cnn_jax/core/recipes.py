@@ -39,8 +39,7 @@ class Recipe:
       augment: Changes the images of a batch, each by its own key; None leaves them unchanged.
       ema_decay: Evaluation uses an exponential moving average of the weights, of which each step keeps this share.
         None evaluates the weights themselves.
-      elementwise: Whether the optimiser treats each weight alike, whichever array it is in. A GPU then updates all
-        weights as one vector, in one launch.
+      elementwise: Whether the optimiser treats each weight alike: a GPU then updates all as one vector, in one launch.
     """
 
     optimizer: optax.GradientTransformation

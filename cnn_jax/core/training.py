@@ -50,8 +50,7 @@ class SeedEpoch(NamedTuple):
     augment_key: Key[Array, "*seeds"] | None = None
 
 
-# The most steps of a compiled loop on an accelerator; between two the bar moves and signals are answered.
-LOOP_STEPS = 100
+LOOP_STEPS = 100  # of an accelerator's compiled loop, at most; after it the bar moves and a signal is answered
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))
@@ -84,9 +83,8 @@ def run_steps(
       recipe: How it is trained.
       axis: As for `train_step`.
       parts: As for `train_step`.
-      platform: What runs it. A GPU updates all weights as one vector, if the recipe's optimiser allows it. Elsewhere
-        than on a CPU the loop has a constant length, `loop_steps`, or its host would be asked before each step whether
-        to go on: from `stop` on, and beyond that length, no step changes anything.
+      platform: What runs it. An accelerator's loop has a constant length, `loop_steps`, or it would ask the host before
+        each step whether to go on: from `stop` on, or beyond that length, no step changes anything.
 
     Returns:
       The state after the last step, and the steps' losses, of which first..stop-1 are filled in.
@@ -122,10 +120,8 @@ def map_weights(function: Callable, state: TrainState, tree: TrainState) -> Trai
     def is_weights(part):
         return jax.tree.structure(part) == weights
 
-    def apply(part, of_state):
-        return function(of_state) if is_weights(part) else of_state
-
-    return jax.tree.map(apply, tree, state, is_leaf=is_weights)
+    pairs = functools.partial(jax.tree.map, is_leaf=is_weights)
+    return pairs(lambda part, values: function(values) if is_weights(part) else values, tree, state)
 
 
 def loop_steps(steps: int) -> int:

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from cnn_jax.analysis.layers import Inspection, draw_pictures, inspect_network, plain_network, run_layers
+from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.restore import restore_run
-from tests.helpers import evaluate
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -134,6 +134,16 @@ def test_products_of_float32_are_computed_in_full(target):
     assert [line for line in products if not in_full.search(line)] == []
 
 
+@slow
+@pytest.mark.parametrize("target", ["h100", "v5e:1x1"])
+def test_in_bfloat16_the_second_block_multiplies_bfloat16(target):
+    text = plan(target, precision="bfloat16").hlo
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+    products = re.findall(r" (?:dot|convolution)\((?:\w+\[\S*\] )?%([\w.\-]+), (?:\w+\[\S*\] )?%([\w.\-]+)\)", text)
+    of_operands = [{types[operand] for operand in operands} for operands in products]
+    assert of_operands.count({"bf16"}) >= 3  # forward, and the gradients of the kernel and of the images
+
+
 def cluster_jobs():
     """The trainings that the jobs in docs/cluster/ start, each with the GPUs that it starts on."""
     script = (ROOT / "docs" / "cluster" / "slurm.sh").read_text()

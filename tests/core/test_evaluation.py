@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.core.evaluation import sum_over_images
+from cnn_jax.core.evaluation import evaluate, sum_over_images
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import tutorial
 from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, make_keys, run_steps
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
-from tests.helpers import EMBEDDED, evaluate
+from tests.helpers import EMBEDDED
 
 pytestmark = pytest.mark.optax_promotes
 

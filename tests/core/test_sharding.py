@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.sharding import count_parts, make_mesh, of_seed, shard, to_host
 from cnn_jax.runs.program import (
     Sizes,
@@ -18,7 +19,6 @@ from cnn_jax.runs.program import (
     start_states,
 )
 from cnn_jax.runs.settings import TrainSettings
-from tests.helpers import evaluate
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import Recipe, make_recipe, tutorial
 from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, loop_steps, make_keys
 from cnn_jax.core.training import run_steps as run_any_steps
 from cnn_jax.core.training import train_step as take_any_step
 from cnn_jax.data.dataset import scale_pixels
-from tests.helpers import assert_same_bits, evaluate
+from tests.helpers import assert_same_bits
 
 pytestmark = pytest.mark.optax_promotes
 

@@ -59,6 +59,27 @@ def test_what_jax_cannot_start_with_is_named(variables, complaint, started, tmp_
     assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "--xla_gpu_deterministic_ops=true"),
+        ("--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_a_gpu_adds_in_a_fixed_order_unless_the_user_decides(flags, expected, monkeypatch):
+    from cnn_jax.runtime import devices
+
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(devices, "_check_variables", lambda: None)
+    monkeypatch.setattr(devices, "_GPU_FILES", ())
+    devices.start_devices("cpu", keep_compiled=False)
+    assert os.environ["XLA_FLAGS"] == flags
+    monkeypatch.setattr(devices, "_GPU_FILES", (__file__,))
+    devices.start_devices("cpu", keep_compiled=False)
+    assert os.environ["XLA_FLAGS"] == expected
+
+
 def test_a_platform_whose_packages_are_installed_does_not_ask_for_them(monkeypatch):
     from cnn_jax.runtime import devices
     from cnn_jax.runtime.errors import UsageError
