@@ -115,9 +115,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n {self.features}"]:
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias = self.param("bias", torch_uniform(x.shape[-1]), (self.features,))
-        gpu = _add_products
         product = lambda x, kernel, bias: jnp.matmul(x, kernel, precision="highest") + bias[jnp.newaxis]  # noqa: E731
-        return lax.platform_dependent(x, kernel, bias, cuda=gpu, rocm=gpu, default=product)
+        return lax.platform_dependent(x, kernel, bias, cuda=_add_products, rocm=_add_products, default=product)
 
 
 def _add_products(x, kernel, bias):

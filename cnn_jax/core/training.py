@@ -16,6 +16,8 @@ from cnn_jax.core.model import forward
 from cnn_jax.core.recipes import Recipe
 from cnn_jax.data.dataset import scale_pixels
 
+LOOP_STEPS = 100  # of an accelerator's compiled loop, at most; after it the bar moves and a signal is answered
+
 
 class TrainState(NamedTuple):
     """All that training changes, as plain arrays.
@@ -48,9 +50,6 @@ class SeedEpoch(NamedTuple):
 
     batches: Int32[Array, "*seeds steps n"]
     augment_key: Key[Array, "*seeds"] | None = None
-
-
-LOOP_STEPS = 100  # of an accelerator's compiled loop, at most; after it the bar moves and a signal is answered
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))

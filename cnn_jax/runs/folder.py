@@ -274,8 +274,7 @@ class RunFolder:
         """Return a function that writes an epoch's numbers for TensorBoard, under their names in metrics.jsonl.
 
         The numbers of several seeds are written one by one, too. What cannot be written is left out, and `unwritten`
-        says so. TensorBoard forgets what an earlier process wrote of
-        steps after `after_step`.
+        says so. TensorBoard forgets what an earlier process wrote of steps after `after_step`.
         """
         from tensorboardX.event_file_writer import EventsWriter  # an extra; its SummaryWriter fails in a thread
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf as it runs

@@ -214,8 +214,6 @@ def train_epoch(
         losses = np.zeros_like(losses)
     length = FIRST_SEGMENT_STEPS
     for chunk in feed(program.epoch(np.int32(epoch)), first):
-        if program.mesh.devices.flat[0].platform != "cpu":
-            length = loop_steps(chunk.epoch.batches.shape[1])
         while first < min(chunk.stop, end):
             limit = min(chunk.stop, end) - first
             if save_every is not None:
