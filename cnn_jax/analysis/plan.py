@@ -11,7 +11,7 @@ import numpy as np
 
 from cnn_jax.analysis.hlo import Step, count_step
 from cnn_jax.analysis.targets import Target, compile_only_devices, set_up_compilers
-from cnn_jax.core.input_pipeline import CHUNK_BYTES, Chunk
+from cnn_jax.core.input_pipeline import Chunk, chunk_steps
 from cnn_jax.core.sharding import DATA, make_mesh
 from cnn_jax.data.dataset import DatasetSizes, check_sizes
 from cnn_jax.data.loading import read_sizes
@@ -199,7 +199,7 @@ def chunk_shapes(program: Program, sizes: Sizes) -> Chunk:
     epoch = jax.eval_shape(program.epoch, np.int32(0))
     (seeds, steps, batch), examples = epoch.batches.shape, sizes.train_examples
     if program.streams:
-        steps = min(steps, max(1, CHUNK_BYTES // (seeds * batch * math.prod(sizes.image_shape))))
+        steps = chunk_steps(epoch.batches.shape, sizes.image_shape)
         epoch = epoch._replace(batches=jax.ShapeDtypeStruct((seeds, steps, batch), epoch.batches.dtype))
         examples = seeds * steps * batch
     return Chunk(epoch, *_shapes(examples, sizes.image_shape), first=0, stop=steps)

@@ -4,8 +4,7 @@ It computes what `lax.conv_general_dilated` with padding "SAME", `jnp.maximum(.,
 in turn, from slices, products and comparisons alone, because XLA's own gradients are slow where training needs them:
 that of `reduce_window`; on a CPU that of a convolution, which takes over a second in a loop; on a GPU those of many
 seeds' convolutions at once, which are grouped. On a TPU float32 convolutions take two minutes to compile.
-The milliseconds in this file are for a batch of 100 on two cores. Launches are the kernels that a step of one seed
-starts on an H100, as XLA compiles it.
+Milliseconds are for a batch of 100 on two cores; launches are counted in XLA's program of one seed's step on an H100.
 """
 
 import functools

@@ -63,9 +63,7 @@ def streamed(dataset: Dataset, mesh: Mesh) -> Feed:
 
     def chunks(epoch: SeedEpoch, first: int) -> Iterator[Chunk]:
         batches = to_host(epoch.batches)
-        image_bytes = math.prod(dataset.train_images.shape[1:])
-        steps = max(1, CHUNK_BYTES // (batches.shape[0] * batches.shape[2] * image_bytes))
-        steps = min(steps, batches.shape[1])
+        steps = chunk_steps(batches.shape, dataset.train_images.shape[1:])
         source = _Chunks(dataset, batches[:, first:], steps, mesh)
         read = grain.MapDataset.source(source).to_iter_dataset(
             grain.ReadOptions(num_threads=PREFETCH, prefetch_buffer_size=PREFETCH)
@@ -76,6 +74,11 @@ def streamed(dataset: Dataset, mesh: Mesh) -> Feed:
             yield Chunk(local, images, labels, start, min(start + steps, batches.shape[1]))
 
     return chunks
+
+
+def chunk_steps(batches: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
+    """Return how many steps a streamed chunk has, of an epoch's batches, (seeds, steps, batch size)."""
+    return min(batches[1], max(1, CHUNK_BYTES // (batches[0] * batches[2] * math.prod(image_shape))))
 
 
 class _Chunks:
