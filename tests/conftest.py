@@ -7,6 +7,10 @@ import functools
 import gc
 import os
 
+# XLA compiles a step in less than half the time so, and a step takes a third longer; a test's run has few. With
+# `XLA_FLAGS=` in front, pytest tests what users compile.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1")
+
 import jax
 import jaxtyping
 import pytest
@@ -82,14 +86,18 @@ def compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    gc.freeze()  # all that is imported, which the collector would look through each time
     with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
 def tfds_folder(tmp_path_factory):
-    """A folder for tfds; the first test that loads MNIST from it has it prepared."""
-    return tmp_path_factory.mktemp("tfds")
+    """A folder for tfds that all workers share; the first test that loads MNIST from it has it prepared."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tfds"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +112,7 @@ def real_images():
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
-    """A folder of four IDX files: 2,030 real training images, 510 real test images."""
+    """A folder of four IDX files: 1,030 real training images, 260 real test images."""
     from tests.helpers import write_small_mnist
 
     folder = tmp_path_factory.mktemp("small-mnist")

@@ -27,10 +27,10 @@ def start_python(*arguments, **options):
 
 
 def write_small_mnist(folder):
-    """Write four IDX files with 2,030 real training images and 510 real test images."""
+    """Write four IDX files with 1,030 real training images and 260 real test images."""
     images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
     labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)
-    for prefix, part in (("train", slice(0, 2030)), ("t10k", slice(2030, 2540))):
+    for prefix, part in (("train", slice(0, 1030)), ("t10k", slice(1030, 1290))):
         write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.xz", labels[part])
 

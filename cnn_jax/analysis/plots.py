@@ -247,7 +247,10 @@ def _mosaic(tiles: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _save(figure: Figure, file: Path) -> None:
+    # `savefig` would lay it out twice.
+    figure.set_dpi(150)
+    figure.canvas.draw()
     png = io.BytesIO()
-    figure.savefig(png, dpi=150, format="png")
+    plt.imsave(png, np.asarray(figure.canvas.buffer_rgba()), format="png")
     plt.close(figure)
     write_atomically(file, png.getvalue())

@@ -10,7 +10,7 @@ import numpy as np
 from cnn_jax.analysis.layers import Inspection, Picture, draw_pictures, inspect_network
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
-from cnn_jax.runs.restore import TrainedRun, evaluate_trained, restore_run
+from cnn_jax.runs.restore import TrainedRun, evaluate_as_tutorial, evaluate_trained, restore_run
 from cnn_jax.runs.settings import Platform, TrainSettings
 from cnn_jax.runs.summary import describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
@@ -36,11 +36,17 @@ def report_run(
     trained = restore_run(folder, data_dir, display.say)
     accuracies = [test.accuracy for test in evaluate_trained(trained)]
     file = output or folder.report
-    write_report(file, folder, trained, accuracies)
+    write_report(file, folder, trained, accuracies, evaluate_as_tutorial(trained))
     display.say(f"the report is {file}")
 
 
-def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies: list[float]) -> None:
+def write_report(
+    file: Path,
+    folder: RunFolder,
+    trained: TrainedRun,
+    accuracies: list[float],
+    unscaled_accuracies: list[float] | None,
+) -> None:
     """Write the page about a run, and its pictures to the run's folder.
 
     Args:
@@ -48,6 +54,7 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
       folder: The run's folder, with its result if it has ended.
       trained: The run.
       accuracies: Each seed's accuracy on the test images, in [0, 1].
+      unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None for data without a tutorial.
     """
     settings, dataset, step = trained.settings, trained.dataset, trained.step
     params = of_seed(trained.states.eval_params, 0)
@@ -56,7 +63,6 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
     result = folder.read_result()
     if result is not None and result.step != step:  # it was written before the run was continued
         result = None
-    unscaled = None if result is None or result.unscaled_test_accuracy is None else [result.unscaled_test_accuracy]
     seconds = {} if result is None else result.seconds
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -71,7 +77,7 @@ def write_report(file: Path, folder: RunFolder, trained: TrainedRun, accuracies:
         subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
         which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
         numbers=_numbers(trained, seconds, accuracies),
-        results=result_rows(trained, accuracies, unscaled) + _last_epoch(metrics),
+        results=result_rows(trained, accuracies, unscaled_accuracies) + _last_epoch(metrics),
         times=[(name, describe_seconds(seconds)) for name, seconds in seconds.items()],
         pictures=pictures,
         drawn=dataset.test_images.shape[-1] != 3,

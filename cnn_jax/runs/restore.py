@@ -102,6 +102,13 @@ def evaluate_trained(trained: TrainedRun, *, unscaled: bool = False) -> list[Eva
     return evaluate_seeds(trained.program, shard(trained.states, mesh, P(SEEDS)), test_set, unscaled=unscaled)
 
 
+def evaluate_as_tutorial(trained: TrainedRun) -> list[float] | None:
+    """Return every seed's accuracy on unscaled pixels; None for data other than MNIST, which have no tutorial."""
+    if trained.dataset.name != "mnist":
+        return None
+    return [test.accuracy for test in evaluate_trained(trained, unscaled=True)]
+
+
 def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], None]) -> TrainedRun:
     """Restore a run from its newest sound checkpoint.
 

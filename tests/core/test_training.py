@@ -27,14 +27,14 @@ run_steps = functools.partial(run_any_steps, model=MODEL, recipe=RECIPE)
 @pytest.fixture(scope="module")
 def train_set(real_images):
     images, labels = real_images
-    return jnp.asarray(images[:2000, :, :, np.newaxis]), jnp.asarray(labels[:2000].astype(np.int32))
+    return jnp.asarray(images[:1000, :, :, np.newaxis]), jnp.asarray(labels[:1000].astype(np.int32))
 
 
 def initial_state(seed=777):
     return create_train_state(make_keys(seed).init_key, MODEL, (28, 28, 1), RECIPE)
 
 
-def order_of(epoch, *, seed=777, num_examples=2000, batch_size=100):
+def order_of(epoch, *, seed=777, num_examples=1000, batch_size=100):
     return batch_indices(make_keys(seed).order_key, epoch, num_examples=num_examples, batch_size=batch_size)
 
 
@@ -106,7 +106,7 @@ def test_steps_take_the_batches_of_the_order(train_set):
         one_by_one, loss = train_step(one_by_one, train_set[0][batch], train_set[1][batch])
         expected.append(float(loss))
     _, losses = run_steps((initial_state(), SeedEpoch(order)), *train_set, 0, 3)
-    np.testing.assert_allclose(np.asarray(losses), [*expected, *[0] * 17], rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(losses), [*expected, *[0] * 7], rtol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train_set):
@@ -119,15 +119,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train_set):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_the_length_of_the_segments_changes_no_bit(train_set, platform):
     whole = train_one_epoch(train_set, platform=platform)
-    assert_same_bits(whole, train_one_epoch(train_set, cuts=(1, 8, 13), platform=platform))
+    assert_same_bits(whole, train_one_epoch(train_set, cuts=(1, 4, 7), platform=platform))
     if platform == "cpu":
-        assert_same_bits(whole, train_one_epoch(train_set, cuts=tuple(range(1, 20))))
+        assert_same_bits(whole, train_one_epoch(train_set, cuts=tuple(range(1, 10))))
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("name", ["tutorial", "fast", "accurate"])
 def test_the_loop_of_an_accelerator_trains_as_a_cpus_does(train_set, name, platform):
-    recipe = make_recipe(name, 0.001, 20)
+    recipe = make_recipe(name, 0.001, 10)
     state = create_train_state(make_keys(7).init_key, MODEL, (28, 28, 1), recipe)
     seed = state, SeedEpoch(order_of(0)[:4], make_keys(7).augment_key)
     run = functools.partial(run_any_steps, seed, *train_set, 1, 4, model=MODEL, recipe=recipe)
@@ -158,9 +158,9 @@ def test_the_loops_of_an_accelerator_waste_few_steps():
 def test_one_epoch_on_a_subset_of_mnist_learns(train_set, real_images):
     state, _ = train_one_epoch(train_set)
     images, labels = real_images
-    test_images, test_labels = images[2000:3000, :, :, np.newaxis], labels[2000:3000].astype(np.int32)
+    test_images, test_labels = images[1000:2000, :, :, np.newaxis], labels[1000:2000].astype(np.int32)
     untrained = initial_state()
     before = evaluate(MODEL, untrained.params, test_images, test_labels).accuracy
     after = evaluate(MODEL, state.params, test_images, test_labels).accuracy
     assert before < 0.3
-    assert after > 0.75
+    assert after > 0.5

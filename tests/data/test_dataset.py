@@ -188,7 +188,7 @@ def test_idx_files_are_read_plain_or_compressed_under_their_published_names(suff
         else:
             write_idx(target, values)
     dataset = load_dataset("mnist", tmp_path, None)
-    assert count_train_examples("mnist", tmp_path, None) == 2030
+    assert count_train_examples("mnist", tmp_path, None) == 1030
     np.testing.assert_array_equal(dataset.train_images, expected.train_images)
     np.testing.assert_array_equal(dataset.test_labels, expected.test_labels)
 

@@ -81,11 +81,11 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     monkeypatch.setitem(sys.modules, "torch", None)
     code, out, err = command("export", "run", "--to", "safetensors", "--output", file, "--seed", 6, *where)
     assert (code, out) == (0, "")
-    assert err.endswith(f"{tmp_path}/run, seed 6, after 20 steps is now {file}\n")
+    assert err.endswith(f"{tmp_path}/run, seed 6, after 10 steps is now {file}\n")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     network, of_run = read_trained(file), load_trained_run(tmp_path / "run", None, pytest.fail, seed=6)[0]
     assert network.test_accuracy == metrics["seeds"]["test_accuracy"][1]
-    assert network.training == Provenance(recipe="tutorial", epochs=1, seed=6, steps=20)
+    assert network.training == Provenance(recipe="tutorial", epochs=1, seed=6, steps=10)
     np.testing.assert_array_equal(network.params["fc"]["kernel"], of_run.params["fc"]["kernel"])
     first = load_trained(tmp_path / "run", None, pytest.fail)
     assert (first.training.seed, first.test_accuracy) == (5, metrics["seeds"]["test_accuracy"][0])

@@ -99,7 +99,7 @@ def test_a_file_that_holds_something_else_is_named_with_the_remedy(name, content
         ({"epochs": 1.0}, "epochs was 2 and is 1"),
         ({"features": [10**9, 10**9]}, "GiB of memory"),
         # With these, the data do not fit.
-        ({"validation": 2029}, "--batch-size 100: it must be at most 1"),
+        ({"validation": 1029}, "--batch-size 100: it must be at most 1"),
         ({"validation": 10**30}, "--validation"),
     ],
 )
@@ -125,12 +125,12 @@ def test_the_training_command_writes_edited_settings_anew(run, command, again):
 
 
 def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(run, command):
-    file = run.checkpoints / "40" / "meta" / "metadata"
+    file = run.checkpoints / "20" / "meta" / "metadata"
     file.unlink()
     os.mkfifo(file)
     code, _, err = command("evaluate", run.path)
     assert code == 0, err
-    assert "the checkpoint of step 40 is damaged (metadata is no file); it is left out" in err
+    assert "the checkpoint of step 20 is damaged (metadata is no file); it is left out" in err
 
 
 def test_a_result_whose_numbers_were_edited_is_written_anew_by_the_training_command(run, again):
@@ -215,7 +215,7 @@ def test_metrics_that_were_edited_come_back_when_the_run_goes_on(run, again):
 
 
 def test_a_line_that_the_checkpoint_does_not_know_yet_is_what_a_kill_leaves_behind(run, again):
-    shutil.rmtree(run.checkpoints / "40")
+    shutil.rmtree(run.checkpoints / "20")
     code, out, err = again()
     assert (code, out.count("[Epoch:")) == (0, 2), err
     assert "edited" not in err
@@ -254,7 +254,7 @@ def test_what_stands_in_a_runs_place_is_told_before_it_begins(name, kind, tmp_pa
         RunFolder(tmp_path).locked().__enter__()
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "lock", "steps/40/state", "study.db"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "lock", "steps/20/state", "study.db"])
 def test_an_output_takes_no_place_of_what_a_run_is_read_back_from(name, tmp_path):
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)

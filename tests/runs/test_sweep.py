@@ -178,7 +178,7 @@ def test_a_study_refuses_data_that_have_changed(command, arguments, begin, small
     shutil.copytree(small_mnist, data)
     begin(dataset_dir=data)
     labels = data / "t10k-labels-idx1-ubyte.xz"
-    write_idx(labels, np.zeros(510, np.uint8))
+    write_idx(labels, np.zeros(260, np.uint8))
     code, _, err = command("sweep", *SAME, *arguments, "--dataset-dir", data)
     assert code == 65
     assert_one_line(err, data, tmp_path / "sweep", "bring them back")
@@ -407,8 +407,8 @@ def test_a_study_does_not_go_on_with_the_runs_of_another_one(command, arguments,
 @pytest.mark.parametrize(
     ("changed", "code", "word"),
     [
-        (["--validation", 2030], 2, "--validation 2030"),
-        (["--validation", 2000], 2, "--batch-size 100"),
+        (["--validation", 1030], 2, "--validation 1030"),
+        (["--validation", 1000], 2, "--batch-size 100"),
         (["--dataset-dir", "nowhere"], 2, "nowhere"),
         (["--dataset-dir", "tiny"], 2, "2x2"),
         (["--dataset-dir", "damaged"], 65, "train-images"),
@@ -419,10 +419,10 @@ def test_what_every_trial_would_refuse_is_refused_before_a_study_is_begun(
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_mnist, "damaged")
-    os.truncate("damaged/train-images-idx3-ubyte", 1_000_000)
+    os.truncate("damaged/train-images-idx3-ubyte", 500_000)
     shutil.copytree(small_mnist, "tiny")
-    write_idx(tmp_path / "tiny" / "train-images-idx3-ubyte", np.zeros((2030, 2, 2), np.uint8))
-    write_idx(tmp_path / "tiny" / "t10k-images-idx3-ubyte", np.zeros((510, 2, 2), np.uint8))
+    write_idx(tmp_path / "tiny" / "train-images-idx3-ubyte", np.zeros((1030, 2, 2), np.uint8))
+    write_idx(tmp_path / "tiny" / "t10k-images-idx3-ubyte", np.zeros((260, 2, 2), np.uint8))
     ended, _, err = command("sweep", *SAME, *arguments, *changed)
     assert ended == code
     assert_one_line(err, word)

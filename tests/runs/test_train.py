@@ -22,7 +22,7 @@ from tests.helpers import TIMES, TRAIN, assert_same_run, damage_newest, metrics_
 
 pytestmark = pytest.mark.optax_promotes
 
-EPOCHS, STEPS_PER_EPOCH = 3, 20
+EPOCHS, STEPS_PER_EPOCH = 3, 10
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(tr
         f"Accuracy: {lines[1]['test_accuracy']:.4f}\n",
     )
     assert [list(line) for line in lines] == [["epoch", "step", "cost", "test_accuracy", "test_loss", *TIMES]] * 2
-    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 20), (2, 40)]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 10), (2, 20)]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
-    for part in ("2,030 training and 510 test images", "50,186 parameters", "loading", "compiling", "written to"):
+    for part in ("1,030 training and 260 test images", "50,186 parameters", "loading", "compiling", "written to"):
         assert part in err
     # The cost is the mean of the epoch's batch losses, which the checkpoint at its end still holds.
     losses = read_newest(tmp_path / "run" / "steps")["['losses']"].astype(np.float64)
@@ -69,18 +69,18 @@ def test_a_run_resumed_from_an_epochs_end_equals_an_uninterrupted_run(train, tmp
     assert train(epochs=1)[0] == 0
     code, out, err = train()
     assert (code, out.count("[Epoch:")) == (0, EPOCHS)
-    assert "continuing after step 20 of 60" in err
+    assert "continuing after step 10 of 30" in err
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
 def test_a_run_resumed_from_an_epochs_middle_equals_an_uninterrupted_run(train, tmp_path, uninterrupted):
     assert train("--checkpoint-every-steps", 7)[0] == 0
     # Going back to an older checkpoint is what a kill does.
-    for step in ("56", "60"):
+    for step in ("28", "30"):
         shutil.rmtree(tmp_path / "run" / "steps" / step)
     code, out, err = train()
     assert (code, out.count("[Epoch:")) == (0, EPOCHS)
-    assert "continuing after step 49 of 60" in err
+    assert "continuing after step 21 of 30" in err
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -89,7 +89,7 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
         "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
     )  # fmt: skip
-    wait_for_step(tmp_path / "run", 23)
+    wait_for_step(tmp_path / "run", 13)
     process.send_signal(signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
     code, out, err = train()
@@ -158,9 +158,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits
     damage_newest(tmp_path / "run" / "steps")
     code, out, err = train()
     assert (code, out.count("[Epoch:")) == (0, EPOCHS)
-    assert "the checkpoint of step 40 is damaged" in err
-    assert "continuing after step 20 of 60" in err
-    assert (tmp_path / "run" / "quarantine" / "40").is_dir()
+    assert "the checkpoint of step 20 is damaged" in err
+    assert "continuing after step 10 of 30" in err
+    assert (tmp_path / "run" / "quarantine" / "20").is_dir()
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_bad(train, tmp
 
 
 def test_weights_that_the_last_step_of_an_epoch_spoiled_are_not_saved(train, tmp_path):
-    code, _, err = train("--learning-rate", 1e30, "--batch-size", 2030, epochs=1)
+    code, _, err = train("--learning-rate", 1e30, "--batch-size", 1030, epochs=1)
     assert code == 5
     assert "the loss of the tested images is not finite after step 1" in err
     assert list((tmp_path / "run" / "steps").glob("*")) == []
@@ -314,8 +314,8 @@ def test_held_out_images_are_not_trained_on_and_the_test_set_is_looked_at_once(t
     monkeypatch.setattr("cnn_jax.runs.restore.evaluate_seeds", note)
     code, _, err = train("--validation", 300)
     assert code == 0
-    assert "3 epochs of 17 steps" in err  # 1,730 of 2,030 images
-    assert tested == [300] * 3 + [510]
+    assert "3 epochs of 7 steps" in err  # 730 of 1,030 images
+    assert tested == [300] * 3 + [260]
     assert [list(epoch)[3] for epoch in metrics_of(tmp_path / "run")] == ["validation_accuracy"] * 3
 
 
@@ -369,8 +369,8 @@ def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
         (("--features", 100_000, 100_000), "training needs more than 1,349 GiB of memory and there are"),
         (("--features", 10**200, 10**200), "training needs more than 1,000,000,000 GiB of memory and there are"),
         (
-            ("--features", 9_000_000, 1, "--batch-size", 2000),
-            "with --seeds 1 and --batch-size 2000: training needs more",
+            ("--features", 9_000_000, 1, "--batch-size", 1000),
+            "with --seeds 1 and --batch-size 1000: training needs more",
         ),
         (("--seeds", 4 * 10**9, "--seed", 0, "--features", 1, 1), "training needs more than"),
         (("--seeds", 10**7), "--features 32 64 with --seeds 10000000 and --batch-size 100: training needs more than"),
@@ -406,20 +406,20 @@ def test_a_dry_run_refuses_a_place_that_cannot_be_written(train, tmp_path):
 def test_a_dry_run_writes_nothing(train, tmp_path):
     code, out, err = train("--dry-run")
     assert (code, out) == (0, "")
-    assert "3 epochs of 20 steps, batch 100, Adam at 0.001, float32, seed 777" in err
+    assert "3 epochs of 10 steps, batch 100, Adam at 0.001, float32, seed 777" in err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bfloat16_learns_too(train, tmp_path):
     assert train("--precision", "bfloat16", epochs=1)[0] == 0
-    assert metrics_of(tmp_path / "run")[0]["test_accuracy"] > 0.7
+    assert metrics_of(tmp_path / "run")[0]["test_accuracy"] > 0.5
 
 
 def test_evaluate_gives_the_accuracy_that_training_gave_and_the_tutorials(train, command, tmp_path):
     _, trained, _ = train(epochs=1)
     code, out, err = command("evaluate", tmp_path / "run")
     assert (code, out) == (0, trained.splitlines()[-1] + "\n")
-    assert "of 510 test images" in err
+    assert "of 260 test images" in err
     code, unscaled, err = command("evaluate", "run", "--checkpoint-dir", tmp_path, "--unscaled")
     assert code == 0
     assert unscaled != out

@@ -87,7 +87,7 @@ with results_delivered():
 def test_a_training_whose_log_or_result_cannot_be_written_is_saved_all_the_same(bad, stream, small_mnist, tmp_path):
     arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run"]
     code, out, err = run([*arguments, "--epochs", 1], **{stream: bad})
-    assert (tmp_path / "run" / "steps" / "20").is_dir()
+    assert (tmp_path / "run" / "steps" / "10").is_dir()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     if stream == "stderr":
         assert (code, len(out.splitlines()), result["not_shown"]) == (0, 2, f"standard error: {BAD[bad]}")
