@@ -26,11 +26,11 @@ def start_python(*arguments, **options):
     return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
 
 
-def write_small_mnist(folder):
-    """Write four IDX files with 1,030 real training images and 260 real test images."""
+def write_small_mnist(folder, *, train=1030, test=260):
+    """Write four IDX files with some of MNIST's training images, the first to train on and the next to test on."""
     images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)
     labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)
-    for prefix, part in (("train", slice(0, 1030)), ("t10k", slice(1030, 1290))):
+    for prefix, part in (("train", slice(train)), ("t10k", slice(train, train + test))):
         write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.xz", labels[part])
 

@@ -22,7 +22,7 @@ from cnn_jax.runs.program import (
     TestSet,
     check_resources,
     compile_program,
-    compile_start,
+    compile_soon,
     make_program,
     memory_of,
 )
@@ -166,7 +166,7 @@ def make_plan(target: Target, settings: TrainSettings, data: DatasetSizes) -> Pl
     test_set = TestSet(*_shapes(tested + -tested % shares, data.image_shape))
     begin = time.perf_counter()
     try:
-        compile_start(program)
+        compile_soon(program, program.start)
         program = compile_program(program, settings, sizes, states, chunk, test_set, target.device_bytes)
     except jax.errors.JaxRuntimeError as error:
         if not lacks_memory(error):

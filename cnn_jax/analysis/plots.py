@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("agg")  # files only: no window, no display needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -249,8 +250,9 @@ def _mosaic(tiles: np.ndarray, columns: int) -> np.ndarray:
 def _save(figure: Figure, file: Path) -> None:
     # `savefig` would lay it out twice.
     figure.set_dpi(150)
-    figure.canvas.draw()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     png = io.BytesIO()
-    plt.imsave(png, np.asarray(figure.canvas.buffer_rgba()), format="png")
+    plt.imsave(png, np.asarray(canvas.buffer_rgba()), format="png")
     plt.close(figure)
     write_atomically(file, png.getvalue())

@@ -1,6 +1,8 @@
 """A page about a run: one HTML file that needs no other file, no network and no script."""
 
 import base64
+import contextlib
+import tempfile
 from pathlib import Path
 
 import jax
@@ -47,7 +49,7 @@ def write_report(
     accuracies: list[float],
     unscaled_accuracies: list[float] | None,
 ) -> None:
-    """Write the page about a run, and its pictures to the run's folder.
+    """Write the page about a run; the one in the run's folder has its pictures beside it, too.
 
     Args:
       file: The page.
@@ -59,7 +61,6 @@ def write_report(
     settings, dataset, step = trained.settings, trained.dataset, trained.step
     params = of_seed(trained.states.eval_params, 0)
     inspection, metrics = inspect_network(trained.model, params, dataset), trained.metrics
-    pictures = draw_pictures(inspection, metrics, folder.pictures)
     result = folder.read_result()
     if result is not None and result.step != step:  # it was written before the run was continued
         result = None
@@ -72,19 +73,22 @@ def write_report(
         trim_blocks=True,
     )
     environment.filters["data_uri"] = _data_uri
-    page = environment.get_template("report.html").render(
-        title=folder.path.resolve().name,
-        subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
-        which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
-        numbers=_numbers(trained, seconds, accuracies),
-        results=result_rows(trained, accuracies, unscaled_accuracies) + _last_epoch(metrics),
-        times=[(name, describe_seconds(seconds)) for name, seconds in seconds.items()],
-        pictures=pictures,
-        drawn=dataset.test_images.shape[-1] != 3,
-        layers=_layers(inspection),
-        settings=_settings(settings),
-        versions=[] if result is None else [*result.versions.items(), ("device", result.device)],
-    )
+    # The run itself may be one that cannot be written.
+    beside = contextlib.nullcontext(folder.pictures) if file == folder.report else tempfile.TemporaryDirectory()
+    with beside as place:
+        page = environment.get_template("report.html").render(
+            title=folder.path.resolve().name,
+            subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
+            which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
+            numbers=_numbers(trained, seconds, accuracies),
+            results=result_rows(trained, accuracies, unscaled_accuracies) + _last_epoch(metrics),
+            times=[(name, describe_seconds(seconds)) for name, seconds in seconds.items()],
+            pictures=draw_pictures(inspection, metrics, Path(place)),
+            drawn=dataset.test_images.shape[-1] != 3,
+            layers=_layers(inspection),
+            settings=_settings(settings),
+            versions=[] if result is None else [*result.versions.items(), ("device", result.device)],
+        )
     write_atomically(file, page)
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import itertools
 import logging
-import math
 import os
 import statistics
 import sys
@@ -42,7 +41,7 @@ SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a 
 StudyName = Annotated[str, FOLDER_NAME, SHORT]
 Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
 Range = Annotated[
-    tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] < math.inf, "two positive numbers in order", "g")
+    tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] < 1e38, "two positive numbers in order", "g")
 ]
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -60,6 +59,7 @@ def streamed(dataset: Dataset, mesh: Mesh) -> Feed:
     Each device gets the images of its own seeds and of its own share of each batch, and no others. Chunks have equal
     sizes; the last one is filled up.
     """
+    import grain  # which most runs can start without
 
     def chunks(epoch: SeedEpoch, first: int) -> Iterator[Chunk]:
         batches = to_host(epoch.batches)

@@ -109,8 +109,7 @@ def load_trained_run(
     seed = settings.seed if seed is None else seed
     i = seed - settings.seed
     if not 0 <= i < settings.seeds:
-        last_seed = settings.seed + settings.seeds - 1
-        raise UsageError(f"--seed {seed}: the run {folder.path} has the seeds {settings.seed} to {last_seed}")
+        raise UsageError(f"--seed {seed}: the run {folder.path} has {settings.which_seeds}")
     tested = (epoch for epoch in restored.metrics if epoch.tested_on == "test" and epoch.step == restored.step)
     accuracies = [epoch.accuracy[i] for epoch in tested]
     trained = TrainedModel(

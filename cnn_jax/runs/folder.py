@@ -349,15 +349,15 @@ class RunFolder:
     def check_report(
         self, file: Path | None = None, *, option: str = "run, or a copy of it that can be written"
     ) -> None:
-        """Refuse a place for a page about the run, by default its own, or for the pictures, that cannot be written.
+        """Refuse a place for a page about the run that cannot be written: by default its own, with the pictures.
 
         Raises:
           StorageError: naming it.
         """
         if file is not None:
             check_output(file)
-        if self.path.is_dir():
-            check_output_file(file or self.report, option)
+        elif self.path.is_dir():
+            check_output_file(self.report, option)
             check_output_folder(self.pictures, option)
 
 

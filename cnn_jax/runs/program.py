@@ -104,7 +104,7 @@ class Program(NamedTuple):
     last_step: int
     seeds_at_once: int | None
     start: functools.partial[TrainState]
-    epoch: Callable[[np.int32], SeedEpoch]
+    epoch: functools.partial[SeedEpoch]
     run_steps: jax.stages.Wrapped
     sum_images: jax.stages.Wrapped
 
@@ -211,17 +211,20 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
 
 def start_states(program: Program) -> TrainState:
     """Return a program's states before step 0."""
-    return compile_start(program)(*program.start.args)
+    return compile_soon(program, program.start)()
 
 
-def compile_start(program: Program) -> jax.stages.Compiled:
-    """Compile the function of the seeds that returns their states before step 0.
+def compile_soon(program: Program, function: functools.partial, *arguments: np.int32) -> Callable:
+    """Compile a program's `start` or `epoch`, which take milliseconds, without most of XLA's optimisations.
 
-    They are drawn once, in milliseconds, so most of XLA's optimisations would not pay: on two cores of a Xeon this is
-    compiled in 0.7 s at level 1 and in 1.8 s as everything else is, to the same bits.
+    They would not pay: on two cores of an EPYC the two are traced and compiled in 1.2 s, and in 1.8 s as everything
+    else is, to the same bits.
     """
-    lowered = jax.jit(program.start.func).lower(*program.start.args)
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": "1"})
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
+    if program.mesh.devices.flat[0].platform == "cpu":
+        options["xla_cpu_use_fusion_emitters"] = False
+    lowered = jax.jit(function.func).lower(*function.args, *arguments)
+    return functools.partial(lowered.compile(compiler_options=options), *function.args)
 
 
 def compile_program(
@@ -254,7 +257,8 @@ def compile_program(
         its_states, its_epoch = jax.eval_shape(of_one.start), jax.eval_shape(of_one.epoch, np.int32(0))
         steps = of_one.run_steps.lower(its_states, its_epoch, *chunk[1:3], np.int32(0), np.int32(0)).compile()
         seeds_at_once = count_seeds_at_once(seeds_here, memory_of(steps).temporaries, device_bytes)
-        program = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
+        of_all = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
+        program = of_all._replace(epoch=program.epoch)
         log.info("seeds trained at once: %d", seeds_at_once)
     program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
     program.sum_images.lower(states.eval_params, *test_set, pixel_scale(unscaled=False)).compile()

@@ -54,6 +54,7 @@ class Must(NamedTuple):
 AT_LEAST_1 = Must(lambda number: number >= 1, "at least 1")
 EACH_AT_LEAST_1 = Must(lambda numbers: min(numbers) >= 1, "at least 1 each")
 POSITIVE = Must(lambda number: 0 < number < math.inf, "a positive number")
+RATE = Must(lambda rate: 0 < rate < 1e38, "a positive number below 1e38, which float32 can hold")
 FRACTION = Must(lambda number: 0 <= number <= 1, "between 0 and 1")
 ADDRESS = Must(
     lambda address: re.fullmatch(r"\S+:\d{1,5}", address) and 1 <= int(address.rpartition(":")[2]) <= 65535,
@@ -117,7 +118,7 @@ class TrainSettings:
     recipe: RecipeName = "tutorial"
     epochs: Epochs = RECIPE_DEFAULTS["tutorial"].epochs
     batch_size: Annotated[int, AT_LEAST_1] = RECIPE_DEFAULTS["tutorial"].batch_size
-    learning_rate: Annotated[float, POSITIVE] = RECIPE_DEFAULTS["tutorial"].learning_rate
+    learning_rate: Annotated[float, RATE] = RECIPE_DEFAULTS["tutorial"].learning_rate
     seed: int = 777
     seeds: Annotated[int, AT_LEAST_1] = 1
     features: Annotated[tuple[int, int], EACH_AT_LEAST_1] = (32, 64)
@@ -156,6 +157,12 @@ class TrainSettings:
             require(False, option_name(given[0]), getattr(self, given[0]), together)
         ranked = self.process_id is None or self.num_processes is None or 0 <= self.process_id < self.num_processes
         require(ranked, "--process-id", self.process_id, "from 0 to one less than --num-processes")
+
+    @property
+    def which_seeds(self) -> str:
+        """Its seeds in words."""
+        last = self.seed + self.seeds - 1
+        return f"seeds {self.seed} to {last}" if self.seeds > 1 else f"seed {self.seed}"
 
     @property
     def run_folder(self) -> Path:

@@ -25,12 +25,11 @@ def introduce(settings: TrainSettings, dataset: Dataset, program: Program, displ
     parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(program.start).params)) // settings.seeds
     display.say(describe_task(dataset, parameters))
     how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, peak"
-    last_seed = settings.seed + settings.seeds - 1
-    seeds = f"seeds {settings.seed} to {last_seed}" if settings.seeds > 1 else f"seed {settings.seed}"
     held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
     display.say(
         f"{settings.run_folder}: {settings.epochs:g} epochs of {program.steps_per_epoch:,} steps, "
-        f"batch {settings.batch_size}, {how} {settings.learning_rate:g}, {settings.precision}, {seeds}{held_out}"
+        f"batch {settings.batch_size}, {how} {settings.learning_rate:g}, {settings.precision}, "
+        f"{settings.which_seeds}{held_out}"
     )
 
 

@@ -30,6 +30,7 @@ from cnn_jax.runs.program import (
     TestSet,
     check_resources,
     compile_program,
+    compile_soon,
     evaluate_seeds,
     make_program,
     shard_test_set,
@@ -154,6 +155,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
             held.enter_context(display.progress(total_steps=program.last_step, steps_done=first_step))
             write_scalars = held.enter_context(scalars(settings, run.folder, after_step=first_step))
             with clock.part("compiling"):
+                program = program._replace(epoch=compile_soon(program, program.epoch, np.int32(0)))
                 chunk = next(feed(program.epoch(np.int32(0)), 0))
                 states, memory = progress.states, device_bytes()
                 program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, memory)

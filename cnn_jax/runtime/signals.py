@@ -1,4 +1,6 @@
-"""How SIGINT (Ctrl-C) and SIGTERM end the program: at once, or, while it trains, after the segment and a save."""
+"""How SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end the program: at once, or, while it trains, after the
+segment and a save.
+"""
 
 import atexit
 import contextlib
@@ -12,12 +14,14 @@ from typing import NoReturn
 
 from cnn_jax.runtime.streams import write_last_line
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, for a program to outlive its terminal
+    SIGNALS.append(signal.SIGHUP)
 AT_ONCE = "stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue"
 
 
 def end_on_signals() -> None:
-    """From now on, let the first SIGINT or SIGTERM end this process with one line and exit code 130 or 143.
+    """From now on, let the first of the signals end this process with one line and 128 plus its number.
 
     Python would raise an exception wherever the program happens to be, perhaps in a library that mistakes it for
     something else and goes on. To end at once is safe, because every file is complete, old or new, at any instant.
@@ -80,7 +84,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT ends the process at once, with 130."""
+    """Turn the first of the signals into a request; a second SIGINT ends the process at once, with 130."""
     request = StopRequest()
 
     def note(signal_number: int, frame: object) -> None:

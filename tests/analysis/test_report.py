@@ -46,11 +46,15 @@ def read(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_that_training_ends_with_is_the_one_that_report_writes(of_three_seeds, command, tmp_path):
+def test_a_page_elsewhere_is_the_one_that_training_ends_with_and_leaves_the_run_alone(
+    of_three_seeds, command, tmp_path
+):
+    before = {path: path.stat().st_mtime_ns for path in of_three_seeds.rglob("*")}
     code, out, err = command("report", of_three_seeds, "--output", tmp_path / "page.html")
     assert (code, out) == (0, "")
     assert f"the report is {tmp_path / 'page.html'}" in err
     assert (tmp_path / "page.html").read_text() == (of_three_seeds / "report.html").read_text()
+    assert {path: path.stat().st_mtime_ns for path in of_three_seeds.rglob("*")} == before
 
 
 def test_a_page_that_cannot_be_written_is_named_as_it_was_asked_for(of_three_seeds, command, tmp_path):
@@ -130,6 +134,19 @@ def test_a_run_with_held_out_images_shows_both_accuracies(trained_run):
     text = read(trained_run("--validation", 100, epochs=1)).text
     assert re.search(r"test accuracy 0\.\d{4} on pixels in \[0, 1\], of 260 images", text)
     assert re.search(r"validation accuracy 0\.\d{4} of 100 images", text)
+
+
+@pytest.mark.slow
+def test_the_accuracies_are_those_of_the_weights_whatever_the_result_says(command, tfds_folder, tmp_path):
+    tiny = ("--features", 2, 4, "--epochs", 0.002, "--run-name", "run", "--checkpoint-dir", tmp_path)
+    assert command("train", *tiny, "--data-dir", tfds_folder)[0] == 0
+    text = read(tmp_path / "run").text
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert f"{result['unscaled_test_accuracy']:.4f} on pixels in 0..255" in text
+    result |= {"test_accuracy": 1.0, "unscaled_test_accuracy": 1.0}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    assert command("report", tmp_path / "run")[0] == 0
+    assert read(tmp_path / "run").text == text
 
 
 def test_a_run_between_two_ends_does_not_show_the_earlier_ones_times(trained_run, command, tmp_path):

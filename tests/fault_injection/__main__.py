@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.mkdir()
-        write_small_mnist(data)
+        write_small_mnist(data, train=2030, test=510)
         trainer = Trainer(data)
         code, complaint = trainer.finish(Path(folder) / "reference")
         if code != 0:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
-STEPS_PER_EPOCH = 20
 # A checkpoint every second step, so that a kill at a random time often hits a save.
 STEPS_PER_CHECKPOINT = 2
 

@@ -91,7 +91,7 @@ def test_a_run_is_exported_to_safetensors_without_pytorch_and_imported_unchanged
     assert (first.training.seed, first.test_accuracy) == (5, metrics["seeds"]["test_accuracy"][0])
     assert (first.params["fc"]["kernel"] != of_run.params["fc"]["kernel"]).any()
     code, _, err = command("export", "run", "--to", "safetensors", "--output", file, "--seed", 7, *where)
-    assert (code, err) == (2, f"error: --seed 7: the run {tmp_path}/run has the seeds 5 to 6\n")
+    assert (code, err) == (2, f"error: --seed 7: the run {tmp_path}/run has seeds 5 to 6\n")
     code, _, err = command("export", "run", "--to", "safetensors", "--output", tmp_path / "no" / "file", *where)
     assert code == 4
     assert "give another --output" in err

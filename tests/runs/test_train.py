@@ -98,7 +98,10 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
+)
 def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mnist, program):
     process = program(
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",

@@ -24,7 +24,7 @@ def started():
     """Run a program to its end with these variables, None for one that is not set."""
 
     def run(command, **variables):
-        # A command in this process may have chosen a platform for those that it would start, and the tests choose flags.
+        # A command in this process may have chosen a platform for those that it would start; the tests choose flags.
         wanted = os.environ | {"JAX_PLATFORMS": None, "XLA_FLAGS": None} | variables
         environment = {name: value for name, value in wanted.items() if value is not None}
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)

@@ -37,8 +37,8 @@ def stopped_by(number):
     return 128 + number, f"stopped by {signal.Signals(number).name}; run the same command again to continue\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("delay", "moments"), [(0, 1), (0.05, 1), (0.1, 1), (0, 2), (0.3, 2)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("delay", "moments"), [(0, 1), (0.1, 1), (0.3, 2)])
 def test_a_signal_ends_a_start_in_its_line(number, delay, moments):
     assert end_of_a_start(number, delay, moments) == stopped_by(number)
 
@@ -46,7 +46,7 @@ def test_a_signal_ends_a_start_in_its_line(number, delay, moments):
 @pytest.mark.slow
 def test_a_signal_every_10_ms_of_a_start_ends_it_in_its_line():
     for i in range(60):
-        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
         assert end_of_a_start(number, i / 100) == stopped_by(number), f"{10 * i} ms"
 
 
@@ -86,6 +86,12 @@ end_on_signals()
 def test_a_signal_after_the_work_is_finished_changes_nothing():
     ended = subprocess.run([sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    code = "import os, signal; from cnn_jax.runtime import signals; signals.end_on_signals(); os.kill(os.getpid(), 1)"
+    ended = subprocess.run(["nohup", sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_handlers_come_before_every_import_that_takes_long():
