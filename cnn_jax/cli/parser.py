@@ -167,6 +167,8 @@ def _value(parser: argparse.ArgumentParser, parameter: Parameter) -> dict[str, A
         wrong = f"{parameter.option} {word}: it must be"
         if not word:  # a path would be the folder that the program is in
             parser.error(f"{parameter.option or ''} '': it must be {parameter.metavar}".strip())
+        if parameter.metavar == "FILE" and word.endswith("/"):
+            parser.error(f"{parameter.option or ''} {word}: it must be a file, not a folder".strip())
         if choices is None:
             try:
                 return kind(word)

@@ -67,9 +67,10 @@ def _read_bytes(file: str) -> bytes:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputFileError(f"{file} cannot be opened ({reason}); give a PNG or JPEG file") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InputFileError(f"{file} is not a regular file; give a PNG or JPEG file, or - for standard input")
         with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputFileError(f"{file} is not a regular file; give a PNG or JPEG file, or - for standard input")
             content = _read(file, stream)
     if not content:
         raise InputFileError(f"{file} is empty; give a PNG or JPEG file")

@@ -22,6 +22,7 @@ from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerat
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import StorageError
 from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.signals import ending_together
 
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "python")
@@ -158,7 +159,8 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> S
     if data_dir is not None:
         arguments += ["--data-dir", data_dir]
     command = [sys.executable, "-m", "cnn_jax", "train", *map(str, arguments)]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as training, ending_together(training.pid):
+        code = training.wait()
     if code != 0:
         raise StorageError(f"the training {run.name} ended with exit code {code}; its own message is above")
     result = json.loads((run / "result.json").read_text())

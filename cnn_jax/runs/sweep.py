@@ -348,10 +348,21 @@ def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
 
 def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace) -> None:
     """Refuse trials that this program did not make; raises KeyError, TypeError or ValueError."""
-    distributions = space.distributions()
-    for trial in trials:
+    choices, distributions = space.choices(), space.distributions()
+    for number, trial in enumerate(trials):
+        if trial.number != number:
+            raise ValueError(f"there is a trial {trial.number} and no trial {number}")
         for name, distribution in trial.distributions.items():
             check_distribution_compatibility(distribution, distributions[name])
+            value = trial.params[name]
+            if isinstance(distribution, FloatDistribution):
+                is_possible = isinstance(value, float) and distribution.low <= value <= distribution.high
+            else:
+                is_possible = value in choices[name]
+            if not is_possible:
+                raise ValueError(f"trial {number} has the {name} {value}")
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and trial.params.keys() != distributions.keys():
+            raise ValueError(f"trial {number} does not record {', '.join(distributions.keys() - trial.params.keys())}")
         origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
         if origin is not None and origin not in range(trial.number):
             raise ValueError(f"trial {trial.number} takes up trial {origin}")

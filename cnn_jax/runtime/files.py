@@ -105,13 +105,14 @@ def _target(file: Path) -> Path:
     Raises:
       OSError: it is a folder, a device or a pipe.
     """
+    target = Path(os.path.realpath(file))
     try:
-        mode = file.stat().st_mode
+        mode = target.stat().st_mode
     except FileNotFoundError:
         mode = stat.S_IFREG
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is a folder, a device or a pipe, not a file", str(file))
-    return Path(os.path.realpath(file))
+    return target
 
 
 def check_output_file(file: Path, option: str) -> None:
@@ -195,9 +196,14 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
       AlreadyLockedError: another process holds it, and this one does not wait.
-      OSError: it cannot be written, or is a folder, a device or a pipe.
+      OSError: it cannot be written, or is a link, a folder, a device or a pipe.
     """
-    with _target(file).open("a+") as stream:
+    _target(file)
+
+    def open_itself(path: str, flags: int) -> int:  # a link could lead to a file that is somebody's
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+    with open(file, "a+", opener=open_itself) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

@@ -41,7 +41,25 @@ def end_on_signals() -> None:
         signal.set_wakeup_fd(_each_signal_in_a_thread(end))
 
 
+# The numbers of the processes that this one ends with itself.
+_children: set[int] = set()
+
+
+@contextlib.contextmanager
+def ending_together(child: int) -> Iterator[None]:
+    """Within the block, a signal that ends this process ends a child first, by SIGTERM, and waits for it."""
+    _children.add(child)
+    try:
+        yield
+    finally:
+        _children.discard(child)
+
+
 def _end_at_once(signal_number: int, line: str) -> NoReturn:
+    for child in _children:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGTERM)
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     files = sys.modules.get("cnn_jax.runtime.files")  # imported after the first moments, in which there are no files
     if files is not None:
         files.remove_temporary_files()

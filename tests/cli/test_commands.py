@@ -190,6 +190,7 @@ MISTYPED = {
     "--debug train": "there is no command --debug; ",
     "train --lerning-rate 3": "--lerning-rate, 3; .*--learning-rate RATE; cnn-jax train --help lists",
     "predict --jason a.png": "Unrecognized options: --jason; perhaps you meant: --json; cnn-jax predict --help",
+    "export --to onnx --output new/": "--output new/: it must be a file, not a folder",
     "export mnist": "Missing from cnn-jax export: --to FORMAT, --output FILE; ",
     "evaluate": "Missing from cnn-jax evaluate: RUN; ",
 }

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import struct
 import zlib
 
@@ -13,6 +14,7 @@ from PIL import Image
 from cnn_jax.inference import pictures
 from cnn_jax.inference.pictures import read_digit
 from tests.digits import pixel_difference
+from tests.helpers import ROOT
 
 
 def in_16_bits(plain):
@@ -190,6 +192,14 @@ def test_anything_but_a_file_is_refused_without_waiting_for_it(kind, command, tm
     make, complaint = PLACES[kind]
     make(tmp_path / "place.png")
     assert command("predict", tmp_path / "place.png") == (65, "", f"error: {tmp_path}/place.png {complaint}\n")
+
+
+def test_a_folder_among_a_folders_pictures_is_named_and_the_others_are_read(command, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    shutil.copy(ROOT / "docs" / "four.jpg", tmp_path / "b.jpg")
+    code, out, err = command("predict", tmp_path)
+    assert (code, out) == (65, f"{tmp_path}/b.jpg: 4\n")
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/a.png is not a regular file")
 
 
 def test_a_device_is_refused(command):

@@ -254,7 +254,9 @@ def test_what_stands_in_a_runs_place_is_told_before_it_begins(name, kind, tmp_pa
         RunFolder(tmp_path).locked().__enter__()
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "lock", "steps/20/state", "study.db"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "lock", "steps/20/state", "study.db", "study.db-journal"]
+)
 def test_an_output_takes_no_place_of_what_a_run_is_read_back_from(name, tmp_path):
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -275,6 +275,16 @@ def edited(table, column, value):
     return lambda folder: edit(folder, [f"UPDATE {table} SET {column} = ?", value])
 
 
+def with_the_rate(value):
+    return lambda folder: edit(
+        folder, ["UPDATE trial_params SET param_value = ? WHERE param_name = 'learning_rate'", value]
+    )
+
+
+def without_the_rate(folder):
+    edit(folder, ["DELETE FROM trial_params WHERE param_name = 'learning_rate'"])
+
+
 @pytest.mark.parametrize(
     ("damage", "code", "word"),
     [
@@ -303,6 +313,11 @@ def edited(table, column, value):
         (edited("trial_params", "distribution_json", "{}"), 65, ""),
         (edited("trial_params", "param_value", 99), 65, ""),
         (edited("trial_params", "param_name", None), 65, ""),
+        (with_the_rate("x"), 65, "the learning_rate x"),
+        (with_the_rate(99.0), 65, "the learning_rate 99.0"),
+        (without_the_rate, 65, "does not record learning_rate"),
+        (edited("trials", "number", None), 65, "no trial 0"),
+        (edited("trials", "number", 7), 65, "no trial 0"),
     ],
 )
 def test_a_study_that_cannot_be_used_is_named_and_left_as_it_is(command, arguments, begun, damage, code, word):

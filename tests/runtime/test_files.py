@@ -157,6 +157,7 @@ SPECIAL = {
     "device": lambda folder: device(),
     "link to a device": lambda folder: linked(folder / "x", device()),
     "link to itself": lambda folder: linked(folder / "x", "x"),
+    "folder by way of nothing": lambda folder: folder / "none" / "..",
     "in no folder": lambda folder: folder / "none" / "x",
     "below a file": lambda folder: ROOT / "train.py" / "x",
     "name too long": lambda folder: folder / ("n" * 256),
@@ -179,6 +180,13 @@ def test_what_is_no_file_is_refused_and_stays_what_it_is(kind, tmp_path):
         assert str(refused.value.filename) == str(path)
     assert names(tmp_path) == before
     assert stat.S_ISCHR(os.stat(device()).st_mode)
+
+
+def test_a_lock_that_is_a_link_changes_no_other_file(tmp_path):
+    (tmp_path / "other").write_text("precious")
+    with pytest.raises(OSError, match="symbolic link"), locked(linked(tmp_path / "lock", "other")):
+        pass
+    assert (tmp_path / "other").read_text() == "precious"
 
 
 COMMANDS = {

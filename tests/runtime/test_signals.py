@@ -1,5 +1,7 @@
 """A signal ends the program with its line and code from its first line on, and changes nothing after its last."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -73,6 +75,31 @@ def test_a_signal_ends_what_waits_outside_python():
         finally:
             process.kill()
     assert (process.returncode, err) == stopped_by(signal.SIGTERM)
+
+
+PARENT = """
+import subprocess, sys
+from cnn_jax.runtime.signals import end_on_signals, ending_together
+end_on_signals()
+with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child, ending_together(child.pid):
+    print(child.pid, flush=True)
+    child.wait()
+"""
+
+
+def test_a_signal_to_a_process_alone_ends_its_child_first():
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        child = int(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == stopped_by(signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(50):  # until the system has noticed that it ended
+            os.kill(child, 0)
+            time.sleep(0.1)
+        raise AssertionError("the child goes on")
 
 
 ENDING = """
