@@ -1,6 +1,6 @@
 """The command `predict`: classify pictures of digits, and print one line per file."""
 
-import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import scipy.special
 
+from cnn_jax.core.evaluation import BATCH_SIZE
 from cnn_jax.inference.pictures import find_images, read_digit
 from cnn_jax.inference.preprocess import check_takes_digits
 from cnn_jax.inference.pretrained import load_trained
@@ -34,52 +35,40 @@ def predict(
       UsageError: the network takes images of another size.
       NoCheckpointError: there is no such run.
     """
-    files, digits, failures = [], [], []
-
-    @contextlib.contextmanager
-    def failures_kept() -> Iterator[None]:
-        try:
-            yield
-        except InputFileError as error:
-            failures.append(error)
-
-    for path in images:
-        with failures_kept():
-            for file in find_images(path):
-                with failures_kept():
-                    digits.append(read_digit(file))
-                    files.append(file)
-    if files:
-        _classify(files, np.stack(digits), run, as_json=as_json, data_dir=data_dir, platform=platform)
+    failures, results = [], []
+    digits, display, trained = _sound_digits(images, failures), Display(shown=not as_json), None
+    while some := list(itertools.islice(digits, BATCH_SIZE)):  # of many pictures, the first are answered soon
+        if trained is None:
+            start_devices(platform)
+            trained = load_trained(run, data_dir, Display().say)
+            check_takes_digits(trained.image_shape, f"--run {run and run.name}")
+        logits = trained.logits(np.stack([digit for _, digit in some]))
+        for (file, digit), classes in zip(some, scipy.special.softmax(logits.astype(np.float64), axis=1), strict=True):
+            if as_json:
+                results.append({"file": file, "digit": int(classes.argmax()), "probabilities": classes.tolist()})
+                continue
+            most_probable = classes.argsort()[::-1][:SHOWN_CLASSES]
+            display.picture(digit[..., 0])
+            display.say(f"{file}: " + ", ".join(f"{i} with {classes[i]:.1%}" for i in most_probable))
+            display.result(f"{file}: {most_probable[0]}")
+    if results:
+        Display().result(*json.dumps(results, indent=2).splitlines())
     if failures:
         for failure in failures[:-1]:
             Display().say(f"error: {failure}")
         raise failures[-1]
 
 
-def _classify(
-    files: list[str],
-    digits: np.ndarray,
-    run: Path | None,
-    *,
-    as_json: bool,
-    data_dir: Path | None,
-    platform: Platform | None,
-) -> None:
-    start_devices(platform)
-    display = Display(shown=not as_json)
-    trained = load_trained(run, data_dir, Display().say)
-    check_takes_digits(trained.image_shape, f"--run {run and run.name}")
-    probabilities = scipy.special.softmax(trained.logits(digits).astype(np.float64), axis=1)
-    if as_json:
-        results = [
-            {"file": file, "digit": int(classes.argmax()), "probabilities": classes.tolist()}
-            for file, classes in zip(files, probabilities, strict=True)
-        ]
-        Display().result(*json.dumps(results, indent=2).splitlines())
-        return
-    for file, digit, classes in zip(files, digits, probabilities, strict=True):
-        most_probable = classes.argsort()[::-1][:SHOWN_CLASSES]
-        display.picture(digit[..., 0])
-        display.say(f"{file}: " + ", ".join(f"{i} with {classes[i]:.1%}" for i in most_probable))
-        display.result(f"{file}: {most_probable[0]}")
+def _sound_digits(paths: Sequence[str], failures: list[InputFileError]) -> Iterator[tuple[str, np.ndarray]]:
+    """Read the digits of files and of folders' files; keep the failures of those that cannot be read."""
+    for path in paths:
+        try:
+            files = find_images(path)
+        except InputFileError as error:
+            failures.append(error)
+            continue
+        for file in files:
+            try:
+                yield file, read_digit(file)
+            except InputFileError as error:
+                failures.append(error)

@@ -112,7 +112,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     if isinstance(error, StopSignalError):
         line, exit_code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        line, exit_code = "stopped by SIGINT; run the same command again to continue", 128 + signal.SIGINT
+        line, exit_code = "stopped by SIGINT; run the same command again", 128 + signal.SIGINT
     elif isinstance(error, CnnJaxError):
         line, exit_code = f"error: {error}", error.exit_code
     elif isinstance(error, OSError):

@@ -31,7 +31,7 @@ def end_on_signals() -> None:
     def end(signal_number: int, frame: object = None) -> None:
         if ending.acquire(blocking=False):
             name = signal.Signals(signal_number).name
-            _end_at_once(signal_number, f"stopped by {name}; run the same command again to continue")
+            _end_at_once(signal_number, f"stopped by {name}; run the same command again")
 
     for number in SIGNALS:
         signal.signal(number, end)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cnn_jax.data.idx import read_idx
+from cnn_jax.inference import predict
 from cnn_jax.inference.pictures import read_digit
 from cnn_jax.inference.pretrained import load_trained
 from tests.digits import draw_digits
@@ -119,6 +120,17 @@ def test_a_folder_stands_for_its_images_by_name(three, command, tmp_path):
         f"{tmp_path}/c.jpg: {digits[2]}",
         f"{files[0]}: {digits[0]}",
     ]
+
+
+def test_of_many_pictures_the_first_are_answered_before_the_last_are_read(three, command, monkeypatch):
+    files, digits = three
+    events, read = [], predict.read_digit
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    monkeypatch.setattr(predict, "read_digit", lambda file: events.append("read") or read(file))
+    monkeypatch.setattr(predict.Display, "result", lambda display, *lines: events.extend(lines))
+    assert command("predict", *files)[0] == 0
+    first, second, third = (f"{file}: {digit}" for file, digit in zip(files, digits, strict=True))
+    assert events == ["read", "read", first, second, "read", third]
 
 
 def test_files_that_cannot_be_read_are_reported_last_and_the_others_are_read(three, command, tmp_path):

@@ -26,7 +26,7 @@ FAILURES = [
     ),
     (BrokenPipeError(32, "Broken pipe"), 4, "error: cannot read or write: Broken pipe; see to"),
     (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 4, "error: cannot read or write '\\xe9' in ascii; "),
-    (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again to continue"),
+    (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again"),
     (RecursionError("too deep"), 8, "error: the program failed, RecursionError: too deep; please report it with what"),
     (OverflowError("too large"), 8, "error: the program failed, OverflowError: too large; please report it with what"),
     (

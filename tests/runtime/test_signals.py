@@ -36,7 +36,7 @@ def end_of_a_start(number, delay, moments=1):
 
 
 def stopped_by(number):
-    return 128 + number, f"stopped by {signal.Signals(number).name}; run the same command again to continue\n"
+    return 128 + number, f"stopped by {signal.Signals(number).name}; run the same command again\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
