@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import os
+import signal
 
 # XLA compiles a step in less than half the time so, and a step takes a third longer; a test's run has few. With
 # `XLA_FLAGS=` in front, pytest tests what users compile.
@@ -167,6 +168,14 @@ def command(capsys):
         return code, output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def hangups_heard():
+    """Let the programs of a test hear of a closed terminal also where pytest itself does not, under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

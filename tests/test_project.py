@@ -82,7 +82,7 @@ def test_pre_commit_runs_the_checks_that_stand_between_installing_and_testing():
 
 
 def test_all_tests_are_run_before_a_change_is_ready_the_slow_ones_too():
-    assert CHECKS[-2:] == ["pytest", "pytest -m slow"]
+    assert {"pytest", "pytest -m slow"} <= set(CHECKS)
 
 
 def test_the_version_is_the_same_everywhere_and_the_changelog_describes_it():

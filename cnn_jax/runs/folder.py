@@ -33,9 +33,9 @@ DECIDING_FIELDS = (
 )  # fmt: skip
 
 # What a run or a study is read back from: no other file may take its place.
-STATE_FILES = ("config.json", "metrics.jsonl", "result.json", "lock", "steps", "quarantine")
-# SQLite and a study that is begun write beside it.
-STUDY_FILES = ("study.db", "study.db-journal", "study.db-wal", "study.db-shm", "study.db.new")
+STATE_FILES = ("config.json", "metrics.jsonl", "result.json", "lock", "steps", "quarantine", "study.db")
+# SQLite, and a study that is begun, write beside it.
+BESIDE_STUDY = ("study.db-journal", "study.db-wal", "study.db-shm", "study.db.new")
 
 # What config.json held once and no longer does.
 FORMER_FIELDS = {"debug"}
@@ -373,9 +373,8 @@ def check_output(file: Path, option: str = "--output") -> None:
     target = Path(os.path.realpath(file))
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
-        if own in (*STATE_FILES, *STUDY_FILES) and any(
-            (folder / name).is_file() for name in ("config.json", "study.db")
-        ):
+        begun = any((folder / name).is_file() for name in ("config.json", "study.db"))
+        if begun and own in (*STATE_FILES, *BESIDE_STUDY):
             raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another {option}")
 
 

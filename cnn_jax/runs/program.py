@@ -217,7 +217,7 @@ def start_states(program: Program) -> TrainState:
 def compile_soon(program: Program, function: functools.partial, *arguments: np.int32) -> Callable:
     """Compile a program's `start` or `epoch`, which take milliseconds, without most of XLA's optimisations.
 
-    They would not pay: on two cores of an EPYC the two are traced and compiled in 1.2 s, and in 1.8 s as everything
+    They would not pay: on two cores of a Xeon the two are traced and compiled in 1.2 s, and in 1.8 s as everything
     else is, to the same bits.
     """
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}

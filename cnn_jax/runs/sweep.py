@@ -356,10 +356,11 @@ def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace) -> None:
             check_distribution_compatibility(distribution, distributions[name])
             value = trial.params[name]
             if isinstance(distribution, FloatDistribution):
-                is_possible = isinstance(value, float) and distribution.low <= value <= distribution.high
+                is_its_own = isinstance(value, float) and distribution.low <= value <= distribution.high
             else:
-                is_possible = value in choices[name]
-            if not is_possible:
+                is_its_own = value in choices[name]
+            # What somebody has enqueued may lie outside the range.
+            if not is_its_own and value != trial.system_attrs.get("fixed_params", {}).get(name):
                 raise ValueError(f"trial {number} has the {name} {value}")
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and trial.params.keys() != distributions.keys():
             raise ValueError(f"trial {number} does not record {', '.join(distributions.keys() - trial.params.keys())}")

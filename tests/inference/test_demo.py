@@ -172,6 +172,7 @@ def test_headers_that_are_too_large_are_refused(port):
         ("GET", "/openapi.json"),
         ("GET", "/monitoring"),
         ("GET", "/assets/"),
+        ("GET", "/assets/" + 5000 * "b"),
         ("GET", "/static/../../routes.py"),
         ("GET", "/static/%2e%2e/%2e%2e/routes.py"),
         ("GET", "//etc/passwd"),

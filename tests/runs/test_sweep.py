@@ -192,6 +192,7 @@ def test_the_learning_rates_may_change_and_a_trial_that_is_taken_up_keeps_its_ow
     assert code == 0, err
     assert "out of range" not in err
     assert study_of(tmp_path).trials[1].params == params
+    assert command("sweep", *SAME, *arguments, "--trials", 2)[0] == 0
 
 
 @pytest.mark.parametrize("name", ["a?b", "a#b", "50%41", "a b", "a:b", "{x}", "é", "file:x", "q?mode=memory"])

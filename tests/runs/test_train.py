@@ -98,6 +98,7 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize(
     ("number", "exit_code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],

@@ -39,6 +39,7 @@ def stopped_by(number):
     return 128 + number, f"stopped by {signal.Signals(number).name}; run the same command again\n"
 
 
+@pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(("delay", "moments"), [(0, 1), (0.1, 1), (0.3, 2)])
 def test_a_signal_ends_a_start_in_its_line(number, delay, moments):
@@ -46,6 +47,7 @@ def test_a_signal_ends_a_start_in_its_line(number, delay, moments):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups_heard")
 def test_a_signal_every_10_ms_of_a_start_ends_it_in_its_line():
     for i in range(60):
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
