@@ -292,7 +292,7 @@ def test_a_run_below_its_target_accuracy_ends_with_70(train):
 
 
 def test_the_result_tells_the_accuracies_the_times_and_what_they_were_measured_on(train, tmp_path):
-    assert train("--validation", 300, "--seeds", 2, epochs=1)[0] == 0
+    assert train("--validation", 300, "--seeds", 2, epochs=2)[0] == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
     assert [seed["seed"] for seed in result["seeds"]] == [777, 778]
@@ -324,10 +324,10 @@ def test_held_out_images_are_not_trained_on_and_the_test_set_is_looked_at_once(t
 
 
 def test_tensorboard_gets_each_epochs_numbers(train, tmp_path):
-    assert train("--tensorboard", "--seeds", 2, epochs=2)[0] == 0
+    assert train("--tensorboard", "--validation", 300, "--seeds", 2, epochs=2)[0] == 0
     (file,) = (tmp_path / "run" / "tensorboard").iterdir()
     content = file.read_bytes()
-    for name in (b"cost", b"test_accuracy", b"step_milliseconds", b"seeds/1/test_accuracy"):
+    for name in (b"cost", b"validation_accuracy", b"step_milliseconds", b"seeds/1/validation_accuracy"):
         assert content.count(name) >= 2
 
 
