@@ -41,8 +41,9 @@ def end_on_signals() -> None:
         signal.set_wakeup_fd(_each_signal_in_a_thread(end))
 
 
-# The numbers of the processes that this one ends with itself.
+# The numbers of the processes that this one ends with itself; who ends them keeps the lock.
 _children: set[int] = set()
+_children_lock = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -52,10 +53,12 @@ def ending_together(child: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _children.discard(child)
+        with _children_lock:  # held where this process is being ended: it must not go on without the child
+            _children.discard(child)
 
 
 def _end_at_once(signal_number: int, line: str) -> NoReturn:
+    _children_lock.acquire()
     for child in _children:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGTERM)
