@@ -22,6 +22,7 @@ from cnn_jax.runs.folder import RunFolder, check_output
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     FOLDER_NAME,
+    RATE,
     SHORT,
     Epochs,
     Must,
@@ -41,7 +42,8 @@ SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a 
 StudyName = Annotated[str, FOLDER_NAME, SHORT]
 Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
 Range = Annotated[
-    tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] < 1e38, "two positive numbers in order", "g")
+    tuple[float, float],
+    Must(lambda ends: all(map(RATE.holds, ends)) and ends[0] <= ends[1], "two positive numbers in order", "g"),
 ]
 
 

@@ -32,10 +32,11 @@ DECIDING_FIELDS = (
     "precision",
 )  # fmt: skip
 
-# What a run or a study is read back from: no other file may take its place.
-STATE_FILES = ("config.json", "metrics.jsonl", "result.json", "lock", "steps", "quarantine", "study.db")
-# SQLite, and a study that is begun, write beside it.
-BESIDE_STUDY = ("study.db-journal", "study.db-wal", "study.db-shm", "study.db.new")
+# What a run or a study is read back from, and what SQLite writes beside it: no other file may take its place.
+STATE_FILES = (
+    "config.json", "metrics.jsonl", "result.json", "lock", "steps", "quarantine",
+    "study.db", "study.db-journal", "study.db-wal", "study.db-shm", "study.db.new",
+)  # fmt: skip
 
 # What config.json held once and no longer does.
 FORMER_FIELDS = {"debug"}
@@ -374,7 +375,7 @@ def check_output(file: Path, option: str = "--output") -> None:
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
         begun = any((folder / name).is_file() for name in ("config.json", "study.db"))
-        if begun and own in (*STATE_FILES, *BESIDE_STUDY):
+        if begun and own in STATE_FILES:
             raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another {option}")
 
 

@@ -53,7 +53,6 @@ class Must(NamedTuple):
 
 AT_LEAST_1 = Must(lambda number: number >= 1, "at least 1")
 EACH_AT_LEAST_1 = Must(lambda numbers: min(numbers) >= 1, "at least 1 each")
-POSITIVE = Must(lambda number: 0 < number < math.inf, "a positive number")
 RATE = Must(lambda rate: 0 < rate < 1e38, "a positive number below 1e38, which float32 can hold")
 FRACTION = Must(lambda number: 0 <= number <= 1, "between 0 and 1")
 ADDRESS = Must(
@@ -69,7 +68,7 @@ SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
 HOSTS = ("coordinator", "num_processes", "process_id")
 
-Epochs = Annotated[float, POSITIVE._replace(form="g")]
+Epochs = Annotated[float, Must(lambda number: 0 < number < math.inf, "a positive number", "g")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
