@@ -84,10 +84,11 @@ def shared_programs():
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs():
     """Forget what a file's tests have compiled when they end: all of it together takes gigabytes."""
+    gc.freeze()  # what earlier files have left, mostly imports, which each collection would look through
     yield
     jax.clear_caches()
     gc.collect()
-    gc.freeze()  # all that is imported, which the collector would look through each time
+    gc.unfreeze()
     with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,6 +1,5 @@
 """A sample of `python -m tests.fault_injection`: a run that is killed, damaged or stopped ends in the same bits."""
 
-import gc
 import random
 import shutil
 
@@ -14,14 +13,6 @@ pytestmark = pytest.mark.slow
 # When Orbax fails, it leaves coroutines behind that it never awaited.
 orbax_leaves_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="builds a library that injects faults")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def other_tests_garbage():
-    """Exempt what other tests left from garbage collection: each damaged checkpoint starts one, which took a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

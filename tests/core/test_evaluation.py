@@ -28,24 +28,23 @@ def initial_state():
     return create_train_state(make_keys(777).init_key, MODEL, (28, 28, 1), RECIPE)
 
 
-def test_all_images_count_also_when_they_do_not_divide_into_batches(test_set):
-    images, labels = test_set[0][:2500], test_set[1][:2500]
+def test_all_10_000_images_count_also_when_they_do_not_divide_into_batches(test_set):
     state = initial_state()
     sums = {
-        batch_size: sum_over_images(state.params, images, labels, jnp.float32(255), model=MODEL, batch_size=batch_size)
+        batch_size: sum_over_images(state.params, *test_set, jnp.float32(255), model=MODEL, batch_size=batch_size)
         for batch_size in (250, 999)
     }
     logits = jax.lax.map(
         lambda images: MODEL.apply({"params": state.params}, scale_pixels(images)),
-        images.reshape(5, 500, 28, 28, 1),
-    ).reshape(2500, 10)
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(2500), labels]
+        test_set[0].reshape(20, 500, 28, 28, 1),
+    ).reshape(10_000, 10)
+    logits, labels = np.asarray(logits, np.float64), np.asarray(test_set[1])
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(10_000), labels]
     for correct, loss_sum, count in sums.values():
-        assert int(count) == 2500
+        assert int(count) == 10_000
         assert int(correct) == (logits.argmax(axis=1) == labels).sum()
         assert float(loss_sum) == pytest.approx(losses.sum(), rel=1e-5)
-    assert evaluate(MODEL, state.params, images, labels).count == 2500
+    assert evaluate(MODEL, state.params, *test_set).count == 10_000
 
 
 def test_unscaled_means_pixels_up_to_255(test_set):

@@ -124,10 +124,10 @@ def test_every_recipe_that_can_be_named_can_be_made():
 @pytest.mark.usefixtures("without_report")
 def test_a_recipe_learns_and_a_schedules_run_is_not_made_longer(command, small_mnist, tmp_path):
     arguments = ["train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--recipe", "accurate"]
-    assert command(*arguments, "--epochs", 2, "--batch-size", 50)[0] == 0
+    assert command(*arguments, "--epochs", 4, "--batch-size", 50)[0] == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-seed777-accurate-batch50")
-    assert metrics_of(folder)[-1]["test_accuracy"] > 0.6
-    code, _, err = command(*arguments, "--epochs", 3, "--batch-size", 50)
+    assert metrics_of(folder)[-1]["test_accuracy"] > 0.85
+    code, _, err = command(*arguments, "--epochs", 5, "--batch-size", 50)
     assert code == 2
-    assert "epochs was 2 and is 3" in err
+    assert "epochs was 4 and is 5" in err

@@ -46,8 +46,8 @@ def train(train_set, program, *, steps=10):
 
 @pytest.mark.parametrize("recipe", ["tutorial", pytest.param("accurate", marks=pytest.mark.slow)])
 def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
-    states, losses = train(train_set, program_of(777, 2, recipe=recipe))
-    for i in range(2):
+    states, losses = train(train_set, program_of(777, 3, recipe=recipe))
+    for i in range(3):
         alone, alone_losses = train(train_set, program_of(777 + i, 1, recipe=recipe))
         np.testing.assert_allclose(losses[i], alone_losses[0], rtol=1e-5)
         for one, other in zip(jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True):

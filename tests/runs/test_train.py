@@ -415,8 +415,8 @@ def test_a_dry_run_writes_nothing(train, tmp_path):
 
 
 def test_bfloat16_learns_too(train, tmp_path):
-    assert train("--precision", "bfloat16", epochs=1)[0] == 0
-    assert metrics_of(tmp_path / "run")[0]["test_accuracy"] > 0.5
+    assert train("--precision", "bfloat16")[0] == 0
+    assert metrics_of(tmp_path / "run")[-1]["test_accuracy"] > 0.7
 
 
 def test_evaluate_gives_the_accuracy_that_training_gave_and_the_tutorials(train, command, tmp_path):
