@@ -37,10 +37,12 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Begin with the files of the most slow tests, and end with those of few tests: a worker gets a file at a time."""
-    of_file = collections.Counter(item.path for item in items)
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], -of_file[item.path]))
+    """Begin with the files that take longest, and end with those of few tests: a worker gets a file at a time."""
+    seconds, of_file = collections.Counter(), collections.Counter(item.path for item in items)
+    for item in items:
+        if mark := item.get_closest_marker("slow"):
+            seconds[item.path] += mark.kwargs.get("seconds", 10)
+    items.sort(key=lambda item: (-seconds[item.path], -of_file[item.path]))
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def settings_of(line):
     return call_of(line).keywords["settings"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
     # Its steps are so many that it pays to optimise them.
     variables = {"MPLBACKEND": "agg", "TFDS_DATA_DIR": str(tfds_folder), "XLA_FLAGS": ""}
@@ -168,7 +168,7 @@ def test_every_file_of_the_package_that_a_page_names_exists(page):
         assert (ROOT / "cnn_jax" / file).exists(), file
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 @pytest.mark.optax_promotes
 def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
