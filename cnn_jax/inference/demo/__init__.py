@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
-from cnn_jax.inference.demo.guard import serve_guarded
+from cnn_jax.inference.demo.guard import BOARD, read_drawing, serve_guarded
 from cnn_jax.inference.pictures import encode_png
 from cnn_jax.inference.preprocess import SIZE, check_takes_digits, prepare_digit
 from cnn_jax.inference.pretrained import TrainedModel, load_trained
@@ -42,7 +42,6 @@ os.environ["GRADIO_TEMP_DIR"] = f"{tempfile.gettempdir()}/cnn-jax-demo-{secrets.
 import fastapi
 import gradio as gr
 
-BOARD = 140  # pixels per side
 PEN = 11  # pixels wide; three in the digit that the network gets
 MAPS_PER_ROW, GAP_GREY = 16, 64
 
@@ -100,7 +99,7 @@ def serve(
 def build_page(trained: TrainedModel) -> gr.Blocks:
     """Return the page of a network for 28x28 images, ready to be served."""
 
-    def answer(drawing: object) -> str:
+    def answer(drawing: str) -> str:
         return render_answer(trained, read_drawing(drawing))
 
     heading = TEMPLATES.get_template("heading.html").render(
@@ -127,24 +126,6 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
             api_visibility="private",
         )
     return page
-
-
-def read_drawing(drawing: object) -> np.ndarray:
-    """Return the ink on the board, (BOARD, BOARD), uint8, 0 for none.
-
-    Args:
-      drawing: The value that a browser sent; the board sends the bytes in base64.
-
-    Raises:
-      gr.Error: the value is anything else; the browser shows the message, without a traceback.
-    """
-    try:
-        ink = base64.b64decode(drawing, validate=True) if isinstance(drawing, str) else b""
-    except ValueError:
-        ink = b""
-    if len(ink) != BOARD**2:
-        raise gr.Error(f"a drawing is {BOARD}x{BOARD} bytes in base64; load the page again", print_exception=False)
-    return np.frombuffer(ink, np.uint8).reshape(BOARD, BOARD)
 
 
 def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:

@@ -5,6 +5,7 @@ sends; nothing else comes to Gradio, not even a query or a header.
 """
 
 import asyncio
+import base64
 import contextlib
 import json
 import re
@@ -12,6 +13,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -23,6 +25,7 @@ ANSWER = "/gradio_api/run/predict"
 # What a browser loads of Gradio; longer names are no file's.
 FILES = r"theme\.css|favicon\.ico|manifest\.json|(assets|static)(/\w[\w.-]{0,200}){1,8}"
 REQUESTS = re.compile(rf"GET /({FILES})?|POST {ANSWER}", re.ASCII)
+BOARD = 140  # pixels per side of a drawing
 MAXIMUM_BODY = 2**16  # bytes; a drawing has 26 kB
 SECONDS = 10  # for a request, from the wait for it to the last byte of its answer
 CONNECTIONS, CONNECTIONS_PER_CLIENT = 256, 32  # a browser opens 6
@@ -162,9 +165,25 @@ def take_drawing(body: bytes) -> bytes:
         call = None
     match call:
         case {"data": [str(drawing)], "fn_index": 0}:  # the page has one function
+            read_drawing(drawing)
             return json.dumps({"data": [drawing], "fn_index": 0}).encode()
         case _:
             raise ValueError("this is no drawing; load the page again")
+
+
+def read_drawing(drawing: str) -> np.ndarray:
+    """Return the ink on the board, (BOARD, BOARD), uint8, 0 for none, of the base64 that the board sends.
+
+    Raises:
+      ValueError: it is anything else.
+    """
+    try:
+        ink = base64.b64decode(drawing, validate=True)
+    except ValueError:
+        ink = b""
+    if len(ink) != BOARD**2:
+        raise ValueError(f"a drawing is {BOARD}x{BOARD} bytes in base64; load the page again")
+    return np.frombuffer(ink, np.uint8).reshape(BOARD, BOARD)
 
 
 class BoundedConnection(H11Protocol):
