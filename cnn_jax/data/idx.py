@@ -109,6 +109,11 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.nd
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
+def has_idx_name(file: Path) -> bool:
+    """Whether a file is called as one of the four files of a folder is."""
+    return any(re.fullmatch(name, file.name) for _, _, name in _idx_names())
+
+
 def idx_header(shape: tuple[int, ...]) -> bytes:
     """Return the header of an IDX file of unsigned bytes with this shape."""
     return bytes([0, 0, UNSIGNED_BYTE, len(shape)]) + np.array(shape, ">u4").tobytes()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn_jax.data.dataset import Dataset, DatasetSizes
-from cnn_jax.data.idx import count_idx_examples, read_idx_folder, read_idx_sizes
+from cnn_jax.data.idx import count_idx_examples, has_idx_name, read_idx_folder, read_idx_sizes
 
 MNIST_SIZES = DatasetSizes(60_000, 10_000, (28, 28, 1), 10)
 
@@ -92,3 +92,8 @@ def read_sizes(dataset: str, dataset_dir: Path | None, data_dir: Path | None) ->
     from cnn_jax.data import tfds
 
     return tfds.read_tfds_sizes(dataset, data_dir)
+
+
+def is_of_dataset(file: Path) -> bool:
+    """Whether a file is there and is one of a folder's four IDX files, or one that tfds has prepared."""
+    return file.is_file() and (has_idx_name(file) or (file.parent / "dataset_info.json").is_file())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cnn_jax.data.loading import is_of_dataset
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
 from cnn_jax.runtime.files import (
@@ -365,13 +366,15 @@ class RunFolder:
 
 
 def check_output(file: Path, option: str = "--output") -> None:
-    """Refuse a file that cannot be written, or whose place belongs to what a run or a study is read back from.
+    """Refuse a file that cannot be written, or whose place a data set has, or what a run or a study is read back from.
 
     Raises:
       StorageError: naming it.
     """
     check_output_file(file, option)
     target = Path(os.path.realpath(file))
+    if is_of_dataset(target):
+        raise StorageError(f"cannot write {file} (it is part of a data set); give another {option}")
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
         begun = any((folder / name).is_file() for name in ("config.json", "study.db"))

@@ -269,6 +269,20 @@ def test_an_output_takes_no_place_of_what_a_run_is_read_back_from(name, tmp_path
     check_output(tmp_path / "report.html")
 
 
+def test_an_output_takes_no_place_of_a_data_sets_files(small_mnist, tfds_folder, command):
+    from cnn_jax.data.loading import load_dataset
+
+    load_dataset("mnist", None, tfds_folder)
+    tfds_files = [file for file in tfds_folder.rglob("*") if file.is_file()]
+    assert len(tfds_files) >= 4
+    for file in [*small_mnist.iterdir(), *tfds_files]:
+        content = file.read_bytes()
+        code, out, err = command("export", "--to", "safetensors", "--output", file)
+        assert (code, out) == (4, "")
+        assert err == f"error: cannot write {file} (it is part of a data set); give another --output\n"
+        assert file.read_bytes() == content
+
+
 def test_settings_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "config.json").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error") as refused:
