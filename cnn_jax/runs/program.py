@@ -1,5 +1,6 @@
 """A run's compiled functions, made from its settings and the sizes of its data alone."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -221,9 +222,11 @@ def compile_soon(program: Program, function: functools.partial, *arguments: np.i
     else is, to the same bits.
     """
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
-    if program.mesh.devices.flat[0].platform == "cpu":
-        options["xla_cpu_use_fusion_emitters"] = False
     lowered = jax.jit(function.func).lower(*function.args, *arguments)
+    if program.mesh.devices.flat[0].platform == "cpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # from JAX 0.12 on, XLA has nothing but its emitters
+            quickest = lowered.compile(compiler_options=options | {"xla_cpu_use_fusion_emitters": False})
+            return functools.partial(quickest, *function.args)
     return functools.partial(lowered.compile(compiler_options=options), *function.args)
 
 

@@ -1,0 +1,32 @@
+"""A run's functions are compiled by any XLA that its JAX brings."""
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax.core.sharding import make_mesh
+from cnn_jax.runs.program import Sizes, compile_soon, make_program, start_states
+from cnn_jax.runs.settings import TrainSettings
+from tests.helpers import assert_same_bits
+
+pytestmark = pytest.mark.optax_promotes
+
+
+def batches_of(program):
+    return compile_soon(program, program.epoch, np.int32(0))(np.int32(0)).batches
+
+
+def test_an_option_that_xla_no_longer_has_is_left_out(monkeypatch):
+    settings = TrainSettings.of(features=(2, 4))
+    program = make_program(settings, Sizes(200, (28, 28, 1), 10), make_mesh(1, jax.devices()[:1]))
+    states, batches = start_states(program), batches_of(program)
+    compiled = jax.stages.Lowered.compile
+
+    def without_choice(lowered, compiler_options=None):
+        if "xla_cpu_use_fusion_emitters" in compiler_options:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
+        return compiled(lowered, compiler_options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", without_choice)
+    assert_same_bits(start_states(program), states)
+    np.testing.assert_array_equal(batches_of(program), batches)
