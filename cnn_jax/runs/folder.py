@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -280,8 +281,8 @@ class RunFolder:
         The numbers of several seeds are written one by one, too. What cannot be written is left out, and `unwritten`
         says so. TensorBoard forgets what an earlier process wrote of steps after `after_step`.
         """
-        from tensorboardX.event_file_writer import EventsWriter  # an extra; its SummaryWriter fails in a thread
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf as it runs
+        from tensorboardX.record_writer import RecordWriter  # an extra; its SummaryWriter fails in a thread
         from tensorboardX.summary import scalar
 
         place = self.path / "tensorboard"
@@ -289,31 +290,37 @@ class RunFolder:
         def note(failure: OSError) -> None:
             self.unwritten = self.unwritten or f"{place}: {failure.strerror or failure}"
 
+        try:
+            place.mkdir(exist_ok=True)
+            records = RecordWriter(str(place / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
+        except OSError as error:
+            note(error)
+            yield lambda metrics: None
+            return
+
+        def add(**event: Any) -> None:
+            records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
         def write(metrics: EpochMetrics) -> None:
             line = metrics.to_record()
             step, seeds = line.pop("step"), line.pop("seeds", {})
             line |= {f"seeds/{i}/{name}": value for name, values in seeds.items() for i, value in enumerate(values)}
             try:
                 for name, value in line.items():
-                    writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-                writer.flush()
+                    add(step=step, summary=scalar(name, value))
+                records.flush()
             except OSError as error:
                 note(error)
 
+        add(file_version="brain.Event:2")  # so far nothing comes to the disk
+        add(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
         try:
-            place.mkdir(exist_ok=True)
-            writer = EventsWriter(str(place / "events"))
-            start = SessionLog(status=SessionLog.START)
-            writer.write_event(Event(wall_time=time.time(), step=after_step + 1, session_log=start))
-        except OSError as error:
-            note(error)
-            yield lambda metrics: None
-            return
-        yield write
-        try:
-            writer.close()
-        except OSError as error:
-            note(error)
+            yield write
+        finally:
+            try:
+                records.close()
+            except OSError as error:
+                note(error)
 
     def move_aside(self) -> Path | None:
         """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""
