@@ -64,6 +64,7 @@ def plan(target, **settings):
         pytest.param("h100:8", {"seeds": 8}, marks=slow),
         pytest.param("h100", {"precision": "bfloat16"}, marks=slow),
         pytest.param("h100", {"recipe": "accurate"}, marks=slow),
+        pytest.param("h100", {"recipe": "fast"}, marks=slow),
     ],
 )
 def test_on_gpus_no_step_waits_for_the_host_and_no_convolution_is_grouped(target, settings):
