@@ -7,6 +7,7 @@ script `cnn-jax` also imports the command line, 0.05 s that are then missing fro
 
 import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import resource
@@ -138,7 +139,7 @@ class Startup(NamedTuple):
     """How long a variant's process took until the end of its first step, in seconds.
 
     Attributes:
-      import_seconds: Importing PyTorch alone, or all of cnn-jax.
+      import_seconds: Importing PyTorch or TensorFlow alone, or all of cnn-jax.
       load_seconds: Loading the data set.
       first_step_seconds: The first step, compilation included.
     """
@@ -171,19 +172,23 @@ def time_variant(pipe: Connection, variant: Variant, data_dir: Path | None) -> N
 
     Each number received asks for that many steps and is answered by a `Round`.
     """
+    modules = {
+        "PyTorch": "torch",
+        "TensorFlow": "tensorflow",
+        "Flax": "cnn_jax.runs.train",
+        "cnn-jax": "cnn_jax.runs.train",
+    }
     begin = time.perf_counter()
-    if variant.framework == "PyTorch":
-        import torch  # noqa: F401
-    else:
-        import cnn_jax.runs.train  # noqa: F401
-    imported = time.perf_counter()
-    dataset = load_dataset("mnist", None, data_dir)
-    loaded = time.perf_counter()
     try:
+        importlib.import_module(modules[variant.framework])
+        imported = time.perf_counter()
+        dataset = load_dataset("mnist", None, data_dir)
+        loaded = time.perf_counter()
         run = variant.make(dataset)
         run(1)
     except Exception as error:
-        # torch.compile needs a C++ compiler and a CUDA graph a driver; the other variants still run without them.
+        # TensorFlow is not installed unless somebody wants it, torch.compile needs a C++ compiler and a CUDA graph a
+        # driver; the other variants still run without them.
         pipe.send(StartupFailure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
         return
     pipe.send(Startup(imported - begin, loaded - imported, time.perf_counter() - loaded))

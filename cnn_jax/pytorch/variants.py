@@ -1,4 +1,4 @@
-"""The variants of a training step that the benchmark times, in PyTorch, plain Flax and cnn-jax.
+"""The variants of a training step that the benchmark times, in PyTorch, TensorFlow, plain Flax and cnn-jax.
 
 The functions that make a variant import its framework: a process that times one framework has not loaded the other.
 """
@@ -26,6 +26,9 @@ LEARNING_RATE = 0.001
 # channels_last, a step then takes 20 ms instead of 25.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
+# TensorFlow would take all of a GPU's memory at once.
+SHARE_GPU = {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+
 RunSteps = Callable[[int], None]
 
 
@@ -44,7 +47,7 @@ class Variant:
     """
 
     name: str
-    framework: Literal["PyTorch", "Flax", "cnn-jax"]
+    framework: Literal["PyTorch", "TensorFlow", "Flax", "cnn-jax"]
     make: Callable[[Dataset], RunSteps]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_gpu: bool = False
@@ -63,6 +66,20 @@ def make_torch_loop(variant: "StepVariant", dataset: Dataset) -> RunSteps:
     from cnn_jax.pytorch.tutorial import make_loop
 
     return make_loop(dataset, variant, BATCH_SIZE)
+
+
+def make_keras_fit(dataset: Dataset) -> RunSteps:
+    """Make a loop of Keras's `fit` on TensorFlow, as its users train."""
+    from cnn_jax.pytorch.keras import make_fit
+
+    return make_fit(dataset, BATCH_SIZE, LEARNING_RATE)
+
+
+def make_tensorflow_loop(dataset: Dataset) -> RunSteps:
+    """Make a loop of steps in one compiled function of TensorFlow."""
+    from cnn_jax.pytorch.keras import make_loop
+
+    return make_loop(dataset, BATCH_SIZE, LEARNING_RATE)
 
 
 def make_flax_loop(dataset: Dataset) -> RunSteps:
@@ -154,6 +171,12 @@ def _torch(name: str, variant: "StepVariant", **properties: Any) -> Variant:
     return Variant(name, "PyTorch", functools.partial(make_torch_loop, variant), **properties)
 
 
+def _tensorflow(
+    name: str, make: Callable[[Dataset], RunSteps], environment: Mapping[str, str] | None = None
+) -> Variant:
+    return Variant(name, "TensorFlow", make, environment={**SHARE_GPU, **(environment or {})})
+
+
 def _ours(name: str, dtype: Literal["float32", "bfloat16"], seeds: int) -> Variant:
     return Variant(name, "cnn-jax", functools.partial(make_cnn_jax_loop, dtype, seeds), dtype=dtype)
 
@@ -164,8 +187,12 @@ VARIANTS = (
     _torch("PyTorch, channels_last", "channels_last"),
     _torch("PyTorch, channels_last, memory kept", "channels_last", environment=KEEP_MEMORY),
     _torch("PyTorch, bfloat16 autocast", "bfloat16", dtype="bfloat16"),
+    _torch("PyTorch, bfloat16 autocast, memory kept", "bfloat16", dtype="bfloat16", environment=KEEP_MEMORY),
     _torch("PyTorch, torch.compile", "compiled"),
     _torch("PyTorch, CUDA graph", "cuda_graph", needs_gpu=True),
+    _tensorflow("Keras, fit", make_keras_fit),
+    _tensorflow("TensorFlow, tf.function", make_tensorflow_loop),
+    _tensorflow("TensorFlow, tf.function, memory kept", make_tensorflow_loop, KEEP_MEMORY),
     Variant("plain Flax model", "Flax", make_flax_loop),
     _ours("cnn-jax, float32", "float32", seeds=1),
     _ours("cnn-jax, bfloat16", "bfloat16", seeds=1),
