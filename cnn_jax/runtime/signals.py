@@ -1,6 +1,4 @@
-"""How SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end the program: at once, or, while it trains, after the
-segment and a save.
-"""
+"""How a signal ends the program: at once, or, while it trains, after the segment and a save."""
 
 import atexit
 import contextlib
@@ -14,9 +12,11 @@ from typing import NoReturn
 
 from cnn_jax.runtime.streams import write_last_line
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, for a program to outlive its terminal
-    SIGNALS.append(signal.SIGHUP)
+# Those with which people, terminals and batch systems end a program: by Ctrl-C, Ctrl-\\, a closed terminal, a limit of
+# processor time, or, as SLURM does, by whichever was asked for.
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM")
+# nohup has SIGHUP ignored, for a program to outlive its terminal.
+SIGNALS = [number for number in map(signal.Signals.__getitem__, _ENDING) if signal.getsignal(number) != signal.SIG_IGN]
 AT_ONCE = "stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue"
 
 

@@ -40,10 +40,15 @@ def stopped_by(number):
 
 
 @pytest.mark.usefixtures("hangups_heard")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU])
 @pytest.mark.parametrize(("delay", "moments"), [(0, 1), (0.05, 1), (0.1, 1), (0, 2), (0.3, 2)])
 def test_a_signal_ends_a_start_in_its_line(number, delay, moments):
     assert end_of_a_start(number, delay, moments) == stopped_by(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM])
+def test_signals_that_others_send_end_it_so_too(number):
+    assert end_of_a_start(number, 0.1) == stopped_by(number)
 
 
 @pytest.mark.slow
