@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sqlite3
 import warnings
@@ -174,7 +175,7 @@ def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = Non
         else:  # version 0.1.0 began it
             recorded = now | _settings_of_trials(file, trials, runs)
         _check_settings(shared, recorded, now)
-        _check_trials(trials, space)
+        _check_trials(trials, space, runs)
         _check_runs(folder, runs, len(trials))
         if data is not None and "settings" not in study.user_attrs:
             study.set_user_attr("settings", now)
@@ -346,8 +347,11 @@ def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
         )
 
 
-def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace) -> None:
-    """Refuse trials that this program did not make; raises KeyError, TypeError or ValueError."""
+def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[int, RunFolder]) -> None:
+    """Refuse trials that this program did not make, or of which a run beside them tells otherwise.
+
+    Raises KeyError, TypeError or ValueError.
+    """
     choices, distributions = space.choices(), space.distributions()
     for number, trial in enumerate(trials):
         if trial.number != number:
@@ -369,6 +373,23 @@ def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace) -> None:
             raise ValueError(f"trial {trial.number} takes up trial {origin}")
         if trial.state == TrialState.COMPLETE and not 0 <= trial.values[0] <= 1:
             raise ValueError(f"trial {trial.number} has the score {trial.values[0]}")
+        run = runs.get(trial.number if origin is None else origin)
+        if trial.state == TrialState.COMPLETE and run is not None:
+            _check_against_run(trial, run)
+
+
+def _check_against_run(trial: FrozenTrial, run: RunFolder) -> None:
+    """Refuse a trial of another learning rate or score than its run's; raises ValueError."""
+    try:
+        learning_rate, metrics = run.read_settings().learning_rate, run.read_metrics()
+    except CnnJaxError:
+        return  # a run that was damaged since says nothing of the study
+    numbers = {"learning_rate": (trial.params["learning_rate"], learning_rate)}
+    if metrics and metrics[-1].tested_on == "validation":
+        numbers["score"] = trial.values[0], float(np.mean(metrics[-1].accuracy))
+    for name, (recorded, own) in numbers.items():
+        if not math.isclose(recorded, own, rel_tol=1e-9):
+            raise ValueError(f"trial {trial.number} has the {name} {recorded:g}, and {run.path} has {own:g}")
 
 
 def _lock_before_reading(connection: Connection) -> None:

@@ -135,6 +135,20 @@ def test_a_study_that_is_done_is_reported_and_a_larger_one_goes_on(command, argu
         assert len(study_of(tmp_path).trials) == trials
 
 
+def test_a_trial_is_compared_with_its_run(command, arguments, tmp_path):
+    same = ["--trials", 1, "--features", 4, 8, "--recipe", "tutorial", "--batch-size", 100, *arguments]
+    assert command("sweep", *same)[0] == 0
+    database = (tmp_path / "sweep" / "study.db").read_bytes()
+    for damage, name in ((edited("trial_values", "value", 0.99), "score"), (with_the_rate(0.0005), "learning_rate")):
+        damage(tmp_path / "sweep")
+        code, _, err = command("sweep", *same)
+        assert code == 65
+        assert_one_line(err, tmp_path / "sweep" / "study.db", f"trial 0 has the {name}", tmp_path / "sweep" / "trial-0")
+        (tmp_path / "sweep" / "study.db").write_bytes(database)
+    shutil.rmtree(tmp_path / "sweep" / "trial-0")  # nothing is left to compare with
+    assert command("sweep", *same)[0] == 0
+
+
 def test_a_trial_whose_loss_is_not_finite_scores_nothing(command, arguments, tmp_path):
     code, _, err = command(
         "sweep", "--trials", 1, "--learning-rate", 1e29, 1e30, "--recipe", "tutorial", "--features", 4, 8, *arguments
