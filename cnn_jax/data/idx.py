@@ -37,7 +37,9 @@ def read_idx_folder(folder: Path) -> FourArrays:
     arrays = {(split, kind): read_idx(path, ndim=3 if kind == "images" else 1) for (split, kind), path in files.items()}
     for split in ("train", "test"):
         images, labels = arrays[split, "images"], arrays[split, "labels"]
-        if len(images) != len(labels) or len(images) == 0:
+        if len(images) == 0:
+            raise InputFileError(f"{files[split, 'images']} has no images; give a file that has some")
+        if len(images) != len(labels):
             raise InputFileError(
                 f"{files[split, 'images']} has {len(images):,} images but {files[split, 'labels']} has "
                 f"{len(labels):,} labels; give two files that belong together"
@@ -61,7 +63,11 @@ def read_idx_folder(folder: Path) -> FourArrays:
 
 def count_idx_examples(folder: Path) -> int:
     """Return the number of training images in a folder of IDX files, from the header alone; raises as above."""
-    return _read_idx_shape(_find_idx_files(folder)["train", "images"], ndim=3)[0]
+    file = _find_idx_files(folder)["train", "images"]
+    examples, *_ = _read_idx_shape(file, ndim=3)
+    if examples == 0:
+        raise InputFileError(f"{file} has no images; give a file that has some")
+    return examples
 
 
 def read_idx_sizes(folder: Path) -> DatasetSizes:

@@ -16,6 +16,7 @@ from cnn_jax.runtime.errors import InputFileError
 
 STANDARD_INPUT = "-"
 ENDINGS = (".png", ".jpg", ".jpeg")
+BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # of a PNG, of a JPEG
 MAXIMUM_BYTES = 2**26
 MAXIMUM_PIXELS = 50_000_000  # as many as the largest phone sensors have
 
@@ -101,6 +102,8 @@ def _decode(file: str, content: bytes) -> np.ndarray:
     except InputFileError:
         raise
     except Image.UnidentifiedImageError as error:
+        if content.startswith(BEGINNINGS):
+            raise InputFileError(f"{file} is damaged (its header cannot be read); save or copy it again") from error
         raise InputFileError(f"{file} is not a PNG or JPEG image; save it as one") from error
     except Exception as error:  # Pillow raises a dozen types for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -50,7 +50,7 @@ def test_mnist_comes_from_tfds_as_it_was_published(tfds_folder):
 def test_two_processes_that_prepare_mnist_at_once_both_get_it(tmp_path, program):
     code = f"""
 from pathlib import Path
-from cnn_jax.data.loading import load_dataset
+from cnn_jax.data.loading import count_train_examples, load_dataset
 import sys
 print(len(load_dataset("mnist", None, Path({str(tmp_path)!r})).train_labels), "tensorflow" in sys.modules)
 """
@@ -216,6 +216,8 @@ def _tiny_idx_folder(folder):
         ),
         ("t10k-images-idx3-ubyte", idx_header((3, 4, 4)) + bytes(48), r"\(5, 4\), the test images \(4, 4\)"),
         ("t10k-images-idx3-ubyte.gz", b"", "has both"),
+        ("t10k-images-idx3-ubyte", idx_header((0, 5, 4)), "t10k-images-idx3-ubyte has no images"),
+        ("train-images-idx3-ubyte", idx_header((0, 5, 4)), "train-images-idx3-ubyte has no images"),
     ],
 )
 def test_idx_files_that_are_wrong_are_refused(file, content, complaint, tmp_path):
@@ -227,6 +229,9 @@ def test_idx_files_that_are_wrong_are_refused(file, content, complaint, tmp_path
         (tmp_path / file).write_bytes(content)
     with pytest.raises(InputFileError, match=complaint):
         load_dataset("mnist", tmp_path, None)
+    if complaint == "train-images-idx3-ubyte has no images":
+        with pytest.raises(InputFileError, match=complaint):
+            count_train_examples("mnist", tmp_path, None)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])

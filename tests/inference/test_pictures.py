@@ -133,6 +133,10 @@ BAD = {
     "a cut PNG": (lambda plain: saved(plain)[:-300], "is damaged (Truncated File Read"),
     "a cut JPEG": (lambda plain: saved(plain, "JPEG")[:-300], "is damaged (image file is truncated"),
     "half a header": (lambda plain: saved(plain)[:20], "is damaged (Truncated File Read"),
+    "a PNG with a wrong checksum": (
+        lambda plain: saved(plain)[:30] + b"\xff" + saved(plain)[31:],
+        "is damaged (its header cannot be read",
+    ),
     "a PNG with a bit flipped": (lambda plain: flipped(saved(plain)), "is damaged (broken PNG file"),
     "many pixels": (lambda plain: png_of(9_000, 9_000), "has more than 50,000,000 pixels; give a smaller picture"),
     "a bomb": (lambda plain: png_of(2**31 - 1, 2**31 - 1), "has more than 50,000,000 pixels; give a smaller picture"),
