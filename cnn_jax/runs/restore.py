@@ -28,7 +28,7 @@ from cnn_jax.runs.program import (
     start_states,
 )
 from cnn_jax.runs.settings import Platform, TrainSettings
-from cnn_jax.runtime.devices import device_bytes, start_devices, versions
+from cnn_jax.runtime.devices import compiler_flags, device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError, NoCheckpointError, UsageError
 from cnn_jax.runtime.records import convert, unreadable
@@ -238,6 +238,7 @@ def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
         "versions": versions("cnn-jax", "jax", "jaxlib", "flax", "optax"),
         "data": fingerprint(dataset),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "XLA_FLAGS": compiler_flags(),
     }
 
 

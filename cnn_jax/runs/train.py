@@ -338,10 +338,11 @@ def restore_progress(
             losses = np.zeros((settings.seeds, program.steps_per_epoch), np.float32)
             progress, metrics = Progress(0, start_states(program), losses), []
     else:
-        for name in ("device", "versions"):
-            if saved.meta[name] != meta[name]:
-                before, now = saved.meta[name], meta[name]
-                run.display.say(f"the run was saved with {name} {before} and continues with {now}: bits may differ")
+        for name in ("device", "versions", "XLA_FLAGS"):
+            before, now = saved.meta.get(name, ""), meta[name]  # earlier programs recorded no flags
+            if before != now:
+                saved_with = f"the run was saved with {name} {before or 'none'}"
+                run.display.say(f"{saved_with} and continues with {now or 'none'}: bits may differ")
         step = saved.meta["step"]
         losses = np.array(saved.losses) if step > 0 else np.zeros((settings.seeds, program.steps_per_epoch), np.float32)
         progress = Progress(step, shard(saved.state, program.mesh, P(SEEDS)), losses)

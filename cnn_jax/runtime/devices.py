@@ -38,6 +38,8 @@ SETTINGS = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_threefry_partitionable": True,
     "jax_no_tracing": False,
+    "jax_random_seed_offset": 0,
+    "jax_disable_most_optimizations": False,
 }
 MOST_DEVICES = 1024  # parts that a CPU can be divided into; each takes threads, and many more never start
 
@@ -143,6 +145,11 @@ def _check_variables() -> None:
             complaint = re.search(r"^[EF]\d+ .*?\] (.*)", read.stderr, re.MULTILINE)
             reason = complaint[1] if complaint else f"XLA ends with {read.returncode}"
             raise UsageError(f"{_variables('XLA_FLAGS')}: XLA does not understand it ({reason}); correct or unset it")
+
+
+def compiler_flags() -> str:
+    """Return the flags that the user gives XLA, on which the last bits may depend."""
+    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != DETERMINISTIC)
 
 
 def _variables(*names: str) -> str:

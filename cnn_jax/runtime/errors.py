@@ -69,7 +69,7 @@ class TargetAccuracyError(CnnJaxError):
 
 
 class StopSignalError(CnnJaxError):
-    """The run was asked to stop and did so after saving: 130 for SIGINT, 143 for SIGTERM."""
+    """The run was asked to stop and did so after saving: 128 and the signal's number, such as 143 for SIGTERM."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -135,13 +135,18 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, ImportError):
         line = f"error: cannot load {error.name or 'a library'} ({reason}); install cnn-jax anew, or allow more memory"
         exit_code = UsageError.exit_code
-    elif variables := _refused_variables():
-        line, exit_code = (
-            f"error: JAX does not start with {variables} ({reason}); unset what is wrong",
-            UsageError.exit_code,
-        )
+    elif (
+        "jax" not in sys.modules and "jax._src" in sys.modules and (variables := _jax_variables())
+    ):  # as it is imported
+        line = f"error: JAX does not start with {variables} ({reason}); unset what is wrong"
+        exit_code = UsageError.exit_code
     elif library := _failing_import(error):
         line = f"error: cannot load {library} ({reason}); see to the environment's variables and the folders they name"
+        exit_code = UsageError.exit_code
+    elif variables := _jax_variables(*PLACES):
+        line = (
+            f"error: the program fails with {variables} ({name}: {reason}); unset that, and report what fails without"
+        )
         exit_code = UsageError.exit_code
     else:
         told = " ".join(str(error).split())
@@ -218,8 +223,11 @@ def _failing_import(error: BaseException) -> str:
     return ""
 
 
-def _refused_variables() -> str:
-    """Return the variables of the environment that JAX is set up with, if its import failed."""
-    if "jax" in sys.modules or "jax._src" not in sys.modules:
-        return ""
-    return ", ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_"))
+# Those that decide where JAX computes and keeps what it has compiled, and nothing else.
+PLACES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+
+
+def _jax_variables(*others: str) -> str:
+    """Return the variables of the environment that JAX is set up with, but for the others."""
+    named = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_") and name not in others]
+    return ", ".join(named)

@@ -101,7 +101,12 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
 @pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize(
     ("number", "exit_code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGXCPU, 152, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mnist, program):
     process = program(
@@ -352,6 +357,14 @@ def test_a_training_goes_on_without_tensorboards_file_and_says_so_in_its_result(
     said = json.loads((tmp_path / "run" / "result.json").read_text())["not_shown"]
     assert said.endswith("File exists" if kind == "a file" else "No space left on device")
     assert "not written" in err
+
+
+def test_other_flags_for_xla_may_change_bits_and_are_told(train, monkeypatch):
+    assert train(epochs=1)[0] == 0
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    code, _, err = train(epochs=2)
+    assert code == 0
+    assert "and continues with --xla_cpu_enable_fast_math=true: bits may differ" in err
 
 
 def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, assert_same_run
 
 NO_HOME = """
 import os, pwd
@@ -57,6 +57,26 @@ def test_what_jax_cannot_start_with_is_named(variables, complaint, started, tmp_
     ended = started([*TRAIN, "--checkpoint-dir", tmp_path / "runs"], **variables)
     assert ended.stderr.startswith(f"error: {complaint}")
     assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("JAX_NO_EXECUTION", "1"), ("JAX_HLO_SOURCE_FILE_CANONICALIZATION_REGEX", "(")]
+)
+def test_what_fails_with_one_of_jaxs_variables_names_it(name, value, started):
+    ended = started([sys.executable, "-m", "cnn_jax", "predict", "docs/four.jpg"], **{name: value})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith(f"error: the program fails with {name}={value} (")
+
+
+def test_jaxs_variables_change_no_number_of_a_run(trained_run, program, small_mnist, tmp_path):
+    variables = {"JAX_RANDOM_SEED_OFFSET": "5", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_X64": "1"}
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", 1, "--features", 2, 4, env=os.environ | variables,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert_same_run(tmp_path / "run", trained_run("--features", 2, 4, epochs=1))
 
 
 @pytest.mark.parametrize(
