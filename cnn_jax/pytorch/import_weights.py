@@ -88,9 +88,11 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
 
 def _to_numpy(file, name, tensor):
     try:
-        return tensor.detach().numpy()
+        with warnings.catch_warnings(action="ignore"):  # of nested tensors
+            return tensor.detach().numpy()
     except (TypeError, RuntimeError) as error:  # what NumPy does not have: bfloat16, sparse, quantised, without data
-        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+        nested = ", nested" if tensor.is_nested else ""
+        kind = f"{tensor.dtype}, {tensor.layout}{nested}, on {tensor.device}".replace("torch.", "")
         raise InputFileError(
             f"{file} holds {name} as {kind}; save plain float32 tensors, such as model.float().state_dict()"
         ) from error

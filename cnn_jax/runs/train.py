@@ -52,13 +52,16 @@ from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.summary import Result, epoch_metrics, introduce, show_epoch, show_segment
 from cnn_jax.runtime.devices import describe_devices, device_bytes, start_devices
 from cnn_jax.runtime.display import Display, Stopwatch
-from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, on_process_0
+from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, on_process_0, require_agreement
 from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError, UsageError
 from cnn_jax.runtime.signals import StopRequest, listen_for_stop
 
 # The steps of a segment take about this long. After each, the bar moves and a signal is answered.
 SEGMENT_SECONDS = 0.7
 FIRST_SEGMENT_STEPS = 5
+
+# The settings that each of several processes may have of its own.
+OWN = ("coordinator", "process_id", "dataset_dir", "data_dir", "checkpoint_dir", "platform", "log_level", "profile")
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
         with clock.part("loading"):
             held.enter_context(joined(settings.coordinator, settings.num_processes, settings.process_id))
             start_devices(settings.platform, keep_compiled=not settings.dry_run)
+        require_agreement({name: value for name, value in vars(settings).items() if name not in OWN}, "settings")
         display = Display(shown=shown and is_process_0())
         if not settings.dry_run:
             on_process_0(_take_over, folder, settings.fresh, held, display)
@@ -137,7 +141,9 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     with contextlib.ExitStack() as held:
         checkpoints = held.enter_context(open_run_checkpoints(settings, run))
         with clock.part("loading"):
-            meta = on_process_0(describe_run, settings, dataset)
+            meta = describe_run(settings, dataset)
+            require_agreement(meta["data"], "data")
+            meta = on_process_0(dict, meta)  # a folder's path may differ from host to host
             saved = restore_saved(settings, run, sizes, program, checkpoints, meta)
         display.say(f"cnn-jax {__version__}, jax {jax.__version__} on {describe_devices()}")
         introduce(settings, dataset, program, display)

@@ -5,6 +5,7 @@ Process 0 prints and writes. It does so inside `on_process_0`, which passes its 
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import pickle
 import signal
@@ -161,6 +162,19 @@ def all_gather(*numbers: int) -> np.ndarray:
     """Return every process's numbers, (processes, len(numbers)), in every process."""
     mine = np.array(numbers, np.int32)
     return mine[np.newaxis] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+
+
+def require_agreement(value: object, what: str) -> None:
+    """Refuse, in every process, what is not the same in all of them: they would wait for each other forever.
+
+    Raises:
+      UsageError: naming what differs.
+    """
+    mine = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big") >> 1  # fits an int32
+    if len({*all_gather(mine).ravel().tolist()}) > 1:
+        raise UsageError(
+            f"the processes of this run have different {what}; start the same command once for each --process-id"
+        )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers import TRAIN, assert_same_run, metrics_of, start_python, wait_for_step
+from tests.helpers import TRAIN, assert_same_run, flip_a_bit, metrics_of, start_python, wait_for_step
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -121,6 +121,29 @@ def test_what_the_first_process_refuses_all_refuse(start, together, tmp_path):
     ended = finish(start("run", "--learning-rate", 0.01, processes=2))
     assert [code for code, _, _ in ended] == [2, 2], ended
     assert "learning_rate was 0.001 and is 0.01" in ended[0][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["settings", "data"])
+def test_processes_that_do_not_agree_all_refuse(what, program, small_mnist, tmp_path):
+    folders = [shutil.copytree(small_mnist, tmp_path / f"data{number}") for number in range(2)]
+    if what == "data":
+        flip_a_bit(folders[1] / "train-images-idx3-ubyte")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        program(
+            *TRAIN, "--dataset-dir", folder, "--checkpoint-dir", tmp_path, "--run-name", "run", "--platform", "cpu",
+            "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", number,
+            "--batch-size", 50 + 50 * (number if what == "settings" else 0),
+        )
+        for number, folder in enumerate(folders)
+    ]  # fmt: skip
+    for code, out, err in finish(processes):
+        assert (code, out) == (2, ""), err
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: the processes of this run have different {what}; start the same command")
 
 
 def test_a_cluster_that_is_not_there_is_reported_in_one_line(program, small_mnist, tmp_path):
