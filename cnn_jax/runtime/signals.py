@@ -63,9 +63,10 @@ def _end_at_once(signal_number: int, line: str) -> NoReturn:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGTERM)
             os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    files = sys.modules.get("cnn_jax.runtime.files")  # imported after the first moments, in which there are no files
-    if files is not None:
-        files.remove_temporary_files()
+    # Imported, perhaps at this very moment, after the first ones, in which there are no files.
+    remove = getattr(sys.modules.get("cnn_jax.runtime.files"), "remove_temporary_files", None)
+    if remove is not None:
+        remove()
     write_last_line(line)
     os._exit(128 + signal_number)
 

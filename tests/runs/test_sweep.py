@@ -135,6 +135,7 @@ def test_a_study_that_is_done_is_reported_and_a_larger_one_goes_on(command, argu
         assert len(study_of(tmp_path).trials) == trials
 
 
+@pytest.mark.slow
 def test_a_trial_is_compared_with_its_run(command, arguments, tmp_path):
     same = ["--trials", 1, "--features", 4, 8, "--recipe", "tutorial", "--batch-size", 100, *arguments]
     assert command("sweep", *same)[0] == 0

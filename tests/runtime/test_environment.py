@@ -68,6 +68,7 @@ def test_what_fails_with_one_of_jaxs_variables_names_it(name, value, started):
     assert ended.stderr.splitlines()[-1].startswith(f"error: the program fails with {name}={value} (")
 
 
+@pytest.mark.slow
 def test_jaxs_variables_change_no_number_of_a_run(trained_run, program, small_mnist, tmp_path):
     variables = {"JAX_RANDOM_SEED_OFFSET": "5", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_X64": "1"}
     process = program(

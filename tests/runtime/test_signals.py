@@ -112,6 +112,20 @@ def test_a_signal_to_a_process_alone_ends_its_child_first():
         raise AssertionError("the child goes on")
 
 
+IMPORTING = """
+import os, signal, sys, types
+from cnn_jax.runtime.signals import end_on_signals
+end_on_signals()
+sys.modules["cnn_jax.runtime.files"] = types.ModuleType("cnn_jax.runtime.files")  # as when its import has just begun
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_in_the_middle_of_an_import_ends_it_in_its_line_too():
+    ended = subprocess.run([sys.executable, "-c", IMPORTING], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == stopped_by(signal.SIGINT)
+
+
 ENDING = """
 import atexit, os, signal
 atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM)])
