@@ -37,8 +37,6 @@ def read_idx_folder(folder: Path) -> FourArrays:
     arrays = {(split, kind): read_idx(path, ndim=3 if kind == "images" else 1) for (split, kind), path in files.items()}
     for split in ("train", "test"):
         images, labels = arrays[split, "images"], arrays[split, "labels"]
-        if len(images) == 0:
-            raise InputFileError(f"{files[split, 'images']} has no images; give a file that has some")
         if len(images) != len(labels):
             raise InputFileError(
                 f"{files[split, 'images']} has {len(images):,} images but {files[split, 'labels']} has "
@@ -63,11 +61,7 @@ def read_idx_folder(folder: Path) -> FourArrays:
 
 def count_idx_examples(folder: Path) -> int:
     """Return the number of training images in a folder of IDX files, from the header alone; raises as above."""
-    file = _find_idx_files(folder)["train", "images"]
-    examples, *_ = _read_idx_shape(file, ndim=3)
-    if examples == 0:
-        raise InputFileError(f"{file} has no images; give a file that has some")
-    return examples
+    return _read_idx_shape(_find_idx_files(folder)["train", "images"], ndim=3)[0]
 
 
 def read_idx_sizes(folder: Path) -> DatasetSizes:
@@ -174,7 +168,10 @@ def _read_header(file: io.BufferedIOBase, path: Path, *, ndim: int) -> tuple[tup
             f"{path} has magic number {header[2]:#04x} {header[3]:#04x}, but {kind} have "
             f"{UNSIGNED_BYTE:#04x} {ndim:#04x}; give a file of {kind}"
         )
-    return tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4)), header
+    shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
+    if ndim == 3 and shape[0] == 0:
+        raise InputFileError(f"{path} has no images; give a file that has some")
+    return shape, header
 
 
 def _read_up_to(file: io.BufferedIOBase, size: int) -> bytes:
