@@ -135,18 +135,15 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, ImportError):
         line = f"error: cannot load {error.name or 'a library'} ({reason}); install cnn-jax anew, or allow more memory"
         exit_code = UsageError.exit_code
-    elif (
-        "jax" not in sys.modules and "jax._src" in sys.modules and (variables := _jax_variables())
-    ):  # as it is imported
+    elif _jax_is_half_imported() and (variables := _jax_variables()):
         line = f"error: JAX does not start with {variables} ({reason}); unset what is wrong"
         exit_code = UsageError.exit_code
     elif library := _failing_import(error):
         line = f"error: cannot load {library} ({reason}); see to the environment's variables and the folders they name"
         exit_code = UsageError.exit_code
     elif variables := _jax_variables(*PLACES):
-        line = (
-            f"error: the program fails with {variables} ({name}: {reason}); unset that, and report what fails without"
-        )
+        told = f"error: the program fails with {variables} ({name}: {reason})"
+        line = f"{told}; unset that, and report what fails without"
         exit_code = UsageError.exit_code
     else:
         told = " ".join(str(error).split())
@@ -225,6 +222,10 @@ def _failing_import(error: BaseException) -> str:
 
 # Those that decide where JAX computes and keeps what it has compiled, and nothing else.
 PLACES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+
+
+def _jax_is_half_imported() -> bool:
+    return "jax" not in sys.modules and "jax._src" in sys.modules
 
 
 def _jax_variables(*others: str) -> str:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from cnn_jax.runtime.streams import write_last_line
 
-# Those with which people, terminals and batch systems end a program: by Ctrl-C, Ctrl-\\, a closed terminal, a limit of
+# Those with which people, terminals and batch systems end a program: by Ctrl-C, Ctrl-\, a closed terminal, a limit of
 # processor time, or, as SLURM does, by whichever was asked for.
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM")
 # nohup has SIGHUP ignored, for a program to outlive its terminal.

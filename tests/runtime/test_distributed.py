@@ -23,15 +23,20 @@ def start(program, small_mnist, tmp_path):
     return functools.partial(start_processes, program, small_mnist, tmp_path)
 
 
-def start_processes(program, data, folder, name, *options, processes, epochs=EPOCHS, platform="cpu"):
-    """Start the processes of a run, which find each other."""
+def free_place():
+    """An address of this machine at which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_processes(program, data, folder, name, *options, processes, epochs=EPOCHS, platform="cpu"):
+    """Start the processes of a run, which find each other."""
+    place = free_place()
     return [
         program(
             *TRAIN, "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", name,
-            "--epochs", epochs, "--platform", platform, "--coordinator", f"127.0.0.1:{port}",
+            "--epochs", epochs, "--platform", platform, "--coordinator", place,
             "--num-processes", processes, "--process-id", number, *options,
         )
         for number in range(processes)
@@ -129,13 +134,11 @@ def test_processes_that_do_not_agree_all_refuse(what, program, small_mnist, tmp_
     folders = [shutil.copytree(small_mnist, tmp_path / f"data{number}") for number in range(2)]
     if what == "data":
         flip_a_bit(folders[1] / "train-images-idx3-ubyte")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    place = free_place()
     processes = [
         program(
             *TRAIN, "--dataset-dir", folder, "--checkpoint-dir", tmp_path, "--run-name", "run", "--platform", "cpu",
-            "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", number,
+            "--coordinator", place, "--num-processes", 2, "--process-id", number,
             "--batch-size", 50 + 50 * (number if what == "settings" else 0),
         )
         for number, folder in enumerate(folders)
@@ -160,9 +163,7 @@ def test_a_cluster_that_is_not_there_is_reported_in_one_line(program, small_mnis
 
 
 def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
+    place = free_place()
     joined = """
 import time
 from cnn_jax.runtime.distributed import joined
