@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.analysis.plots import plot_benchmark
+from cnn_jax.core.training import loop_steps
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_worker, time_variant
@@ -26,7 +27,8 @@ from cnn_jax.runtime.files import write_atomically
 
 # What brings TensorFlow, under either name, where somebody has installed it.
 TENSORFLOW_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras")
-STEPS_PER_ROUND = 16
+# On an accelerator as many as its compiled loop has for an epoch of MNIST, which takes as long for fewer.
+STEPS_PER_ROUND = {"cpu": 16, "gpu": loop_steps(600), "tpu": loop_steps(600)}
 STEPS_OF_15_EPOCHS = 9000
 # The fewest bytes that a step moves per weight: it reads and writes the weight and Adam's two moments, and writes and
 # reads the gradient.
@@ -116,26 +118,29 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
     load_dataset("mnist", None, data_dir)  # prepares it, so that each process only loads it
     floor = measure_floor()
     display.say(f"floor: {floor.milliseconds:.2f} ms per step")
-    has_gpu = jax.default_backend() == "gpu"
-    timings, left_out = _measure_in_turn(
-        [variant for variant in VARIANTS if has_gpu or not variant.needs_gpu], rounds, data_dir, display
-    )
-    result = BenchmarkResult(
-        date=time.strftime("%Y-%m-%d"),
-        machine=describe_machine(),
-        device=_device_name(),
-        versions=versions(*PACKAGES, *(name for name in TENSORFLOW_PACKAGES if _is_installed(name))),
-        rounds=rounds,
-        steps_per_round=STEPS_PER_ROUND,
-        floor=floor,
-        variants=timings,
-        left_out=left_out,
-    )
-    name = re.sub(r"[^\w]+", "-", f"{result.device}-{result.date}").strip("-").lower()
+    platform = jax.default_backend()
+    steps = STEPS_PER_ROUND[platform]
+    variants = [variant for variant in VARIANTS if variant.platform in (None, platform)]
+    machine, versions_here = describe_machine(), versions(*PACKAGES, *filter(_is_installed, TENSORFLOW_PACKAGES))
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / f"{name}.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    display.say(*write_report(result, output / f"{name}.md").splitlines())
-    display.say(f"written to {output / name}.md")
+    file = output / re.sub(r"[^\w]+", "-", f"{_device_name()}-{time.strftime('%Y-%m-%d')}").strip("-").lower()
+    for number, (timings, left_out) in enumerate(_measure_in_turn(variants, rounds, steps, data_dir, display), start=1):
+        result = BenchmarkResult(
+            date=time.strftime("%Y-%m-%d"),
+            machine=machine,
+            device=_device_name(),
+            versions=versions_here,
+            rounds=number,
+            steps_per_round=steps,
+            floor=floor,
+            variants=timings,
+            left_out=left_out,
+        )
+        # After each round: a benchmark that is stopped keeps those that it has measured.
+        write_atomically(file.with_suffix(".json"), json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+        write_report(result, file.with_suffix(".md"))
+    display.say(*file.with_suffix(".md").read_text().splitlines())
+    display.say(f"written to {file.with_suffix('.md')}")
 
 
 def read_result(file: Path) -> BenchmarkResult:
@@ -181,9 +186,9 @@ def _fastest(function: Callable[..., jax.Array], *arguments: jax.Array, repeats:
 
 
 def _measure_in_turn(
-    variants: Sequence[Variant], rounds: int, data_dir: Path | None, display: Display
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Return each variant's timing by its name, and likewise why a variant cannot run here."""
+    variants: Sequence[Variant], rounds: int, steps: int, data_dir: Path | None, display: Display
+) -> Iterator[tuple[dict[str, Timing], dict[str, str]]]:
+    """Yield after each round every variant's timing by its name, and likewise why a variant cannot run here."""
     started, left_out = [], {}
     with contextlib.ExitStack() as stack:
         for variant in variants:
@@ -204,9 +209,9 @@ def _measure_in_turn(
             display.say(f"round {number + 1} of {rounds}")
             # In a new order each time, so that no variant always follows the same one.
             for _, worker, _, measured in random.sample(started, len(started)):
-                worker.send(STEPS_PER_ROUND)
+                worker.send(steps)
                 measured.append(worker.receive())
-    return {variant.name: _timing(variant, startup, measured) for variant, _, startup, measured in started}, left_out
+            yield {each.name: _timing(each, startup, measured) for each, _, startup, measured in started}, left_out
 
 
 def _timing(variant: Variant, startup: Startup, measured: Sequence[Round]) -> Timing:
@@ -237,14 +242,12 @@ def _device_name() -> str:
     return describe_machine() if device.platform == "cpu" else device.device_kind
 
 
-def write_report(result: BenchmarkResult, file: Path) -> str:
-    """Write the benchmark as Markdown, and its plot under the same name; return the Markdown."""
+def write_report(result: BenchmarkResult, file: Path) -> None:
+    """Write the benchmark as Markdown, and its plot under the same name."""
     plot = file.with_suffix(".png")
-    text = to_markdown(result, plot=plot.name)
-    write_atomically(file, text)
+    write_atomically(file, to_markdown(result, plot=plot.name))
     timings = [(name, each.framework, each.low, each.milliseconds, each.high) for name, each in result.variants.items()]
     plot_benchmark(timings, plot, floor=result.floor.milliseconds, title=result.device)
-    return text
 
 
 def to_markdown(result: BenchmarkResult, *, plot: str) -> str:
@@ -259,15 +262,20 @@ def to_markdown(result: BenchmarkResult, *, plot: str) -> str:
             "",
             *[f"Left out: {name} ({escape_markdown(error)})." for name, error in result.left_out.items()],
             f"Median and quartiles of {result.rounds} rounds of {result.steps_per_round} steps. Each variant runs in "
-            "its own process, and all are measured in turn within one run. *Memory kept* means that two environment "
-            "variables keep glibc's allocator from returning memory to the system after each step, the fastest setting "
-            "that we found for PyTorch on a CPU. *One of 8 seeds* is the time per seed in a program that trains 8."
+            "its own process, and all are measured in turn within one run. *One of 8 seeds* is the time per seed in a "
+            "program that trains 8."
+            + " *Memory kept* means that two environment variables keep glibc's allocator from returning memory to the "
+            "system after each step, the fastest setting that we found for PyTorch on a CPU."
+            * any(name.endswith("memory kept") for name in result.variants)
             + " `fit` is called for the steps of each round, which costs it about a tenth."
-            * ("Keras, fit" in result.variants),
+            * ("Keras, fit" in result.variants)
+            + " On a GPU PyTorch computes convolutions in TF32 unless told otherwise; cnn-jax computes them in float32."
+            * any(name.endswith("CUDA graph") for name in result.variants),
             "",
-            f"The floor, {floor.milliseconds:.1f} ms, is the time that the step's matrix products alone would take: "
-            f"{floor.flops / 1e9:.2f} GFLOP at {floor.flops_per_second / 1e9:.0f} GFLOP/s, the speed measured here for "
-            f"float32 matrix products. Memory, at {floor.bytes_per_second / 1e9:.0f} GB/s, is not the limit.",
+            f"The floor, {_milliseconds(floor.milliseconds)} ms, is the time that the step's matrix products alone "
+            f"would take: {floor.flops / 1e9:.2f} GFLOP at {floor.flops_per_second / 1e9:.0f} GFLOP/s, the speed "
+            f"measured here for float32 matrix products. Memory, at {floor.bytes_per_second / 1e9:.0f} GB/s, is not "
+            "the limit.",
             "",
             "Import is that of PyTorch or TensorFlow alone, or of all of cnn-jax. The first step is that of a new "
             "process, with compilation and without a cache. 15 epochs are import, loading, the first step and 8,999 "
@@ -301,7 +309,7 @@ def speed_table(result: BenchmarkResult) -> str:
         rows.append(
             (
                 name,
-                f"{timing.milliseconds:.1f} ({timing.low:.1f} to {timing.high:.1f})",
+                f"{_milliseconds(timing.milliseconds)} ({_milliseconds(timing.low)} to {_milliseconds(timing.high)})",
                 f"{1e3 * BATCH_SIZE / timing.milliseconds:,.0f}",
                 f"{min(peers) / timing.milliseconds:.2f}",
                 f"{result.floor.milliseconds / timing.milliseconds:.0%}",
@@ -312,3 +320,7 @@ def speed_table(result: BenchmarkResult) -> str:
             )
         )
     return markdown_table(header, rows)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 5 else f"{value:.3f}"

@@ -159,7 +159,7 @@ class Round(NamedTuple):
     """The measurement of a number of steps.
 
     Attributes:
-      milliseconds: The mean time per step.
+      milliseconds: The mean time per step and network.
       peak_bytes: The process's peak memory until their end.
     """
 
@@ -200,7 +200,7 @@ def time_variant(pipe: Connection, variant: Variant, data_dir: Path | None) -> N
         run(8)  # wakes the threads up and fills the caches
         start = time.perf_counter()
         run(steps)
-        pipe.send(Round(1e3 * (time.perf_counter() - start) / steps, _peak_bytes()))
+        pipe.send(Round(1e3 * (time.perf_counter() - start) / steps / variant.seeds, _peak_bytes()))
 
 
 def _peak_bytes() -> int:

@@ -42,16 +42,18 @@ class Variant:
       make: Returns a function that runs a number of steps on a data set and waits for them; each call continues where
         the last one stopped. Raises any exception if the machine lacks something, such as a compiler.
       environment: Environment variables that its process starts with.
-      needs_gpu: Whether it runs on a GPU only.
+      platform: What it is for; None for anything.
       dtype: The type of its convolutions' operands.
+      seeds: How many networks each of its steps trains, at once or in turn.
     """
 
     name: str
     framework: Literal["PyTorch", "TensorFlow", "Flax", "cnn-jax"]
     make: Callable[[Dataset], RunSteps]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    needs_gpu: bool = False
+    platform: Literal["cpu", "gpu"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    seeds: int = 1
 
 
 def make_tutorial_loop(dataset: Dataset) -> RunSteps:
@@ -138,7 +140,7 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
 
     Args:
       dtype: The operands' type, `float32` or `bfloat16`.
-      seeds: How many seeds the program trains; the steps are divided among them.
+      seeds: How many seeds the program trains.
       dataset: MNIST.
     """
     import jax
@@ -147,9 +149,11 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
     from cnn_jax.core.sharding import make_mesh, shard
     from cnn_jax.runs.program import Sizes, make_program, start_states
     from cnn_jax.runs.settings import TrainSettings
+    from cnn_jax.runtime.devices import start_devices
 
+    start_devices(None, keep_compiled=False)
     settings, devices = TrainSettings(seed=0, seeds=seeds, precision=dtype), jax.devices()
-    seeds_at_once = None if devices[0].platform == "cpu" else seeds
+    seeds_at_once = None if devices[0].platform == "cpu" or seeds == 1 else seeds
     mesh = make_mesh(seeds, devices)
     program = make_program(settings, Sizes.of(dataset, settings), mesh, seeds_at_once=seeds_at_once)
     data = shard((dataset.train_images, dataset.train_labels), mesh, P())
@@ -157,7 +161,6 @@ def make_cnn_jax_loop(dtype: Literal["float32", "bfloat16"], seeds: int, dataset
 
     def run(steps: int) -> None:
         nonlocal states, first
-        steps = max(1, steps // seeds)
         if first + steps > program.steps_per_epoch:
             first = 0
         states, losses = program.run_steps(states, epoch, *data, np.int32(first), np.int32(first + steps))
@@ -172,27 +175,38 @@ def _torch(name: str, variant: "StepVariant", **properties: Any) -> Variant:
 
 
 def _tensorflow(
-    name: str, make: Callable[[Dataset], RunSteps], environment: Mapping[str, str] | None = None
+    name: str,
+    make: Callable[[Dataset], RunSteps],
+    environment: Mapping[str, str] | None = None,
+    platform: Literal["cpu"] | None = None,
 ) -> Variant:
-    return Variant(name, "TensorFlow", make, environment={**SHARE_GPU, **(environment or {})})
+    return Variant(name, "TensorFlow", make, environment={**SHARE_GPU, **(environment or {})}, platform=platform)
 
 
 def _ours(name: str, dtype: Literal["float32", "bfloat16"], seeds: int) -> Variant:
-    return Variant(name, "cnn-jax", functools.partial(make_cnn_jax_loop, dtype, seeds), dtype=dtype)
+    return Variant(name, "cnn-jax", functools.partial(make_cnn_jax_loop, dtype, seeds), dtype=dtype, seeds=seeds)
 
 
 VARIANTS = (
     Variant("the tutorial's loop as written", "PyTorch", make_tutorial_loop),
     _torch("PyTorch, eager", "eager"),
     _torch("PyTorch, channels_last", "channels_last"),
-    _torch("PyTorch, channels_last, memory kept", "channels_last", environment=KEEP_MEMORY),
+    _torch("PyTorch, channels_last, memory kept", "channels_last", environment=KEEP_MEMORY, platform="cpu"),
     _torch("PyTorch, bfloat16 autocast", "bfloat16", dtype="bfloat16"),
-    _torch("PyTorch, bfloat16 autocast, memory kept", "bfloat16", dtype="bfloat16", environment=KEEP_MEMORY),
+    _torch(
+        "PyTorch, bfloat16 autocast, memory kept",
+        "bfloat16",
+        dtype="bfloat16",
+        environment=KEEP_MEMORY,
+        platform="cpu",
+    ),
     _torch("PyTorch, torch.compile", "compiled"),
-    _torch("PyTorch, CUDA graph", "cuda_graph", needs_gpu=True),
+    _torch("PyTorch, CUDA graph", "cuda_graph", platform="gpu"),
+    _torch("PyTorch, torch.compile, CUDA graph", "compiled_cuda_graph", platform="gpu"),
+    _torch("PyTorch, bfloat16, CUDA graph", "bfloat16_cuda_graph", dtype="bfloat16", platform="gpu"),
     _tensorflow("Keras, fit", make_keras_fit),
     _tensorflow("TensorFlow, tf.function", make_tensorflow_loop),
-    _tensorflow("TensorFlow, tf.function, memory kept", make_tensorflow_loop, KEEP_MEMORY),
+    _tensorflow("TensorFlow, tf.function, memory kept", make_tensorflow_loop, KEEP_MEMORY, platform="cpu"),
     Variant("plain Flax model", "Flax", make_flax_loop),
     _ours("cnn-jax, float32", "float32", seeds=1),
     _ours("cnn-jax, bfloat16", "bfloat16", seeds=1),

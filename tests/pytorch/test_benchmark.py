@@ -1,7 +1,11 @@
 """The benchmark's variants do the same work, and its table shows the measurements."""
 
+import contextlib
+import gc
 import os
 import signal
+import weakref
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +15,8 @@ pytest.importorskip("torch", reason="needs the extra torch")
 
 from cnn_jax.core.model import CNN, PlainCNN
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.pytorch.benchmark import BenchmarkResult, Floor, Timing, measure_floor, speed_table
+from cnn_jax.pytorch import benchmark as benchmark_module
+from cnn_jax.pytorch.benchmark import BenchmarkResult, Floor, Timing, benchmark, measure_floor, read_result, speed_table
 from cnn_jax.pytorch.processes import start_worker
 from cnn_jax.pytorch.variants import KEEP_MEMORY, VARIANTS
 from cnn_jax.runtime.errors import StorageError
@@ -68,6 +73,45 @@ def test_a_process_starts_with_its_environment_and_answers_until_the_block_ends(
         assert worker.receive() == 2
     assert not KEEP_MEMORY.keys() & os.environ.keys()
     assert worker.process.exitcode is not None
+
+
+def test_a_recorded_step_keeps_the_memory_of_its_weights(monkeypatch):
+    import torch
+
+    from cnn_jax.pytorch.tutorial import TutorialCNN, _record_step
+
+    nothing = SimpleNamespace(wait_stream=lambda stream: None)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda: nothing)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    model = TutorialCNN()
+    weights = weakref.ref(model)
+    replay = _record_step(lambda images, labels, model=model: model(images).sum(), torch.device("cpu"))
+    del model
+    gc.collect()
+    assert weights() is not None
+    del replay
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_benchmark_that_is_stopped_keeps_the_rounds_that_it_has_measured(monkeypatch, tmp_path):
+    floor = Floor(flops=1, bytes=1, flops_per_second=1.0, bytes_per_second=1.0, milliseconds=0.05)
+    timing = Timing("PyTorch", "float32", 1.0, 1.0, 2.0, 2**30, 0.1625, 0.16, 0.17, [0.1625])
+
+    def measure_and_stop(*_):
+        yield {"PyTorch, eager": timing}, {}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark_module, "measure_floor", lambda: floor)
+    monkeypatch.setattr(benchmark_module, "_measure_in_turn", measure_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(rounds=2, output=tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    result = read_result(file)
+    assert (result.rounds, result.variants) == (1, {"PyTorch, eager": timing})
+    assert "| 0.163 (0.160 to 0.170) |" in file.with_suffix(".md").read_text()
 
 
 def die(pipe):
