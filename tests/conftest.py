@@ -21,12 +21,13 @@ import jax
 import jaxtyping
 import pytest
 
-from cnn_jax.runtime.devices import has_only_cpu
+from cnn_jax.runtime.devices import fix_algorithms, has_only_cpu
 
 # Every call's shapes and dtypes are held against its signature. What is imported before this line is not checked, so
 # these rooms are imported by the fixtures.
 jaxtyping.install_import_hook(["cnn_jax.core", "cnn_jax.data"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+fix_algorithms()  # as `plan` does; XLA reads its flags once
 if has_only_cpu():
     jax.config.update("jax_platforms", "cpu")
 

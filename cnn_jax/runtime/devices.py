@@ -26,8 +26,9 @@ _WHEELS = {
     "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"), "pip install 'cnn-jax[cuda]'"),
     "tpu": (("libtpu",), "pip install 'cnn-jax[tpu]'"),
 }
-# XLA's flag for the same bits at each run on a GPU: sums in a fixed order, and no algorithm chosen by its time.
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# XLA's flags for the same bits at each run on a GPU: sums in a fixed order, and no algorithm chosen by its time. On an
+# H100 XLA takes cuBLAS's products then with the second flag or without; without it JAX 0.11 cannot plan.
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
 # JAX's plugins for GPUs; without one of these files they find none.
 _GPU_PLUGINS = {"xla_cuda12", "xla_cuda13", "xla_rocm7"}
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -82,8 +83,8 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
 def fix_algorithms() -> None:
     """Have XLA, which reads it when JAX's devices start, keep a GPU's bits the same, unless the user decides."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    added = [flag for flag in DETERMINISTIC if flag.partition("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
 
 
 def leave_out_absent_accelerators() -> None:
@@ -136,7 +137,7 @@ def _check_variables() -> None:
     if max(jax.config.jax_num_cpu_devices, *map(int, divided), 0) > MOST_DEVICES:  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
         named = _variables("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
         raise UsageError(f"{named}: a CPU cannot be so many devices; give at most {MOST_DEVICES:,}")
-    if os.environ.get("XLA_FLAGS", DETERMINISTIC) == DETERMINISTIC:
+    if not compiler_flags():
         return
     read_flags = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
     with contextlib.suppress(OSError):  # without another process they are not checked
@@ -149,7 +150,7 @@ def _check_variables() -> None:
 
 def compiler_flags() -> str:
     """Return the flags that the user gives XLA, on which the last bits may depend."""
-    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != DETERMINISTIC)
+    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in DETERMINISTIC)
 
 
 def _variables(*names: str) -> str:
