@@ -71,9 +71,9 @@ def _convolve_pixels_forward(dtype, images, kernel, bias):
     # Without the barrier XLA computes what comes before (a pooling) again for each of the kernel's shifts.
     patches = _pixel_patches(lax.optimization_barrier(images.astype(dtype)), kernel.shape)
     flat_kernel = kernel.astype(dtype).reshape(-1, kernel.shape[-1])
-    convolved = _matmul(patches, flat_kernel).reshape(n, height, width, -1) + bias
+    convolved = _matmul(patches, flat_kernel).reshape(n, height, width, -1)
     # The patches are kept, because the kernel's gradient needs them too.
-    return _corners(convolved), (patches, kernel, images)
+    return tuple(corner + bias for corner in _corners(convolved)), (patches, kernel, images)
 
 
 def _convolve_pixels_backward(dtype, residuals, corner_cotangents):
@@ -151,12 +151,13 @@ def _convolve_shifts_backward(dtype, residuals, corner_cotangents):
     cotangents = tuple(_round(cotangent, dtype) for cotangent in corner_cotangents)
     shifts = _shifts(_round(images, dtype), kernel.shape)
     # The bias is a last value of the kernel, which meets ones. Without the barrier XLA puts a corner's values together
-    # again for each feature, in code that takes half a minute to compile.
+    # again for each feature, in code that takes half a minute to compile. With the kernel's values first a step takes
+    # 0.168 ms on an H100, with one image after the other 0.194.
     corners = zip(*shifts, [jnp.ones_like(shift) for shift in shifts[0]], strict=True)
-    patches = lax.optimization_barrier(tuple(jnp.concatenate(corner, axis=-1) for corner in corners))
+    patches = lax.optimization_barrier(tuple(jnp.stack(corner) for corner in corners))  # (h * w * c + 1, N, H, W, 1)
     # As a plain sum: two launches, and four products of matrices eight.
-    products = (p[..., :, jnp.newaxis] * c[..., jnp.newaxis, :] for p, c in zip(patches, cotangents, strict=True))
-    sums = functools.reduce(jnp.add, products).sum(axis=(0, 1, 2))
+    products = (p * c[jnp.newaxis] for p, c in zip(patches, cotangents, strict=True))
+    sums = functools.reduce(jnp.add, products).sum(axis=(1, 2, 3))
     flat_kernel = _round(kernel, dtype).reshape(-1, kernel.shape[-1])
     cotangent = _interleave(cotangents, images.shape).reshape(-1, kernel.shape[-1])
     image_cotangent = _add_pixel_patches(_matmul(cotangent, flat_kernel.T), images.shape, kernel.shape)

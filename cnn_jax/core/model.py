@@ -119,12 +119,24 @@ class Dense(nn.Module):
         return lax.platform_dependent(x, kernel, bias, cuda=_add_products, rocm=_add_products, default=product)
 
 
+@jax.custom_vjp
 def _add_products(x, kernel, bias):
     # To keep a GPU busy with so few columns, XLA cuts the matrix product's sum into parts and copies both matrices:
-    # four launches. A plain sum takes one, and one for each gradient; the bias is the weight of an input that is 1.
-    x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
-    kernel = jnp.concatenate([kernel, bias[jnp.newaxis]])
-    return (x[:, :, jnp.newaxis] * kernel[jnp.newaxis]).sum(axis=1)
+    # four launches. Plain sums take two, and one for each gradient. In two parts a sum takes 6 us, at once 16.
+    parts = x.shape[1] // 64 if x.shape[1] % 64 == 0 else 1
+    products = x.reshape(len(x), parts, -1, 1) * kernel.reshape(1, parts, -1, kernel.shape[1])
+    return lax.optimization_barrier(products.sum(axis=2)).sum(axis=1) + bias[jnp.newaxis]
+
+
+def _add_products_backward(residuals, cotangent):
+    x, kernel = residuals
+    x_and_1 = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)  # the bias is the weight of an input that is 1
+    kernel_cotangent = (x_and_1[:, :, jnp.newaxis] * cotangent[:, jnp.newaxis, :]).sum(axis=0)
+    x_cotangent = (cotangent[:, jnp.newaxis, :] * kernel[jnp.newaxis]).sum(axis=2)
+    return x_cotangent, kernel_cotangent[:-1], kernel_cotangent[-1]
+
+
+_add_products.defvjp(lambda *arguments: (_add_products(*arguments), arguments[:2]), _add_products_backward)
 
 
 def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:

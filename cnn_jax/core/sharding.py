@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32, Int32, PyTree, UInt8, UInt32
 
 from cnn_jax.core.evaluation import Sums, sum_over_images
 from cnn_jax.core.recipes import Recipe
-from cnn_jax.core.training import SeedEpoch, TrainState, batch_indices, create_train_state, make_keys, run_steps
+from cnn_jax.core.training import SeedEpoch, TrainState, batch_indices, create_train_state, make_keys
 
 SEEDS, DATA = "seeds", "data"
 # How a `SeedEpoch` is divided over the mesh.
@@ -110,10 +110,7 @@ def run_seeds(
     first: Int32[Array, ""],
     stop: Int32[Array, ""],
     *,
-    model: nn.Module,
-    recipe: Recipe,
-    parts: int,
-    platform: str,
+    run: Callable,
     seeds_at_once: int | None,
 ) -> tuple[TrainState, Float32[Array, "s steps"]]:
     """Run the steps first..stop-1 of every seed that this device has.
@@ -125,28 +122,14 @@ def run_seeds(
       labels: Their labels.
       first: The first row of the batches to train on.
       stop: The row before which to stop.
-      model: The network.
-      recipe: How it is trained.
-      parts: As for `train_step`.
-      platform: As for `run_steps`.
+      run: `run_steps` with a run's model and recipe.
       seeds_at_once: The number of seeds to train at once, vectorised. None trains one after the other, which is
         faster on a CPU: one seed's intermediate values fit its cache, and one seed keeps all cores busy.
 
     Returns:
       The states after the last step, and the losses, of which first..stop-1 are filled in.
     """
-    run = functools.partial(
-        run_steps,
-        images=images,
-        labels=labels,
-        first=first,
-        stop=stop,
-        model=model,
-        recipe=recipe,
-        axis=DATA,
-        parts=parts,
-        platform=platform,
-    )
+    run = functools.partial(run, images=images, labels=labels, first=first, stop=stop)
     return lax.map(run, (states, epochs), batch_size=seeds_at_once)
 
 

@@ -16,7 +16,7 @@ from cnn_jax.core.model import forward
 from cnn_jax.core.recipes import Recipe
 from cnn_jax.data.dataset import scale_pixels
 
-LOOP_STEPS = 100  # of an accelerator's compiled loop, at most; after it the bar moves and a signal is answered
+LOOP_STEPS = 200  # of an accelerator's compiled loop, at most; after it the bar moves and a signal is answered
 
 
 class TrainState(NamedTuple):
@@ -103,12 +103,16 @@ def run_steps(
         return state, losses.at[i].set(loss)
 
     def take_step_until_stop(i, carry):
-        after = take_step(first + i, carry)
+        # The steps are counted by `i`: a count of their own is one launch more.
+        state, losses = carry
+        after = take_step(first + i, (state._replace(step=state.step + i), losses))
+        after = (after[0]._replace(step=state.step), after[1])
         return jax.tree.map(functools.partial(jnp.where, first + i < stop), after, carry)
 
     if platform == "cpu":
         return lax.fori_loop(first, stop, take_step, (state, losses))
     state, losses = lax.fori_loop(0, loop_steps(len(losses)), take_step_until_stop, (state, losses))
+    state = state._replace(step=state.step + (stop - first))
     return (state if unravel is None else map_weights(unravel, state, seed[0])), losses
 
 

@@ -32,7 +32,7 @@ from cnn_jax.core.sharding import (
     sum_seeds,
     to_host,
 )
-from cnn_jax.core.training import SeedEpoch, TrainState
+from cnn_jax.core.training import SeedEpoch, TrainState, run_steps
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.settings import TrainSettings, require
 from cnn_jax.runtime.errors import UsageError
@@ -153,10 +153,14 @@ def make_program(
     )
     train = functools.partial(
         run_seeds,
-        model=model,
-        recipe=recipe,
-        parts=count_parts(mesh, settings.batch_size),
-        platform=mesh.devices.flat[0].platform,
+        run=functools.partial(
+            run_steps,
+            model=model,
+            recipe=recipe,
+            axis=DATA,
+            parts=count_parts(mesh, settings.batch_size),
+            platform=mesh.devices.flat[0].platform,
+        ),
         seeds_at_once=seeds_at_once,
     )
     data = STREAMED if streams else RESIDENT

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.core.model import CNN, PlainCNN
+from cnn_jax.core.model import CNN, PlainCNN, _add_products
 
 
 def initial_params(model=None, image_shape=(28, 28, 1), seed=0):
@@ -81,3 +81,18 @@ def test_the_fast_network_computes_the_plain_one_and_so_do_its_gradients(shape, 
 
     for ours, expected in zip(*map(jax.tree.leaves, map(logits_and_gradients, (fast, plain))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("inputs", [128, 100])
+def test_a_gpus_sum_of_products_is_the_dense_layer_and_so_are_its_gradients(inputs):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((5, inputs), (inputs, 10), (10,), (5, 10))
+    *arguments, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+    def values_and_gradients(dense):
+        values, gradients = jax.vjp(dense, *arguments)
+        return values, *gradients(cotangent)
+
+    expected = values_and_gradients(lambda x, kernel, bias: x @ kernel + bias[jnp.newaxis])
+    for ours, plain in zip(values_and_gradients(_add_products), expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
