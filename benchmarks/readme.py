@@ -70,6 +70,14 @@ def recipe_table() -> str:
     return markdown_table(header, rows)
 
 
+def h100_table() -> str:
+    """Return the table of the steps that were timed on an H100."""
+    milliseconds = json.loads((RESULTS / "runs" / "h100" / "steps.json").read_text())["milliseconds"]
+    ours = milliseconds["cnn-jax, float32"]
+    rows = [(name, f"{value:.3f}", f"{value / ours:.2f}") for name, value in milliseconds.items()]
+    return markdown_table(("step of 100 images", "ms", "cnn-jax, float32 = 1"), rows)
+
+
 def fault_injection_table() -> str:
     """Return the table of how often each fault was injected, and how often a promise was broken."""
     return trials_table(json.loads((RESULTS / "fault_injection" / "result.json").read_text()))
@@ -80,6 +88,7 @@ TABLES = {
     "comparison": comparison_table,
     "benchmark": benchmark_table,
     "recipes": recipe_table,
+    "H100": h100_table,
     "fault injection": fault_injection_table,
 }
 
