@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from cnn_jax.data.idx import idx_header, read_idx
+from cnn_jax.inference.pictures import read_picture
+from cnn_jax.inference.preprocess import prepare_character
 from tests.fault_injection.runs import read_newest
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +26,11 @@ def start_python(*arguments, **options):
     """Start `python ...` in a process of its own, from the repository's root."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
+
+
+def read_digit(file):
+    """Return the digit in a picture as an image for the network, (28, 28, 1), uint8, 0 for no ink."""
+    return read_picture(str(file), prepare_character)
 
 
 def write_small_mnist(folder, *, train=1030, test=260):

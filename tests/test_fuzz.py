@@ -15,12 +15,12 @@ from PIL import Image
 from cnn_jax.cli.commands import train
 from cnn_jax.cli.parser import parameters_of
 from cnn_jax.data.idx import idx_header, read_idx
-from cnn_jax.inference.pictures import read_digit
 from cnn_jax.inference.pretrained import PACKAGED, read_trained
 from cnn_jax.pytorch.import_weights import read_torch_file
 from cnn_jax.runs.folder import RunFolder, deciding_settings
 from cnn_jax.runtime.errors import InputFileError, describe_failure
 from tests.digits import DARK_PENS, SHAPES, draw_digit
+from tests.helpers import read_digit
 
 # The same examples in every run, with no folder of earlier ones; what a test is given stays the same for all of them.
 fuzz = settings(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,14 +47,14 @@ class Mistake(NamedTuple):
 
     Attributes:
       image: (height, width, channels), uint8.
-      label: Its class.
-      prediction: The class of the largest logit.
+      label: Its class's name.
+      prediction: The name of the class of the largest logit.
       probability: The network's probability for the predicted class, in [0, 1].
     """
 
     image: np.ndarray
-    label: int
-    prediction: int
+    label: str
+    prediction: str
     probability: float
 
 
@@ -64,7 +64,8 @@ class Inspection:
 
     Attributes:
       image: The first test image, (height, width, channels), uint8; `layers` shows its way through the network.
-      label: Its class.
+      label: Its class's name.
+      class_names: The name of each class.
       layers: Each with its output, in order; empty if the network's layers are not those of `PlainCNN`.
       kernels: The kernels of each convolution, (3, 3, channels in, channels out), by the layer's name.
       confusion: (K, K), int: the number of test images by class (row) and predicted class (column).
@@ -72,7 +73,8 @@ class Inspection:
     """
 
     image: np.ndarray
-    label: int
+    label: str
+    class_names: Sequence[str]
     layers: list[Layer]
     kernels: dict[str, np.ndarray]
     confusion: np.ndarray
@@ -133,18 +135,19 @@ def inspect_network(model: nn.Module, params: dict, dataset: Dataset) -> Inspect
     """
     probabilities = scipy.special.softmax(logits(model, params, dataset.test_images).astype(np.float64), axis=1)
     labels, predictions, confidences = dataset.test_labels, probabilities.argmax(axis=1), probabilities.max(axis=1)
-    confusion = np.zeros((dataset.num_classes,) * 2, int)
+    names, confusion = dataset.class_names, np.zeros((dataset.num_classes,) * 2, int)
     np.add.at(confusion, (labels, predictions), 1)
     wrong = np.flatnonzero(predictions != labels)
     most_confident = wrong[np.argsort(-confidences[wrong], kind="stable")][:SHOWN_MISTAKES]
     return Inspection(
         image=dataset.test_images[0],
-        label=int(labels[0]),
+        label=names[labels[0]],
+        class_names=names,
         layers=run_layers(params, dataset.test_images[0]),
         kernels={name: params[name]["kernel"] for name in params if name != "fc"} if plain_network(params) else {},
         confusion=confusion,
         mistakes=[
-            Mistake(dataset.test_images[i], int(labels[i]), int(predictions[i]), float(confidences[i]))
+            Mistake(dataset.test_images[i], names[labels[i]], names[predictions[i]], float(confidences[i]))
             for i in most_confident
         ],
     )
@@ -179,7 +182,7 @@ def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: P
     drawings: dict[str, tuple[str, Callable[[Path], None]]] = {
         "confusion": (
             f"{correct:,} of {count:,} test images are classified correctly; the others by class and predicted class.",
-            functools.partial(plots.plot_confusion, inspection.confusion),
+            functools.partial(plots.plot_confusion, inspection.confusion, inspection.class_names),
         ),
         "mistakes": (
             "The most confident mistakes: each image's class, the predicted class, and its probability.",

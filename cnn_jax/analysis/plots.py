@@ -2,6 +2,8 @@
 
 import io
 import math
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -145,7 +147,7 @@ def _draw_epochs(axes: Axes, metrics: list[EpochMetrics], values: list[list[floa
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plot_confusion(confusion: np.ndarray, file: Path) -> None:
+def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path) -> None:
     """Draw a confusion matrix, (K, K), int: the number of images by class (row) and predicted class (column)."""
     classes = len(confusion)
     is_correct = np.eye(classes, dtype=bool)
@@ -158,13 +160,14 @@ def plot_confusion(confusion: np.ndarray, file: Path) -> None:
             if count:
                 weight = "bold" if row == column else None
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8, weight=weight)
-        axes.set_xticks(range(classes))
-        axes.set_yticks(range(classes))
+        names = [textwrap.shorten(name, 12, placeholder="...") for name in class_names]
+        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="class", title="Confusion matrix")
     _save(figure, file)
 
 
-def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, int, int, float]], file: Path) -> None:
+def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, str, str, float]], file: Path) -> None:
     """Draw misclassified images: above each, its class, the predicted class, and the probability of that class.
 
     Args:
@@ -180,7 +183,8 @@ def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, int, int, float]], file: 
         axes.axis("off")
     for axes, (image, label, prediction, probability) in zip(panels.flat, mistakes, strict=False):
         _draw_image(axes, image)
-        axes.set_title(f"{label} → {prediction}\n{100 * probability:.2f} %", fontsize=10)
+        title = f"{label} →{' ' if len(label + prediction) < 10 else chr(10)}{prediction}\n{100 * probability:.2f} %"
+        axes.set_title(title, fontsize=10 if len(label + prediction) < 10 else 7, parse_math=False)
     _save(figure, file)
 
 
@@ -251,7 +255,9 @@ def _save(figure: Figure, file: Path) -> None:
     # `savefig` would lay it out twice.
     figure.set_dpi(150)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a class's name that the font cannot write
+        canvas.draw()
     png = io.BytesIO()
     plt.imsave(png, np.asarray(canvas.buffer_rgba()), format="png")
     plt.close(figure)

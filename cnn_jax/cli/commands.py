@@ -168,12 +168,12 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
 
 
 def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | None = None, json: bool = False) -> None:
-    """Print which digit each picture shows, one line per file.
+    """Print what each picture shows, one line per file.
 
     Options:
       images (IMAGE...): PNG or JPEG files of one digit each, folders of them, or - for standard input.
       run (RUN): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
-      json: Print a JSON array of objects with file, digit and probabilities.
+      json: Print a JSON array of objects with file, class, index, probabilities, and digit if it is one.
 
     Examples:
       cnn-jax predict photo.jpg

@@ -49,14 +49,30 @@ class RecordedImages:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A training set and a test set of images of one size; `name` is what the user calls it."""
+    """A training set and a test set of images of one size.
+
+    Attributes:
+      name: What the user calls it.
+      train_images: Those to train on.
+      train_labels: Their classes.
+      test_images: Those to test on.
+      test_labels: Their classes.
+      class_names: The name of each class.
+      reading: How it was read, in a sentence, where that is not as it is stored.
+    """
 
     name: str
     train_images: Images | RecordedImages
     train_labels: Labels
     test_images: UInt8[np.ndarray, "m h w c"]
     test_labels: Int32[np.ndarray, " m"]
-    num_classes: int
+    class_names: tuple[str, ...]
+    reading: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
 
 
 class DatasetSizes(NamedTuple):

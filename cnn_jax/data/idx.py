@@ -33,7 +33,7 @@ def read_idx_folder(folder: Path) -> FourArrays:
       UsageError: there is no such folder.
       InputFileError: a file is missing, there twice, damaged, or disagrees with another.
     """
-    files = _find_idx_files(folder)
+    files = find_idx_files(folder)
     arrays = {(split, kind): read_idx(path, ndim=3 if kind == "images" else 1) for (split, kind), path in files.items()}
     for split in ("train", "test"):
         images, labels = arrays[split, "images"], arrays[split, "labels"]
@@ -61,16 +61,15 @@ def read_idx_folder(folder: Path) -> FourArrays:
 
 def count_idx_examples(folder: Path) -> int:
     """Return the number of training images in a folder of IDX files, from the header alone; raises as above."""
-    return _read_idx_shape(_find_idx_files(folder)["train", "images"], ndim=3)[0]
+    return _read_idx_shape(find_idx_files(folder)["train", "images"], ndim=3)[0]
 
 
-def read_idx_sizes(folder: Path) -> DatasetSizes:
-    """Return the sizes of a folder's data set, from the images' headers and the training labels; raises as above."""
-    files = _find_idx_files(folder)
+def read_idx_sizes(folder: Path, num_classes: int) -> DatasetSizes:
+    """Return the sizes of a folder's data set, from the images' headers; raises as above."""
+    files = find_idx_files(folder)
     examples, height, width = _read_idx_shape(files["train", "images"], ndim=3)
     test_examples, *_ = _read_idx_shape(files["test", "images"], ndim=3)
-    labels = read_idx(files["train", "labels"], ndim=1)
-    return DatasetSizes(examples, test_examples, (height, width, 1), int(labels.max(initial=0)) + 1)
+    return DatasetSizes(examples, test_examples, (height, width, 1), num_classes)
 
 
 def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.ndarray, "..."]:
@@ -128,7 +127,7 @@ def _read_idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:
             raise InputFileError(f"{path} is damaged ({error}); fetch or copy it again") from error
 
 
-def _find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
+def find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
     """Find the four files by their published names, such as t10k-labels-idx1-ubyte.gz or emnist-...-test-images-..."""
     if not folder.is_dir():
         raise UsageError(f"--dataset-dir {folder}: there is no such folder")

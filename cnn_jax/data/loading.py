@@ -6,6 +6,7 @@ import numpy as np
 
 from cnn_jax.data.dataset import Dataset, DatasetSizes
 from cnn_jax.data.idx import count_idx_examples, has_idx_name, read_idx_folder, read_idx_sizes
+from cnn_jax.data.published import of_idx_folder, upright
 
 MNIST_SIZES = DatasetSizes(60_000, 10_000, (28, 28, 1), 10)
 
@@ -17,6 +18,7 @@ def load_dataset(
     *,
     resident_bytes: int | None = None,
     prepare: bool = True,
+    transposed: bool = False,
 ) -> Dataset:
     """Load a data set into memory; tfds prepares it first where that has not been done.
 
@@ -26,6 +28,7 @@ def load_dataset(
       data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
       resident_bytes: tfds's training images stay on the disk where they are more; None loads however many they are.
       prepare: Let tfds prepare the set, which writes and may download; else it has been prepared, or is `mnist`.
+      transposed: Whether rows and columns of a folder's images are exchanged; those of EMNIST are known to be.
 
     Raises:
       UsageError: the set is unknown or is not an image classification set.
@@ -34,14 +37,16 @@ def load_dataset(
     """
     if dataset_dir is not None:
         train_images, train_labels, test_images, test_labels = read_idx_folder(dataset_dir)
-        return Dataset(
+        published = of_idx_folder(dataset_dir)
+        stored = Dataset(
             name=dataset_dir.resolve().name,
             train_images=train_images[..., np.newaxis],
             train_labels=train_labels.astype(np.int32),
             test_images=test_images[..., np.newaxis],
             test_labels=test_labels.astype(np.int32),
-            num_classes=int(train_labels.max()) + 1,
+            class_names=published.class_names,
         )
+        return upright(stored, published._replace(transposed=published.transposed or transposed))
     from cnn_jax.data import tfds  # it takes longer to import than everything else here
 
     if dataset == "mnist":
@@ -86,7 +91,7 @@ def read_sizes(dataset: str, dataset_dir: Path | None, data_dir: Path | None) ->
       InputFileError: one of the files is missing or is not an IDX file.
     """
     if dataset_dir is not None:
-        return read_idx_sizes(dataset_dir)
+        return read_idx_sizes(dataset_dir, len(of_idx_folder(dataset_dir).class_names))
     if dataset == "mnist":
         return MNIST_SIZES
     from cnn_jax.data import tfds

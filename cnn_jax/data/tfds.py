@@ -33,6 +33,7 @@ from cnn_jax.data.dataset import (
 )
 from cnn_jax.data.idx import idx_header
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist, read_embedded
+from cnn_jax.data.published import Published, emnist, numbers, upright
 from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError, lacks_memory
 
 _PROTO: Any = tf_example_pb2  # protobuf makes its classes when it is imported, unseen by a type checker
@@ -112,7 +113,10 @@ def read_tfds_sizes(name: str, data_dir: Path | None) -> DatasetSizes:
         raise UsageError(f"--dataset {name}: it is not prepared here, so its sizes are not known; train with it first")
     test_examples = splits[_test_split(splits, name)].num_examples
     return DatasetSizes(
-        splits["train"].num_examples, test_examples, tuple(features.image.shape), features.label.num_classes
+        splits["train"].num_examples,
+        test_examples,
+        tuple(features.image.shape),
+        len(_published(features.label, name).class_names),
     )
 
 
@@ -254,11 +258,22 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
             raise
         raise _damaged(builder.data_dir, str(error)) from error
     assert isinstance(test_images, np.ndarray)  # however many they are
-    num_classes = features.label.num_classes
+    published = _published(features.label, name)
+    last = published.first_label + len(published.class_names) - 1
     for labels in (train_labels, test_labels):
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise UsageError(f"--dataset {name}: it has labels outside 0..{num_classes - 1}; choose a labelled set")
-    return Dataset(name, train_images, train_labels, test_images, test_labels, num_classes)
+        if labels.min() < published.first_label or labels.max() > last:
+            raise UsageError(
+                f"--dataset {name}: it has labels outside {published.first_label}..{last}; choose a labelled set"
+            )
+    dataset = Dataset(name, train_images, train_labels, test_images, test_labels, published.class_names)
+    return upright(dataset, published)
+
+
+def _published(label: Any, name: str) -> Published:
+    """Return what is known of a set: tfds's names of its classes, and how EMNIST is stored, which tfds changes not."""
+    if split := re.match(r"emnist(?:/(\w+))?(?::|$)", name):
+        return emnist(split[1] or "byclass")
+    return Published(tuple(label.names or numbers(label.num_classes)))
 
 
 def _load_split(

@@ -1,5 +1,6 @@
 """Export a trained network for another program, and keep the file only if that program computes the same."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -170,11 +171,14 @@ def _write_onnx(trained: TrainedModel, file: Path) -> None:
                 "images", TensorProto.FLOAT, ["batch", *trained.image_shape], doc_string=PIXELS
             )
         ],
-        outputs=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", trained.num_classes])],
+        outputs=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(trained.class_names)])],
         initializer=[numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     operators = [helper.make_opsetid("", ONNX_OPERATORS)]
     model = helper.make_model(graph, opset_imports=operators, ir_version=ONNX_FORMAT, producer_name="cnn-jax")
+    helper.set_model_props(
+        model, {"class_names": json.dumps(trained.class_names), "preparation": trained.preparation, "input": PIXELS}
+    )
     onnx.checker.check_model(model, full_check=True)
     file.write_bytes(model.SerializeToString(deterministic=True))
 

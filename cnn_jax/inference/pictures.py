@@ -1,17 +1,18 @@
-"""Read pictures of digits from files as arrays, and refuse every bad file with its reason."""
+"""Read pictures from files as arrays, and refuse every bad file with its reason."""
 
 import io
 import os
 import stat
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cnn_jax.inference.preprocess import SMALLEST_SIDE, WORKING_SIZE, prepare_digit
+from cnn_jax.inference.preprocess import SMALLEST_SIDE, WORKING_SIZE
 from cnn_jax.runtime.errors import InputFileError
 
 STANDARD_INPUT = "-"
@@ -38,22 +39,23 @@ def find_images(path: str) -> list[str]:
     return found
 
 
-def read_digit(file: str) -> np.ndarray:
-    """Return the digit in a PNG or JPEG file as an image for the network: (28, 28, 1), uint8, 0 for no ink.
+def read_picture(file: str, prepare: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray:
+    """Return the picture in a PNG or JPEG file as an image for a network.
 
     Args:
       file: The picture's path, or `-` for standard input.
+      prepare: Makes an image of its colours, (H, W, 3), float32, in 0..255, or None where it shows nothing.
 
     Raises:
       InputFileError: the file is missing, empty, too large, damaged, not a regular file, of another format, or shows
-        no digit.
+        nothing.
     """
-    digit = prepare_digit(_decode(file, _read_bytes(file)))
-    if digit is None:
+    image = prepare(_decode(file, _read_bytes(file)))
+    if image is None:
         raise InputFileError(
-            f"{file} shows no digit: nothing differs from the paper; give a picture with more contrast"
+            f"{file} is blank: nothing in it differs from the paper; give a picture with more contrast"
         )
-    return digit
+    return image
 
 
 def _read_bytes(file: str) -> bytes:

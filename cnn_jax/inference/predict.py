@@ -1,22 +1,25 @@
-"""The command `predict`: classify pictures of digits, and print one line per file."""
+"""The command `predict`: classify pictures, and print one line per file."""
 
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import scipy.special
 
 from cnn_jax.core.evaluation import BATCH_SIZE
-from cnn_jax.inference.pictures import find_images, read_digit
-from cnn_jax.inference.preprocess import check_takes_digits
-from cnn_jax.inference.pretrained import load_trained
+from cnn_jax.data.published import numbers
+from cnn_jax.inference.pictures import find_images, read_picture
+from cnn_jax.inference.preprocess import check_takes_pictures
+from cnn_jax.inference.pretrained import TrainedModel, load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError
 
+DIGITS = numbers(10)
 SHOWN_CLASSES = 3  # the most probable ones of each picture
 
 
@@ -28,29 +31,37 @@ def predict(
     data_dir: Path | None = None,
     platform: Platform | None = None,
 ) -> None:
-    """Say which digit each picture shows, and then report the files that cannot be read, one line each.
+    """Say what each picture shows, and then report the files that cannot be read, one line each.
 
     Raises:
       InputFileError: a file cannot be read; if there are several, it names the last.
-      UsageError: the network takes images of another size.
+      UsageError: the network takes images of as many channels as no picture has.
       NoCheckpointError: there is no such run.
     """
     failures, results = [], []
-    digits, display, trained = _sound_digits(images, failures), Display(shown=not as_json), None
-    while some := list(itertools.islice(digits, BATCH_SIZE)):  # of many pictures, the first are answered soon
-        if trained is None:
-            start_devices(platform)
-            trained = load_trained(run, data_dir, Display().say)
-            check_takes_digits(trained.image_shape, f"--run {run and run.name}")
-        logits = trained.logits(np.stack([digit for _, digit in some]))
-        for (file, digit), classes in zip(some, scipy.special.softmax(logits.astype(np.float64), axis=1), strict=True):
+    display = Display(shown=not as_json)
+
+    @functools.cache  # nothing is loaded for files that cannot be read
+    def network() -> TrainedModel:
+        start_devices(platform)
+        trained = load_trained(run, data_dir, Display().say)
+        check_takes_pictures(trained.image_shape, f"--run {run and run.name}")
+        return trained
+
+    pictures = _sound_pictures(images, failures, lambda colours: network().prepare(colours))
+    while some := list(itertools.islice(pictures, BATCH_SIZE)):  # of many pictures, the first are answered soon
+        names, logits = network().class_names, network().logits(np.stack([image for _, image in some]))
+        for (file, image), classes in zip(some, scipy.special.softmax(logits.astype(np.float64), axis=1), strict=True):
+            answer = int(classes.argmax())
             if as_json:
-                results.append({"file": file, "digit": int(classes.argmax()), "probabilities": classes.tolist()})
+                digit = {"digit": answer} if names == DIGITS else {}
+                found = {"class": names[answer], "index": answer, "probabilities": classes.tolist()}
+                results.append({"file": file, **digit, **found})
                 continue
             most_probable = classes.argsort()[::-1][:SHOWN_CLASSES]
-            display.picture(digit[..., 0])
-            display.say(f"{file}: " + ", ".join(f"{i} with {classes[i]:.1%}" for i in most_probable))
-            display.result(f"{file}: {most_probable[0]}")
+            display.picture(image.mean(axis=-1))
+            display.say(f"{file}: " + ", ".join(f"{names[i]} with {classes[i]:.1%}" for i in most_probable))
+            display.result(f"{file}: {names[answer]}")
     if results:
         Display().result(*json.dumps(results, indent=2).splitlines())
     if failures:
@@ -59,8 +70,10 @@ def predict(
         raise failures[-1]
 
 
-def _sound_digits(paths: Sequence[str], failures: list[InputFileError]) -> Iterator[tuple[str, np.ndarray]]:
-    """Read the digits of files and of folders' files; keep the failures of those that cannot be read."""
+def _sound_pictures(
+    paths: Sequence[str], failures: list[InputFileError], prepare: Callable[[np.ndarray], np.ndarray | None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Read the pictures in files and in folders' files; keep the failures of those that cannot be read."""
     for path in paths:
         try:
             files = find_images(path)
@@ -69,6 +82,6 @@ def _sound_digits(paths: Sequence[str], failures: list[InputFileError]) -> Itera
             continue
         for file in files:
             try:
-                yield file, read_digit(file)
+                yield file, read_picture(file, prepare)
             except InputFileError as error:
                 failures.append(error)

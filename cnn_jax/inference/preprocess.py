@@ -1,4 +1,4 @@
-"""Lay out a picture of a digit as MNIST does.
+"""Make a picture an image for a network: lay out a digit or a letter as MNIST does, and shrink anything else.
 
 The layout is the one that MNIST's authors describe (LeCun et al., Proc. IEEE 86, 1998, section III.A): the digit is
 scaled to fit 20x20 pixels with its aspect ratio kept, which smooths it, and placed into 28x28 by its centre of mass.
@@ -27,8 +27,8 @@ HOLE = 5
 STROKE_WIDTHS = (1.9, 4.0)
 
 
-def prepare_digit(colours: np.ndarray) -> np.ndarray | None:
-    """Find the digit in a picture and lay it out as MNIST does.
+def prepare_character(colours: np.ndarray) -> np.ndarray | None:
+    """Find the digit or letter in a picture and lay it out as MNIST does.
 
     Args:
       colours: (H, W, 3), float32, in 0..255: ink of any colour on paper of another, dark on light or light on dark,
@@ -191,16 +191,49 @@ def _centre(fitted: np.ndarray) -> np.ndarray:
     return image
 
 
-def check_takes_digits(image_shape: tuple[int, int, int], run: str) -> None:
-    """Refuse a network whose images are not of the shape that `prepare_digit` returns.
+def prepare_picture(colours: np.ndarray, image_shape: tuple[int, int, int], background: int) -> np.ndarray | None:
+    """Shrink a picture of anything to the shape of a network's images.
+
+    Args:
+      colours: (H, W, 3), float32, in 0..255.
+      image_shape: (height, width, channels); of one channel the image is grey.
+      background: The brightness at the edges of the network's images; a grey picture is inverted if it is then nearer.
+
+    Returns:
+      An image of that shape, uint8; None if the picture is of one colour.
+    """
+    if np.ptp(colours, axis=(0, 1)).max() < FAINTEST:
+        return None
+    height, width, channels = image_shape
+    picture = Image.fromarray(colours.round().astype(np.uint8))
+    if channels == 1:
+        picture = picture.convert("L")
+    image = np.asarray(picture.resize((width, height), Image.Resampling.BOX)).reshape(image_shape)
+    edge = background_of(image[np.newaxis])
+    if channels == 1 and abs(255 - edge - background) < abs(edge - background):
+        image = 255 - image
+    return image
+
+
+def background_of(images: np.ndarray) -> int:
+    """Return the median of the pixels at the edges of images, (N, H, W, C), uint8."""
+    edges = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
+    return int(np.median(np.concatenate([edge.ravel() for edge in edges])))
+
+
+def check_takes_pictures(image_shape: tuple[int, int, int], run: str, *, drawn: bool = False) -> None:
+    """Refuse a network for whose images no picture can be prepared.
 
     Args:
       image_shape: The height, width and channels of the network's images.
       run: The name of the network in the message.
+      drawn: Whether they are drawn on a board for images of MNIST's size.
 
     Raises:
-      UsageError: the shapes differ.
+      UsageError: naming the size of its images.
     """
-    if image_shape != (SIZE, SIZE, 1):
-        size = "x".join(map(str, image_shape))
+    size = "x".join(map(str, image_shape))
+    if drawn and image_shape != (SIZE, SIZE, 1):
         raise UsageError(f"{run}: its network takes images of {size}, not of {SIZE}x{SIZE}x1; name another run")
+    if image_shape[2] not in (1, 3):
+        raise UsageError(f"{run}: its network takes images of {size}; pictures have 1 or 3 channels; name another run")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -11,13 +12,16 @@ from safetensors.numpy import save
 
 from cnn_jax.core.model import CNN
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.published import numbers
 from cnn_jax.inference.logits import logits
+from cnn_jax.inference.preprocess import SIZE, background_of, prepare_character, prepare_picture
 from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.devices import versions
 from cnn_jax.runtime.errors import InputFileError, UsageError
-from cnn_jax.runtime.records import Count, Fraction, NotNegative, Record, Seed, Size, decode, encode
+from cnn_jax.runtime.records import Byte, Count, Fraction, NotNegative, Record, Seed, Size, decode, encode, unreadable
 
+BACKGROUND_IMAGES = 1000  # of the training images, whose edges tell a data set's background
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
 
 
@@ -35,6 +39,8 @@ class NetworkRecord(Record, frozen=True, kw_only=True):
 
     features: tuple[Size, Size]
     num_classes: Size
+    class_names: tuple[str, ...] = ()
+    background: Byte = 0
     image_shape: tuple[Size, Size, Size]
     dataset: str
     test_accuracy: Fraction | None
@@ -50,7 +56,8 @@ class TrainedModel:
       name: The name of the run or of the file.
       params: The weights of a `CNN`, float32.
       features: Channels after the first and the second block.
-      num_classes: The number of classes.
+      class_names: The name of each class.
+      background: The median of the pixels at the edges of the training images, in 0..255.
       image_shape: (height, width, channels) of the images.
       dataset: The data set that the network was trained on.
       test_accuracy: The accuracy on that data set's test images, in [0, 1]; None if it was not measured.
@@ -60,7 +67,8 @@ class TrainedModel:
     name: str
     params: dict
     features: tuple[int, int]
-    num_classes: int
+    class_names: tuple[str, ...]
+    background: int
     image_shape: tuple[int, int, int]
     dataset: str
     test_accuracy: float | None
@@ -69,7 +77,19 @@ class TrainedModel:
     @property
     def model(self) -> CNN:
         """The network's architecture."""
-        return CNN(features=self.features, num_classes=self.num_classes)
+        return CNN(features=self.features, num_classes=len(self.class_names))
+
+    @property
+    def preparation(self) -> Literal["character", "resize"]:
+        """How a picture becomes an image for the network: characters are laid out as MNIST does."""
+        characters = all(len(name) == 1 and name.isalnum() for name in self.class_names)
+        return "character" if characters and self.image_shape == (SIZE, SIZE, 1) else "resize"
+
+    def prepare(self, colours: np.ndarray) -> np.ndarray | None:
+        """Return a picture, (H, W, 3), float32, in 0..255, as an image for the network; None if it shows nothing."""
+        if self.preparation == "character":
+            return prepare_character(colours)
+        return prepare_picture(colours, self.image_shape, self.background)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
@@ -116,7 +136,8 @@ def load_trained_run(
         name=folder.path.name,
         params=jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i)),
         features=settings.features,
-        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+        background=background_of(dataset.train_images[:BACKGROUND_IMAGES]),
         image_shape=dataset.train_images.shape[1:],
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
@@ -132,7 +153,8 @@ def write_trained(trained: TrainedModel, file: Path) -> None:
       OSError: it could not be written.
     """
     recorded = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
-    record = NetworkRecord(**recorded, versions=versions("cnn-jax", "jax", "jaxlib", "flax"))
+    count = len(trained.class_names)
+    record = NetworkRecord(**recorded, num_classes=count, versions=versions("cnn-jax", "jax", "jaxlib", "flax"))
     # Everything goes under one key, because safetensors writes several keys in an order that varies.
     content = save(params_to_torch(trained.params, trained.image_shape), metadata={"network": encode(record)})
     file.write_bytes(content)
@@ -151,7 +173,11 @@ def read_trained(file: Path) -> TrainedModel:
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise InputFileError(f"{file} is not a network of this program ({error}); export one to safetensors") from error
     record = decode(metadata, NetworkRecord, source=file, remedy="export a network to safetensors again")
-    recorded = {name: getattr(record, name) for name in record.__struct_fields__ if name != "versions"}
+    recorded = {name: getattr(record, name) for name in record.__struct_fields__}
+    del recorded["versions"], recorded["num_classes"]
+    recorded["class_names"] = record.class_names or numbers(record.num_classes)  # earlier files have no names
+    if len(recorded["class_names"]) != record.num_classes:
+        raise unreadable(file, "it has as many names of classes as classes", "export a network to safetensors again")
     trained = TrainedModel(name=file.stem, params={}, **recorded)
     images = jax.ShapeDtypeStruct((1, *trained.image_shape), np.float32)
     init = jax.eval_shape(trained.model.init, jax.random.key(0), images)["params"]

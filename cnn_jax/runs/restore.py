@@ -27,7 +27,7 @@ from cnn_jax.runs.program import (
     shard_test_set,
     start_states,
 )
-from cnn_jax.runs.settings import Platform, TrainSettings
+from cnn_jax.runs.settings import Platform, TrainSettings, require
 from cnn_jax.runtime.devices import compiler_flags, device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError, NoCheckpointError, UsageError
@@ -237,6 +237,7 @@ def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
         "epochs": settings.epochs,
         "versions": versions("cnn-jax", "jax", "jaxlib", "flax", "optax"),
         "data": fingerprint(dataset),
+        "class_names": list(dataset.class_names),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "XLA_FLAGS": compiler_flags(),
     }
@@ -250,7 +251,13 @@ def load_run_data(settings: TrainSettings) -> Dataset:
         settings.data_dir,
         resident_bytes=resident_bytes(settings, device_bytes()),
         prepare=not settings.dry_run,
+        transposed=settings.transposed,
     )
+    if settings.class_names is not None:
+        names = tuple(map(str.strip, settings.class_names.split(",")))
+        count = f"{dataset.num_classes} names, one for each class"
+        require(len(names) == dataset.num_classes, "--class-names", settings.class_names, count)
+        dataset = dataclasses.replace(dataset, class_names=names)
     check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
     check_image_size(dataset.name, dataset.train_images.shape[1:])
     return dataset

@@ -66,6 +66,11 @@ FOLDER_NAME = Must(
 TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8, as Orbax needs it")
 SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
+CLASS_NAMES = Must(
+    lambda names: names.isprintable() and len({*filter(str.strip, names.split(","))}) == names.count(",") + 1,
+    "a name of its own for each class, with commas between them",
+)
+
 HOSTS = ("coordinator", "num_processes", "process_id")
 
 Epochs = Annotated[float, Must(lambda number: 0 < number < math.inf, "a positive number", "g")]
@@ -82,10 +87,12 @@ class TrainSettings:
       learning_rate (RATE): Adam's step size, or the peak of its schedule.
       seed (N): Seeds the initial weights and the shuffling; with --seeds, the first of them.
       seeds (N): Independent runs at once, with --seed and the seeds after it.
-      features (N N): Channels after each of the two blocks.
+      features (N N): Channels after each block.
       precision (DTYPE): Type of the convolutions' operands: float32 or bfloat16.
       dataset (NAME): A tfds data set that is prepared here, or can be.
       dataset_dir (DIR): A folder of four IDX files (plain, .gz or .xz) to use in place of --dataset.
+      class_names (NAMES): Of the classes: cat,dog. (default: the data set's)
+      transposed: Exchange rows and columns of --dataset-dir's images.
       validation (N): Training images to hold out and test on after each epoch; the test set is then used once, at the
         end. (default: none)
 
@@ -124,6 +131,8 @@ class TrainSettings:
     precision: Literal["float32", "bfloat16"] = "float32"
     dataset: str = "mnist"
     dataset_dir: Path | None = None
+    class_names: Annotated[str | None, CLASS_NAMES] = None
+    transposed: bool = False
     validation: Annotated[int | None, AT_LEAST_1] = None
     run_name: Annotated[str | None, FOLDER_NAME, SHORT] = None
     fresh: bool = False
@@ -150,6 +159,8 @@ class TrainSettings:
         check_values(vars(self), type(self).__annotations__)
         require(self.seeds <= 2**32, "--seeds", self.seeds, f"at most {2**32:,}")
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
+        if self.transposed and self.dataset_dir is None:
+            raise UsageError("--transposed: it must be given with --dataset-dir")
         given = [name for name in HOSTS if getattr(self, name) is not None]
         if len(given) in (1, 2):
             together = f"given with {', '.join(map(option_name, HOSTS))}, all three or none"

@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,14 @@ def introduce(settings: TrainSettings, dataset: Dataset, program: Program, displ
     """Show what will be trained, and on which data."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(program.start).params)) // settings.seeds
     display.say(describe_task(dataset, parameters))
+    if dataset.reading:
+        display.say(f"{dataset.name}: {dataset.reading}")
+    if missing := [
+        dataset.class_names[i] for i in np.flatnonzero(~np.isin(range(dataset.num_classes), dataset.train_labels))
+    ]:
+        display.say(
+            f"warning: no training image has the class {textwrap.shorten(', '.join(missing), 60, placeholder=' ...')}"
+        )
     how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, peak"
     held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
     display.say(

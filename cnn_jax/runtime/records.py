@@ -10,6 +10,7 @@ from cnn_jax.runtime.errors import InputFileError
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]

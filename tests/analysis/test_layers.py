@@ -85,7 +85,8 @@ def test_the_most_confident_mistakes_are_mistakes_most_confident_first(inspectio
     assert len(inspection.mistakes) == 12
     for mistake, index in zip(inspection.mistakes, surest, strict=True):
         np.testing.assert_array_equal(mistake.image, dataset.test_images[index])
-        assert mistake.label == dataset.test_labels[index] != mistake.prediction == logits[index].argmax()
+        label, prediction = dataset.test_labels[index], logits[index].argmax()
+        assert mistake.label == dataset.class_names[label] != mistake.prediction == dataset.class_names[prediction]
         assert mistake.probability == pytest.approx(probabilities[index].max(), abs=1e-5)
 
 
@@ -109,7 +110,9 @@ def test_a_network_of_any_size_without_mistakes_or_epochs_is_drawn(tmp_path):
     image = np.random.default_rng(3).integers(0, 256, (9, 7, 3), np.uint8)
     params = initial_params(CNN(features=(5, 33), num_classes=30), image)
     kernels = {name: params[name]["kernel"] for name in ("layer1", "layer2")}
-    perfect = Inspection(image, 2, run_layers(params, image), kernels, np.eye(30, dtype=int), mistakes=[])
+    names = ["$", "猫", "a name that is too long for its place", *map(str, range(27))]
+    layers = run_layers(params, image)
+    perfect = Inspection(image, "2", names, layers, kernels, np.eye(30, dtype=int), mistakes=[])
     pictures = draw_pictures(perfect, [], tmp_path / "pictures")
     assert set(pictures) == {"confusion", "mistakes", "kernels1", "kernels2", "maps1", "maps2"}
     assert all(picture.file.stat().st_size > 1000 for picture in pictures.values())

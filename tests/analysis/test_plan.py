@@ -130,7 +130,7 @@ def test_for_tpus_it_compiles_soon_and_says_what_xla_estimates(target, settings)
 @pytest.mark.parametrize("target", ["h100", *(pytest.param(target, marks=slow) for target in ("h100:8", "v5e:1x1"))])
 def test_products_of_float32_are_computed_in_full(target):
     products = re.findall(r"^.* (?:dot|convolution)\(.*$|^.*__cu(?:dnn|blas).*$", plan(target).hlo, re.MULTILINE)
-    in_full = re.compile(r"operand_precision=\{highest,highest\}|algorithm=dot_(f32_f32_f32|bf16_bf16_f32_x[69])")
+    in_full = re.compile(r'operand_precision(=\{highest,highest\}|":\["HIGHEST","HIGHEST"\])')
     assert products
     assert [line for line in products if not in_full.search(line)] == []
 
@@ -140,7 +140,9 @@ def test_products_of_float32_are_computed_in_full(target):
 def test_in_bfloat16_the_second_block_multiplies_bfloat16(target):
     text = plan(target, precision="bfloat16").hlo
     types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
-    products = re.findall(r" (?:dot|convolution)\((?:\w+\[\S*\] )?%([\w.\-]+), (?:\w+\[\S*\] )?%([\w.\-]+)\)", text)
+    operands = r"\((?:\w+\[\S*\] )?%([\w.\-]+), (?:\w+\[\S*\] )?%([\w.\-]+)\)"
+    products = re.findall(rf" (?:dot|convolution){operands}", text)
+    products += re.findall(rf" custom-call{operands}, custom_call_target=\"__cublas", text)
     of_operands = [{types[operand] for operand in operands} for operands in products]
     assert of_operands.count({"bf16"}) >= 3  # forward, and the gradients of the kernel and of the images
 

@@ -10,6 +10,7 @@ from cnn_jax.core.input_pipeline import resident, streamed
 from cnn_jax.core.sharding import make_mesh
 from cnn_jax.data.dataset import Dataset, RecordedImages, hold_out
 from cnn_jax.data.loading import load_dataset
+from cnn_jax.data.published import numbers
 from cnn_jax.runs.program import Sizes, make_program
 from cnn_jax.runs.settings import TrainSettings
 from tests.helpers import assert_same_run
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.optax_promotes, pytest.mark.usefixtures("without_repor
 def dataset(real_images):
     images, labels = real_images
     images, labels = images[:730, :, :, np.newaxis], labels[:730].astype(np.int32)
-    return Dataset("some", images, labels, images[:10], labels[:10], 10)
+    return Dataset("some", images, labels, images[:10], labels[:10], numbers(10))
 
 
 def epoch_of(dataset, seeds):

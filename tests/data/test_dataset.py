@@ -181,8 +181,8 @@ def test_idx_files_are_read_plain_or_compressed_under_their_published_names(suff
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         source = next(small_mnist.glob(f"{name}*"))
         values = read_idx(source, ndim=3 if "images" in name else 1)
-        # EMNIST's names have its split in front and say test where MNIST's say t10k.
-        target = tmp_path / f"emnist-digits-{name.replace('t10k', 'test')}-ubyte{suffix}"
+        # EMNIST's names, and those of sets like it, say test where MNIST's say t10k.
+        target = tmp_path / f"some-digits-{name.replace('t10k', 'test')}-ubyte{suffix}"
         if suffix == ".gz":
             target.write_bytes(gzip.compress(idx_header(values.shape) + values.tobytes()))
         else:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cnn_jax.inference.pictures import read_digit
 from cnn_jax.inference.pretrained import load_trained
 from tests.digits import DARK_PENS, SHAPES, draw_digit
+from tests.helpers import read_digit
 
 
 @pytest.fixture(scope="session")

@@ -584,3 +584,10 @@ def test_in_a_browser_a_page_in_another_tab_can_do_nothing_to_it(browser, port, 
     draw(browser, [(0, 0), *[(0, 10)] * 16], start=(0, -80))
     release(browser)
     wait_until(lambda: read_answer(browser) == "1")
+
+
+def test_the_page_shows_the_classes_names(packaged):
+    names = ("<b>", "one & only", *"CDEFGHIJ")
+    html = demo.render_answer(dataclasses.replace(packaged, class_names=names), ink_of_a_one())
+    assert ("&lt;b&gt;" in html, "<b><b>" in html) == (True, False)
+    assert html.count("one &amp; only") in (1, 2)

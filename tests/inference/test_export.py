@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 
@@ -230,3 +231,11 @@ def test_an_extra_that_is_not_installed_is_named(to, package, extra, command, tm
     code, out, err = command("export", "--to", to, "--output", tmp_path / "network")
     assert (code, out) == (2, "")
     assert err == f"error: this needs {package}, which is not installed: pip install 'cnn-jax[{extra}]'\n"
+
+
+def test_an_onnx_file_says_what_its_classes_and_images_are(exported):
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    properties = {each.key: each.value for each in onnx.load(exported("onnx")).metadata_props}
+    assert json.loads(properties["class_names"]) == [str(digit) for digit in range(10)]
+    assert properties["preparation"] == "character"
+    assert "0 for paper" in properties["input"]

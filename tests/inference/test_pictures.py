@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 from cnn_jax.inference import pictures
-from cnn_jax.inference.pictures import read_digit
 from tests.digits import pixel_difference
-from tests.helpers import ROOT
+from tests.helpers import ROOT, read_digit
 
 
 def in_16_bits(plain):
@@ -143,11 +142,11 @@ BAD = {
     "many bytes": (lambda plain: saved(plain) + bytes(2**26), "has more than 64 MiB; give a smaller picture"),
     "tiny": (lambda plain: saved(plain.resize((7, 30))), "is 7x30 pixels, too small or too narrow; give"),
     "narrow": (lambda plain: saved(plain.resize((9, 900))), "is 9x900 pixels, too small or too narrow; give"),
-    "white": (lambda plain: saved(Image.new("L", (90, 90), 255)), "shows no digit: "),
-    "black": (lambda plain: saved(Image.new("RGB", (90, 90))), "shows no digit: "),
-    "clear": (lambda plain: saved(Image.new("RGBA", (90, 90))), "shows no digit: "),
-    "paper alone": (lambda plain: saved(noisy_paper()), "shows no digit: "),
-    "light alone": (lambda plain: saved(gradient()), "shows no digit: "),
+    "white": (lambda plain: saved(Image.new("L", (90, 90), 255)), "is blank: "),
+    "black": (lambda plain: saved(Image.new("RGB", (90, 90))), "is blank: "),
+    "clear": (lambda plain: saved(Image.new("RGBA", (90, 90))), "is blank: "),
+    "paper alone": (lambda plain: saved(noisy_paper()), "is blank: "),
+    "light alone": (lambda plain: saved(gradient()), "is blank: "),
 }  # fmt: skip
 
 

@@ -13,10 +13,9 @@ from PIL import Image
 
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import predict
-from cnn_jax.inference.pictures import read_digit
 from cnn_jax.inference.pretrained import load_trained
 from tests.digits import draw_digits
-from tests.helpers import EMBEDDED
+from tests.helpers import EMBEDDED, read_digit
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +123,9 @@ def test_a_folder_stands_for_its_images_by_name(three, command, tmp_path):
 
 def test_of_many_pictures_the_first_are_answered_before_the_last_are_read(three, command, monkeypatch):
     files, digits = three
-    events, read = [], predict.read_digit
+    events, read = [], predict.read_picture
     monkeypatch.setattr(predict, "BATCH_SIZE", 2)
-    monkeypatch.setattr(predict, "read_digit", lambda file: events.append("read") or read(file))
+    monkeypatch.setattr(predict, "read_picture", lambda *given: events.append("read") or read(*given))
     monkeypatch.setattr(predict.Display, "result", lambda display, *lines: events.extend(lines))
     assert command("predict", *files)[0] == 0
     first, second, third = (f"{file}: {digit}" for file, digit in zip(files, digits, strict=True))
@@ -203,9 +202,30 @@ def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path)
     assert "none is not a run" in err
 
 
-def test_a_run_of_other_images_than_digits_is_refused(three, command, packaged, monkeypatch):
-    other = dataclasses.replace(packaged, image_shape=(32, 32, 3))
+def test_a_run_of_images_that_no_picture_can_be_is_refused(three, command, packaged, monkeypatch):
+    other = dataclasses.replace(packaged, image_shape=(32, 32, 4))
     monkeypatch.setattr("cnn_jax.inference.predict.load_trained", lambda *arguments: other)
-    code, out, err = command("predict", three[0][0], "--run", "cifar10")
+    code, out, err = command("predict", three[0][0], "--run", "some")
     assert (code, out) == (2, "")
-    assert err == "error: --run cifar10: its network takes images of 32x32x3, not of 28x28x1; name another run\n"
+    end = "its network takes images of 32x32x4; pictures have 1 or 3 channels; name another run\n"
+    assert err == f"error: --run some: {end}"
+
+
+def test_a_picture_of_anything_else_is_shrunk_to_the_networks_images_and_as_dark_as_they_are(packaged, real_images):
+    boot, names = real_images[0][0], ("Ankle boot", *map(str, range(9)))
+    enlarged = np.repeat(boot.repeat(10, axis=0).repeat(10, axis=1)[..., np.newaxis], 3, axis=-1).astype(np.float32)
+    network = dataclasses.replace(packaged, class_names=names)
+    for colours in (enlarged, 255 - enlarged):
+        np.testing.assert_array_equal(network.prepare(colours)[..., 0], boot)
+    light = dataclasses.replace(network, background=255)
+    np.testing.assert_array_equal(light.prepare(enlarged)[..., 0], 255 - boot)
+    coloured = dataclasses.replace(network, image_shape=(14, 7, 3))
+    assert coloured.prepare(enlarged).shape == (14, 7, 3)
+    assert network.prepare(np.full((50, 50, 3), 9, np.float32)) is None
+    assert not np.array_equal(packaged.prepare(enlarged)[..., 0], boot)  # digits are laid out as MNIST does
+
+
+def test_the_answer_has_the_classs_name_and_number(three, command):
+    files, digits = three
+    for answer, digit in zip(json.loads(command("predict", *files, "--json")[1]), digits, strict=True):
+        assert (answer["digit"], answer["class"], answer["index"]) == (digit, str(digit), digit)

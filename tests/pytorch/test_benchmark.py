@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="needs the extra torch")
 
 from cnn_jax.core.model import CNN, PlainCNN
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.published import numbers
 from cnn_jax.pytorch import benchmark as benchmark_module
 from cnn_jax.pytorch.benchmark import BenchmarkResult, Floor, Timing, benchmark, measure_floor, read_result, speed_table
 from cnn_jax.pytorch.processes import start_worker
@@ -45,7 +46,7 @@ def test_the_plain_flax_model_computes_what_ours_does():
 )
 def test_a_variant_runs_as_many_steps_as_asked_over_the_end_of_an_epoch(name, real_images):
     images, labels = real_images[0][:500, ..., np.newaxis], real_images[1][:500].astype(np.int32)
-    small = Dataset("mnist", images, labels, images, labels, 10)
+    small = Dataset("mnist", images, labels, images, labels, numbers(10))
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
     if variant.framework == "TensorFlow":
         pytest.importorskip("tensorflow", reason="needs TensorFlow, which the benchmark measures where it is installed")

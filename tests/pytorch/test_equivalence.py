@@ -16,6 +16,7 @@ from cnn_jax.core.sharding import of_seed  # noqa: E402
 from cnn_jax.core.training import create_train_state, make_keys  # noqa: E402
 from cnn_jax.data.dataset import Dataset  # noqa: E402
 from cnn_jax.data.idx import read_idx  # noqa: E402
+from cnn_jax.data.published import numbers  # noqa: E402
 from cnn_jax.inference.torch_layout import NAMES, params_from_torch, params_to_torch  # noqa: E402
 from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_markdown  # noqa: E402
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
@@ -37,7 +38,7 @@ def mnist(real_images):
     test_labels = read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.xz", ndim=1)
     images, labels = real_images
     return Dataset("mnist", images[..., np.newaxis], labels.astype(np.int32),
-                   test_images[..., np.newaxis], test_labels.astype(np.int32), 10)  # fmt: skip
+                   test_images[..., np.newaxis], test_labels.astype(np.int32), numbers(10))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +275,7 @@ def test_the_tutorials_images_are_what_its_transform_makes(mnist):
 
 def test_training_in_pytorch_learns_and_repeats(mnist):
     small = Dataset("mnist", mnist.train_images[:2000], mnist.train_labels[:2000],
-                    mnist.test_images[:500], mnist.test_labels[:500], 10)  # fmt: skip
+                    mnist.test_images[:500], mnist.test_labels[:500], numbers(10))  # fmt: skip
     arguments = {"seed": 1, "epochs": 2, "batch_size": 100, "learning_rate": 0.001, "report": lambda line: None}
     run = train_torch(small, **arguments)
     assert run.accuracy > 0.8

@@ -62,7 +62,7 @@ def read_embedded() -> Dataset:
     for split, prefix in SPLITS.items():
         arrays[f"{split}_images"] = _read_embedded(f"{prefix}-images-idx3-ubyte", ndim=3)[..., np.newaxis]
         arrays[f"{split}_labels"] = _read_embedded(f"{prefix}-labels-idx1-ubyte", ndim=1).astype(np.int32)
-    return Dataset("mnist", **arrays, num_classes=10)
+    return Dataset("mnist", **arrays, class_names=tuple("0123456789"))
 
 
 def _read_embedded(name: str, *, ndim: int) -> UInt8[np.ndarray, "..."]:

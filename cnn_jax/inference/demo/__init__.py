@@ -26,7 +26,7 @@ from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.demo.guard import BOARD, read_drawing, serve_guarded
 from cnn_jax.inference.pictures import encode_png
-from cnn_jax.inference.preprocess import SIZE, check_takes_digits, prepare_digit
+from cnn_jax.inference.preprocess import SIZE, check_takes_pictures
 from cnn_jax.inference.pretrained import TrainedModel, load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
@@ -75,7 +75,7 @@ def serve(
         start_devices(platform)
         display = Display()
         trained = load_trained(run, data_dir, display.say)
-        check_takes_digits(trained.image_shape, str(run and run.name))
+        check_takes_pictures(trained.image_shape, str(run and run.name), drawn=True)
         page = gr.mount_gradio_app(
             fastapi.FastAPI(),
             build_page(trained),
@@ -132,7 +132,7 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     """Return the network's answer to a drawing, (BOARD, BOARD), uint8, 0 for no ink, as HTML."""
     # A margin of paper, so that ink at the board's edge counts as part of the digit and not of a frame.
     paper = 255 - np.pad(ink, BOARD // 10).astype(np.float32)
-    digit = prepare_digit(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else None
+    digit = trained.prepare(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else None
     image = np.zeros((SIZE, SIZE, 1), np.uint8) if digit is None else digit
     probabilities, maps = run_network(trained, image)
     return TEMPLATES.get_template("answer.html").render(
@@ -140,6 +140,7 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
         digit=_data_uri(image[..., 0]),
         prediction=None if digit is None else int(probabilities.argmax()),
         probabilities=(np.zeros_like(probabilities) if digit is None else probabilities).tolist(),
+        class_names=[printable(name) for name in trained.class_names],
         layers=[
             {"height": layer.shape[0], "width": layer.shape[1], "features": layer.shape[2],
              "picture": _data_uri(_sheet(layer))}
