@@ -171,7 +171,7 @@ def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | N
     """Print what each picture shows, one line per file.
 
     Options:
-      images (IMAGE...): PNG or JPEG files of one digit each, folders of them, or - for standard input.
+      images (IMAGE...): Picture files of one digit each, folders of them, or - for standard input.
       run (RUN): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
       json: Print a JSON array of objects with file, class, index, probabilities, and digit if it is one.
 
@@ -181,7 +181,7 @@ def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | N
       cat photo.png | cnn-jax predict - --run mnist-seed777
     """
     if not images:
-        raise UsageError("IMAGE... is missing; it must be at least one PNG or JPEG file, a folder or -")
+        raise UsageError("IMAGE... is missing; it must be at least one picture file, a folder or -")
     folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.predict import predict
 

@@ -1,5 +1,6 @@
 """Read pictures from files as arrays, and refuse every bad file with its reason."""
 
+import contextlib
 import io
 import os
 import stat
@@ -14,10 +15,14 @@ from PIL import Image, ImageOps
 
 from cnn_jax.inference.preprocess import SMALLEST_SIDE, WORKING_SIZE
 from cnn_jax.runtime.errors import InputFileError
+from cnn_jax.runtime.streams import stderr_of_libraries_closed
 
 STANDARD_INPUT = "-"
-ENDINGS = (".png", ".jpg", ".jpeg")
-BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # of a PNG, of a JPEG
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif")
+# As Pillow names them; of several pictures in a file, the first is read.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file begins
+BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", *TIFF)
 MAXIMUM_BYTES = 2**26
 MAXIMUM_PIXELS = 50_000_000  # as many as the largest phone sensors have
 
@@ -33,14 +38,14 @@ def find_images(path: str) -> list[str]:
     try:
         found = sorted(str(file) for file in Path(path).iterdir() if file.suffix.lower() in ENDINGS)
     except OSError as error:
-        raise InputFileError(f"{path} cannot be opened ({error.strerror}); give a PNG or JPEG file") from error
+        raise InputFileError(f"{path} cannot be opened ({error.strerror}); give a picture file") from error
     if not found:
-        raise InputFileError(f"{path} is a folder without an image; put {', '.join(ENDINGS)} files there")
+        raise InputFileError(f"{path} is a folder without an image; put pictures there, such as .png or .jpg files")
     return found
 
 
 def read_picture(file: str, prepare: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray:
-    """Return the picture in a PNG or JPEG file as an image for a network.
+    """Return the picture in a file as an image for a network.
 
     Args:
       file: The picture's path, or `-` for standard input.
@@ -69,14 +74,14 @@ def _read_bytes(file: str) -> bytes:
             descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputFileError(f"{file} cannot be opened ({reason}); give a PNG or JPEG file") from error
+            raise InputFileError(f"{file} cannot be opened ({reason}); give a picture file") from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise InputFileError(f"{file} is not a regular file; give a PNG or JPEG file, or - for standard input")
+            raise InputFileError(f"{file} is not a regular file; give a picture file, or - for standard input")
         with open(descriptor, "rb") as stream:
             content = _read(file, stream)
     if not content:
-        raise InputFileError(f"{file} is empty; give a PNG or JPEG file")
+        raise InputFileError(f"{file} is empty; give a picture file")
     if len(content) > MAXIMUM_BYTES:
         raise InputFileError(f"{file} has more than {MAXIMUM_BYTES >> 20} MiB; give a smaller picture")
     return content
@@ -86,14 +91,14 @@ def _read(file: str, stream: BinaryIO) -> bytes:
     try:
         return stream.read(MAXIMUM_BYTES + 1)
     except OSError as error:
-        raise InputFileError(f"{file} cannot be read ({error.strerror}); give a PNG or JPEG file") from error
+        raise InputFileError(f"{file} cannot be read ({error.strerror}); give a picture file") from error
 
 
 def _decode(file: str, content: bytes) -> np.ndarray:
     """Decode an image: (H, W, 3), float32, in 0..255, upright, opaque, at most WORKING_SIZE pixels per side."""
     try:
         # Pillow warns about large images, odd palettes and senseless EXIF; all of these are refused or repaired here.
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), _quiet_libtiff(content):
             # Pillow checks the checksums of a PNG's pixels only in `verify`.
             _open_image(file, content).verify()
             with _open_image(file, content) as image:
@@ -106,16 +111,33 @@ def _decode(file: str, content: bytes) -> np.ndarray:
     except Image.UnidentifiedImageError as error:
         if content.startswith(BEGINNINGS):
             raise InputFileError(f"{file} is damaged (its header cannot be read); save or copy it again") from error
-        raise InputFileError(f"{file} is not a PNG or JPEG image; save it as one") from error
+        raise InputFileError(f"{file} is not a picture of a known format; save it as PNG or JPEG") from error
     except Exception as error:  # Pillow raises a dozen types for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputFileError(f"{file} is damaged ({reason}); save or copy it again") from error
 
 
+def _quiet_libtiff(content: bytes) -> contextlib.AbstractContextManager[None]:
+    """Keep libtiff from telling of each strip of a damaged TIFF."""
+    return stderr_of_libraries_closed() if content.startswith(TIFF) else contextlib.nullcontext()
+
+
 def _open_image(file: str, content: bytes) -> Image.Image:
     """Read an image's header, and refuse images that are too large to decode, or too small."""
+    formats = FORMATS
+    if content.startswith(b"%PDF"):
+        raise InputFileError(f"{file} is a PDF; save its page as a PNG or JPEG picture")
+    if content[4:8] == b"ftyp":  # HEIC, as phones write it
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise InputFileError(
+                f"{file} may be HEIC, which needs pip install 'cnn-jax[heic]'; or save it as JPEG"
+            ) from error
+        pillow_heif.register_heif_opener()
+        formats = ("HEIF",)
     try:
-        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        image = Image.open(io.BytesIO(content), formats=formats)
     except Image.DecompressionBombError:
         image = None
     if image is None or image.width * image.height > MAXIMUM_PIXELS:

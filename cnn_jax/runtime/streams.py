@@ -133,6 +133,19 @@ def _require_delivery() -> None:
         raise OSError(failure.errno, failure.strerror, "standard output")
 
 
+@contextlib.contextmanager
+def stderr_of_libraries_closed() -> Iterator[None]:
+    """Send nowhere what a library in C writes to stderr within the block, where Python must not write to it."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def write_last_line(line: str, descriptor: int = 2) -> None:
     """Write a line to stderr in one piece, past Python's streams, in a signal's handler or any thread."""
     with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -105,10 +106,50 @@ def png_of(width, height):
     )
 
 
-def saved(picture, kind="PNG"):
+def saved(picture, kind="PNG", **options):
     content = io.BytesIO()
-    picture.save(content, kind)
+    picture.save(content, kind, **options)
     return content.getvalue()
+
+
+def heic(picture):
+    pytest.importorskip("pillow_heif", reason="needs the extra heic").register_heif_opener()
+    return saved(picture, "HEIF", quality=100)
+
+
+SAVED = {
+    "WebP": lambda plain: saved(plain, "WEBP", lossless=True),
+    "BMP": lambda plain: saved(plain, "BMP"),
+    "GIF": lambda plain: saved(plain, "GIF"),
+    "an animated GIF": lambda plain: saved(
+        plain, "GIF", save_all=True, append_images=[Image.new("L", plain.size, n) for n in (0, 255)]
+    ),
+    "TIFF": lambda plain: saved(plain, "TIFF", compression="tiff_lzw"),
+    "HEIC": heic,
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_other_formats_show_the_same_digit(kind, plain, tmp_path):
+    (tmp_path / "digit.png").write_bytes(saved(plain))
+    (tmp_path / "other").write_bytes(SAVED[kind](plain))  # formats are known by their content
+    expected, read = (read_digit(tmp_path / name).astype(int) for name in ("digit.png", "other"))
+    assert np.abs(expected - read).max() <= (64 if kind == "HEIC" else 0)
+    assert np.abs(expected - read).mean() <= 1
+
+
+def test_a_folders_pictures_of_all_formats_are_read(plain, command, tmp_path):
+    for ending in pictures.ENDINGS[:-2]:
+        (tmp_path / f"digit{ending}").write_bytes(saved(plain))
+    code, out, err = command("predict", tmp_path)
+    assert (code, len(out.splitlines())) == (0, len(pictures.ENDINGS) - 2), err
+
+
+def test_without_its_extra_a_heic_file_is_refused_in_a_line_that_names_it(plain, command, tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(heic(plain))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    needs = "may be HEIC, which needs pip install 'cnn-jax[heic]'; or save it as JPEG"
+    assert command("predict", tmp_path) == (65, "", f"error: {tmp_path}/a.heic {needs}\n")
 
 
 class Trap:
@@ -125,10 +166,16 @@ def gradient():
 
 
 BAD = {
-    "empty": (lambda plain: b"", "is empty; give a PNG or JPEG file"),
-    "text": (lambda plain: b"seven\n" * 9, "is not a PNG or JPEG image; save it as one"),
-    "a pickle": (lambda plain: pickle.dumps(Trap()), "is not a PNG or JPEG image; save it as one"),
-    "a GIF": (lambda plain: saved(plain, "GIF"), "is not a PNG or JPEG image; save it as one"),
+    "empty": (lambda plain: b"", "is empty; give a picture file"),
+    "text": (lambda plain: b"seven\n" * 9, "is not a picture of a known format; save it as PNG or JPEG"),
+    "a pickle": (lambda plain: pickle.dumps(Trap()), "is not a picture of a known format; save it as PNG or JPEG"),
+    "a PDF": (lambda plain: saved(plain, "PDF"), "is a PDF; save its page as a PNG or JPEG picture"),
+    "a JPEG 2000": (lambda plain: saved(plain, "JPEG2000"), "is not a picture of a known format"),
+    "a cut GIF": (lambda plain: saved(plain, "GIF")[:-300], "is damaged ("),
+    "a cut WebP": (lambda plain: saved(plain, "WEBP")[:-300], "is damaged ("),
+    "a cut TIFF": (lambda plain: saved(plain, "TIFF", compression="tiff_lzw")[:-300], "is damaged ("),
+    "a cut BMP": (lambda plain: saved(plain, "BMP")[:-300], "is damaged ("),
+    "a cut HEIC": (lambda plain: heic(plain)[:-300], "is damaged ("),
     "a cut PNG": (lambda plain: saved(plain)[:-300], "is damaged (Truncated File Read"),
     "a cut JPEG": (lambda plain: saved(plain, "JPEG")[:-300], "is damaged (image file is truncated"),
     "half a header": (lambda plain: saved(plain)[:20], "is damaged (Truncated File Read"),
@@ -180,11 +227,14 @@ def make_loop(path):
 
 
 PLACES = {
-    "a FIFO": (make_fifo, "is not a regular file; give a PNG or JPEG file, or - for standard input"),
-    "nothing": (lambda path: None, "cannot be opened (No such file or directory); give a PNG or JPEG file"),
-    "a loop of links": (make_loop, "cannot be opened (Too many levels of symbolic links); give a PNG or JPEG file"),
-    "an empty folder": (lambda path: path.mkdir(), "is a folder without an image; put .png, .jpg, .jpeg files there"),
-    "an unreadable file": (make_unreadable, "cannot be opened (Permission denied); give a PNG or JPEG file"),
+    "a FIFO": (make_fifo, "is not a regular file; give a picture file, or - for standard input"),
+    "nothing": (lambda path: None, "cannot be opened (No such file or directory); give a picture file"),
+    "a loop of links": (make_loop, "cannot be opened (Too many levels of symbolic links); give a picture file"),
+    "an empty folder": (
+        lambda path: path.mkdir(),
+        "is a folder without an image; put pictures there, such as .png or .jpg files",
+    ),
+    "an unreadable file": (make_unreadable, "cannot be opened (Permission denied); give a picture file"),
 }
 
 
@@ -208,7 +258,7 @@ def test_a_folder_among_a_folders_pictures_is_named_and_the_others_are_read(comm
 def test_a_device_is_refused(command):
     code, _, err = command("predict", "/dev/zero")
     assert (code, err) == (
-        65, "error: /dev/zero is not a regular file; give a PNG or JPEG file, or - for standard input\n"
+        65, "error: /dev/zero is not a regular file; give a picture file, or - for standard input\n"
     )  # fmt: skip
 
 
@@ -220,3 +270,11 @@ def test_no_more_of_a_file_is_read_than_is_allowed(plain, tmp_path, monkeypatch)
     monkeypatch.setattr(pictures, "MAXIMUM_BYTES", file.stat().st_size - 1)
     with pytest.raises(pictures.InputFileError, match="more than"):
         read_digit(str(file))
+
+
+def test_libtiff_does_not_tell_of_a_damaged_tiff_beside_the_failure(plain, tmp_path, capfd):
+    content = saved(plain, "TIFF", compression="tiff_lzw")
+    (tmp_path / "bad.tif").write_bytes(content[:200] + b"\xff" * 50 + content[250:])
+    with pytest.raises(pictures.InputFileError, match="is damaged"):
+        read_digit(tmp_path / "bad.tif")
+    assert capfd.readouterr() == ("", "")

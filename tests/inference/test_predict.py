@@ -139,8 +139,8 @@ def test_files_that_cannot_be_read_are_reported_last_and_the_others_are_read(thr
     code, out, err = command("predict", *given)
     assert (code, out.splitlines()) == (65, [f"{files[i]}: {digits[i]}" for i in (0, 1, 0)])
     assert err.splitlines()[-2:] == [
-        f"error: {tmp_path}/missing.png cannot be opened (No such file or directory); give a PNG or JPEG file",
-        f"error: {tmp_path}/empty.png is empty; give a PNG or JPEG file",
+        f"error: {tmp_path}/missing.png cannot be opened (No such file or directory); give a picture file",
+        f"error: {tmp_path}/empty.png is empty; give a picture file",
     ]
     code, out, _ = command("predict", *given, "--json")
     assert (code, [result["file"] for result in json.loads(out)]) == (65, [str(files[i]) for i in (0, 1, 0)])
@@ -158,7 +158,7 @@ def test_every_input_that_can_be_read_is_answered(three, command, tmp_path):
     assert [line.partition(" is ")[0].partition(" cannot ")[0] for line in errors] == [
         f"error: {str(name).replace(chr(27), chr(92) + 'x1b')}" for name in bad
     ]
-    assert errors[0] == "error: /proc/self/mem cannot be read (Input/output error); give a PNG or JPEG file"
+    assert errors[0] == "error: /proc/self/mem cannot be read (Input/output error); give a picture file"
 
 
 def test_a_digit_is_drawn_on_a_terminal_of_any_encoding(three, program):
@@ -172,7 +172,7 @@ def test_a_digit_is_drawn_on_a_terminal_of_any_encoding(three, program):
 def test_at_least_one_image_must_be_named(command):
     code, out, err = command("predict")
     assert (code, out) == (2, "")
-    assert "at least one PNG or JPEG file" in err
+    assert "at least one picture file" in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")

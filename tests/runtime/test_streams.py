@@ -98,7 +98,7 @@ def test_a_training_whose_log_or_result_cannot_be_written_is_saved_all_the_same(
 
 
 def test_standard_input_that_is_closed_is_a_bad_input_file():
-    line = b"error: - cannot be read (Bad file descriptor); give a PNG or JPEG file\n"
+    line = b"error: - cannot be read (Bad file descriptor); give a picture file\n"
     assert run(["-m", "cnn_jax", "predict", "-"], stdin="<&-") == (65, b"", line)
 
 
