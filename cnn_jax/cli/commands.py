@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes
@@ -35,6 +35,9 @@ from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
 from cnn_jax.runtime.files import check_output_folder
 from cnn_jax.runtime.streams import results_delivered
+
+if TYPE_CHECKING:
+    from cnn_jax.runs.summary import Result
 
 Count = Annotated[int, AT_LEAST_1]
 Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
@@ -84,7 +87,16 @@ def train(settings: TrainSettings) -> None:
         Display().say("dry run: nothing was downloaded, trained or written")
         return
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    result = train_and_report(settings)
+    target = settings.target_accuracy
+    if result is not None and target is not None and (accuracy := statistics.fmean(result.accuracies)) < target:
+        raise TargetAccuracyError(
+            f"test accuracy {accuracy:.4f} is below --target-accuracy {target}; train longer or with other settings"
+        )
 
+
+def train_and_report(settings: TrainSettings) -> "Result | None":
+    """Train or continue a run, show and write its result and its page; return None for a dry run."""
     from cnn_jax.runs.summary import result_rows, write_result
     from cnn_jax.runs.train import open_run, train_run
     from cnn_jax.runtime.distributed import is_process_0
@@ -92,7 +104,7 @@ def train(settings: TrainSettings) -> None:
     with open_run(settings) as run:
         result = train_run(settings, run)
         if result is None:
-            return
+            return None
         accuracy = statistics.fmean(result.accuracies)
         run.display.accuracy(accuracy)
         if is_process_0():
@@ -110,11 +122,7 @@ def train(settings: TrainSettings) -> None:
         if run.folder.unwritten:
             rows.append(("not written", run.folder.unwritten))
         run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
-    target = settings.target_accuracy
-    if target is not None and accuracy < target:
-        raise TargetAccuracyError(
-            f"test accuracy {accuracy:.4f} is below --target-accuracy {target}; train longer or with other settings"
-        )
+    return result
 
 
 def evaluate(run: str, common: CommonOptions, *, unscaled: bool = False) -> None:

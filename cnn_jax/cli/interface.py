@@ -1,0 +1,167 @@
+"""The program from Python, for notebooks and scripts: a trained network, and a training."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.special
+
+from cnn_jax.cli import commands
+from cnn_jax.core.evaluation import Evaluation, evaluate
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.loading import load_dataset
+from cnn_jax.inference.pictures import read_picture
+from cnn_jax.inference.preprocess import check_takes_pictures
+from cnn_jax.inference.pretrained import PACKAGED, TrainedModel, load_trained_run, read_trained
+from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.devices import start_devices
+from cnn_jax.runtime.display import Display
+from cnn_jax.runtime.errors import UsageError
+
+PATHS = {"dataset_dir", "data_dir", "checkpoint_dir", "profile"}  # may be given as str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a network makes of a picture.
+
+    Attributes:
+      class_name: The name of the most probable class.
+      index: Its number.
+      probability: Its probability, in [0, 1].
+      probabilities: Those of all classes, (K,), float64.
+    """
+
+    class_name: str
+    index: int
+    probability: float
+    probabilities: np.ndarray
+
+
+class Network:
+    """A trained network: `load` returns one.
+
+    Attributes:
+      trained: Its weights, and how they were trained.
+    """
+
+    def __init__(self, trained: TrainedModel, dataset: Dataset | None, data_dir: Path | None):
+        self.trained = trained
+        self._dataset = dataset
+        self._data_dir = data_dir
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class."""
+        return self.trained.class_names
+
+    def predict(self, pictures: str | Path | np.ndarray | Sequence[str | Path | np.ndarray]) -> list[Answer]:
+        """Return what each picture shows.
+
+        Args:
+          pictures: Files, or arrays of uint8. One of the shape of the network's images, with or without its channel, is
+            taken for such an image; another, (H, W) or (H, W, 3), for a picture that is prepared like a file.
+
+        Raises:
+          InputFileError: a file cannot be read, or a picture shows nothing.
+          UsageError: an array is not of uint8, or of no such shape.
+        """
+        if isinstance(pictures, str | Path) or (isinstance(pictures, np.ndarray) and pictures.ndim == 2):
+            pictures = [pictures]
+        check_takes_pictures(self.trained.image_shape, self.trained.name)
+        images = [self._image(picture) for picture in pictures]
+        if not images:
+            return []
+        probabilities = scipy.special.softmax(self.logits(np.stack(images)).astype(np.float64), axis=1)
+        return [
+            Answer(self.class_names[i], int(i), float(of_one[i]), of_one)
+            for i, of_one in zip(probabilities.argmax(axis=1), probabilities, strict=True)
+        ]
+
+    def _image(self, picture: str | Path | np.ndarray) -> np.ndarray:
+        if not isinstance(picture, np.ndarray):
+            return read_picture(str(picture), self.trained.prepare)
+        shape = self.trained.image_shape
+        if picture.dtype == np.uint8 and picture.shape in (shape, shape[: 2 if shape[2] == 1 else 3]):
+            return picture.reshape(shape)
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+            raise UsageError(
+                f"an array of {picture.dtype} with the shape {picture.shape} is no picture: it must be of uint8, with "
+                f"the shape {shape}, (height, width) or (height, width, 3)"
+            )
+        colours = np.repeat(picture[..., np.newaxis], 3, axis=-1) if picture.ndim == 2 else picture
+        image = self.trained.prepare(colours.astype(np.float32))
+        if image is None:
+            raise UsageError("a picture is blank: nothing in it differs from the paper")
+        return image
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Return the logits, (N, K), float32, of images of the network's shape, (N, height, width, channels), uint8."""
+        return self.trained.logits(images)
+
+    def test(self) -> Evaluation:
+        """Return how the network does on its data set's test images."""
+        dataset = self._dataset or load_dataset("mnist", None, self._data_dir)
+        return evaluate(self.trained.model, self.trained.params, dataset.test_images, dataset.test_labels)
+
+
+class Training(NamedTuple):
+    """A training at its end.
+
+    Attributes:
+      run: Its folder, which `load` takes.
+      accuracies: Each seed's accuracy on the test images, in [0, 1].
+      metrics: A dictionary for each epoch, with the keys of metrics.jsonl.
+    """
+
+    run: Path
+    accuracies: list[float]
+    metrics: list[dict[str, Any]]
+
+    def network(self) -> Network:
+        """Load the network of the first seed."""
+        return load(self.run)
+
+
+def load(run: str | Path | None = None, *, seed: int | None = None, data_dir: Path | None = None) -> Network:
+    """Load a trained network.
+
+    Args:
+      run: A run's folder, or its name in `checkpoints`; None for the network in the package.
+      seed: Which of the run's seeds; None for the first.
+      data_dir: Where tfds keeps its data sets; None to look where the run did.
+
+    Raises:
+      CnnJaxError: there is no such run, it has no such seed, or it cannot be read.
+    """
+    start_devices(None)
+    if run is None:
+        return Network(read_trained(PACKAGED), None, data_dir)
+    folder = commands.CommonOptions().run_folder(str(run))
+    return Network(*load_trained_run(folder, data_dir, Display().say, seed), data_dir)
+
+
+def train(**settings: Any) -> Training:
+    """Train a network, or continue a run of the same settings, and write its folder, as the command `train` does.
+
+    Args:
+      **settings: The options of `train`, with underscores: `epochs=1.5`, `seeds=3`, `dataset_dir=Path("data")`.
+
+    Raises:
+      CnnJaxError: what ends the command with a line, such as StopSignalError after an interruption, which is saved.
+    """
+    unknown = sorted(settings.keys() - vars(TrainSettings).keys() - {"recipe"})
+    if unknown or settings.get("dry_run"):
+        raise UsageError(
+            f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; see help(TrainSettings)"
+        )
+    paths: dict[str, Any] = {
+        name: Path(settings[name]) for name in PATHS & settings.keys() if isinstance(settings[name], str)
+    }
+    chosen = TrainSettings.of(**settings | paths)
+    result = commands.train_and_report(chosen)
+    assert result is not None, "only a dry run has no result"
+    metrics = [epoch.to_record() for epoch in result.run.metrics]
+    return Training(chosen.run_folder, result.accuracies, metrics)

@@ -1,0 +1,96 @@
+"""From Python, the package trains and reads as its commands do."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cnn_jax
+from cnn_jax.data.idx import read_idx
+from cnn_jax.runtime.errors import CnnJaxError, InputFileError, NoCheckpointError, UsageError
+from tests.helpers import EMBEDDED, ROOT
+
+pytestmark = pytest.mark.optax_promotes
+
+
+@pytest.fixture(scope="module")
+def network():
+    return cnn_jax.load()
+
+
+def test_importing_the_package_imports_neither_jax_nor_numpy_and_takes_milliseconds():
+    code = "import sys, cnn_jax; print(sorted({'jax', 'numpy', 'flax'} & sys.modules.keys()), dir(cnn_jax.train)[:0])"
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    middle = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import cnn_jax"], check=True, cwd=ROOT)
+    assert (time.perf_counter() - middle) - (middle - begin) < 0.5
+    code = "import sys, cnn_jax; print(sorted({'jax', 'numpy', 'flax'} & sys.modules.keys()))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "[]\n"
+    with pytest.raises(AttributeError, match="no attribute 'tain'"):
+        _ = cnn_jax.tain
+
+
+def test_files_and_arrays_are_read_as_predict_reads_files(network, command, tmp_path):
+    file = ROOT / "docs" / "four.jpg"
+    (expected,) = json.loads(command("predict", file, "--json")[1])
+    grey = np.asarray(Image.open(file).convert("L"))
+    answers = network.predict([file, str(file), grey, np.repeat(grey[..., np.newaxis], 3, axis=-1)])
+    assert [answer.class_name for answer in answers] == ["4"] * 4
+    np.testing.assert_allclose(answers[0].probabilities, expected["probabilities"], atol=1e-6)
+    assert answers[0].probability == answers[0].probabilities[4] == max(answers[0].probabilities)
+    assert network.predict(file)[0].index == network.predict(grey)[0].index == 4
+    assert network.predict([]) == []
+
+
+def test_images_of_the_data_set_are_used_as_they_are(network):
+    images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)[:50]
+    logits = network.logits(images[..., np.newaxis])
+    for given in (images, images[..., np.newaxis], list(images)):
+        assert [answer.index for answer in network.predict(given)] == logits.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("array", [np.zeros((28, 28)), np.zeros((3, 4, 5), np.uint8), np.zeros(9, np.uint8)])
+def test_what_is_no_picture_is_refused(array, network):
+    with pytest.raises(UsageError, match="is no picture: it must be of uint8, with the shape"):
+        network.predict([array])
+    with pytest.raises(UsageError, match="is blank"):
+        network.predict(np.zeros((50, 50), np.uint8))
+    with pytest.raises(InputFileError, match="cannot be opened"):
+        network.predict("no such file")
+
+
+def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = cnn_jax.train(epochs=2, seeds=2, dataset_dir=small_mnist, run_name="run", features=(2, 4))
+    assert (len(training.accuracies), training.run) == (2, tmp_path.relative_to(tmp_path) / "checkpoints" / "run")
+    assert training.metrics == [json.loads(line) for line in (training.run / "metrics.jsonl").read_text().splitlines()]
+    again = cnn_jax.train(epochs=2, seeds=2, dataset_dir=small_mnist, run_name="run", features=(2, 4))
+    assert again == training
+    network = cnn_jax.load("run", seed=778)
+    assert network.test().accuracy == training.accuracies[1]
+    assert training.network().class_names == tuple("0123456789")
+    for wrong in ({"epoch": 3}, {"dry_run": True}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))}: train has no such setting"):
+            cnn_jax.train(**wrong)
+    with pytest.raises(NoCheckpointError):
+        cnn_jax.load("none")
+
+
+def test_the_pages_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys, small_mnist):
+    page = (ROOT / "docs" / "python.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (printed,) = re.findall(r"```\n\n```\n(.*?)```", page, re.DOTALL)
+    scope = {}
+    monkeypatch.chdir(ROOT)
+    exec(first, scope)
+    assert capsys.readouterr().out == printed
+    monkeypatch.chdir(tmp_path)
+    exec(second.replace("epochs=2", f"epochs=1, dataset_dir={str(small_mnist)!r}"), scope)
+    assert (tmp_path / "checkpoints" / "from-python" / "report.html").exists()
+    assert issubclass(UsageError, CnnJaxError)
