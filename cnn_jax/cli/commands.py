@@ -63,7 +63,7 @@ class CommonOptions:
         return Path(run) if os.path.isdir(run) else self.checkpoint_dir / run
 
 
-def train(settings: TrainSettings) -> None:
+def train(settings: TrainSettings) -> "Result | None":
     """Train the tutorial's network; the same command continues an unfinished run.
 
     Examples:
@@ -85,18 +85,9 @@ def train(settings: TrainSettings) -> None:
     elif settings.dry_run:
         Display().say(f"{settings.dataset}: tfds would first prepare it, and download what it needs for that")
         Display().say("dry run: nothing was downloaded, trained or written")
-        return
+        return None
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    result = train_and_report(settings)
-    target = settings.target_accuracy
-    if result is not None and target is not None and (accuracy := statistics.fmean(result.accuracies)) < target:
-        raise TargetAccuracyError(
-            f"test accuracy {accuracy:.4f} is below --target-accuracy {target}; train longer or with other settings"
-        )
 
-
-def train_and_report(settings: TrainSettings) -> "Result | None":
-    """Train or continue a run, show and write its result and its page; return None for a dry run."""
     from cnn_jax.runs.summary import result_rows, write_result
     from cnn_jax.runs.train import open_run, train_run
     from cnn_jax.runtime.distributed import is_process_0
@@ -122,6 +113,11 @@ def train_and_report(settings: TrainSettings) -> "Result | None":
         if run.folder.unwritten:
             rows.append(("not written", run.folder.unwritten))
         run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
+    target = settings.target_accuracy
+    if target is not None and accuracy < target:
+        raise TargetAccuracyError(
+            f"test accuracy {accuracy:.4f} is below --target-accuracy {target}; train longer or with other settings"
+        )
     return result
 
 

@@ -161,7 +161,7 @@ def train(**settings: Any) -> Training:
         name: Path(settings[name]) for name in PATHS & settings.keys() if isinstance(settings[name], str)
     }
     chosen = TrainSettings.of(**settings | paths)
-    result = commands.train_and_report(chosen)
+    result = commands.train(chosen)
     assert result is not None, "only a dry run has no result"
     metrics = [epoch.to_record() for epoch in result.run.metrics]
     return Training(chosen.run_folder, result.accuracies, metrics)
