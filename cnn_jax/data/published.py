@@ -65,28 +65,30 @@ def of_idx_folder(folder: Path) -> Published:
       UsageError: there is no such folder.
       InputFileError: the labels or a file of names cannot be read, or a label has no name.
     """
-    labels_file = find_idx_files(folder)["train", "labels"]
-    labels = read_idx(labels_file, ndim=1)
-    split = re.match(rf"emnist-({'|'.join(EMNIST)})-train-", labels_file.name)
+    files = [find_idx_files(folder)[split, "labels"] for split in ("train", "test")]
+    labels, test_labels = (read_idx(file, ndim=1) for file in files)
+    split = re.match(rf"emnist-({'|'.join(EMNIST)})-train-", files[0].name)
     if split is not None:
         known = emnist(split[1])
     elif hashlib.sha256(idx_header(labels.shape) + labels.tobytes()).hexdigest() == FASHION_MNIST_LABELS:
         known = Published(FASHION_MNIST)
     else:
         known = Published(numbers(int(labels.max(initial=0)) + 1))
-    lists = sorted(path for path in folder.iterdir() if re.fullmatch(r"(.*-)?mapping\.txt|labels\.txt", path.name))
+    named = (path for path in folder.iterdir() if re.fullmatch(r"(.*-)?mapping\.txt|labels\.txt", path.name))
+    lists = sorted(path for path in named if path.is_file())  # to open a pipe would wait for ever
     if len(lists) > 1:
         raise InputFileError(f"{folder} has both {lists[0].name} and {lists[1].name}; keep one list of class names")
     for file in lists:
         known = known._replace(class_names=_read_names(file, known.first_label))
-    smallest, largest = int(labels.min(initial=known.first_label)), int(labels.max(initial=known.first_label))
-    last = known.first_label + len(known.class_names) - 1
-    if smallest < known.first_label or largest > last:
-        source = lists[0] if lists else f"the name {labels_file.name}"
-        raise InputFileError(
-            f"{labels_file} has the labels {smallest} to {largest}, but by {source} they are {known.first_label} to "
-            f"{last}; give two files that belong together"
-        )
+    first, last = known.first_label, known.first_label + len(known.class_names) - 1
+    for file, in_file in zip(files, (labels, test_labels), strict=True):
+        smallest, largest = int(in_file.min(initial=last)), int(in_file.max(initial=first))
+        if smallest < first or largest > last:
+            source = lists[0] if lists else f"the name {file.name}" if split else files[0]
+            raise InputFileError(
+                f"{file} has the labels {smallest} to {largest}, but by {source} they are {first} to {last}; "
+                "give files that belong together"
+            )
     return known
 
 

@@ -1,6 +1,7 @@
 """A data set knows what its classes are called, and EMNIST's images are read upright."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,6 +136,20 @@ def test_labels_that_emnist_does_not_have_are_refused(digits, tmp_path):
     write_set(tmp_path, "emnist-letters-", images, labels)  # from 0
     with pytest.raises(InputFileError, match=r"has the labels 0 to 9, but by the name .* they are 1 to 26; "):
         load_dataset("mnist", tmp_path, None)
+
+
+def test_a_test_label_that_emnist_does_not_have_is_refused_and_not_left_out(digits, tmp_path):
+    images, labels = digits
+    write_set(tmp_path, "emnist-letters-", images, labels + 1)
+    write_idx(tmp_path / "emnist-letters-test-labels-idx1-ubyte", labels)
+    with pytest.raises(InputFileError, match=r"emnist-letters-test-labels.* has the labels 0 to 9, but by the name"):
+        load_dataset("mnist", tmp_path, None)
+
+
+def test_a_pipe_of_names_is_not_waited_for(digits, tmp_path):
+    write_set(tmp_path, "", *digits)
+    os.mkfifo(tmp_path / "labels.txt")
+    assert load_dataset("mnist", tmp_path, None).class_names == numbers(10)
 
 
 def test_fashion_mnist_is_known_by_its_labels(digits, tmp_path, monkeypatch):
