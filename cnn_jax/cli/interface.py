@@ -19,6 +19,7 @@ from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import UsageError
+from cnn_jax.runtime.records import mistyped
 
 PATHS = {"dataset_dir", "data_dir", "checkpoint_dir", "profile"}  # may be given as str
 
@@ -157,9 +158,10 @@ def train(**settings: Any) -> Training:
         raise UsageError(
             f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; see help(TrainSettings)"
         )
-    paths: dict[str, Any] = {
-        name: Path(settings[name]) for name in PATHS & settings.keys() if isinstance(settings[name], str)
-    }
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    if wrong := mistyped(plain, TrainSettings):
+        raise UsageError(f"train: {wrong}")
+    paths: dict[str, Any] = {name: Path(plain[name]) for name in PATHS & plain.keys() if plain[name] is not None}
     chosen = TrainSettings.of(**settings | paths)
     result = commands.train(chosen)
     assert result is not None, "only a dry run has no result"

@@ -67,7 +67,7 @@ TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)
 SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
 CLASS_NAMES = Must(
-    lambda names: names.isprintable() and len({*filter(str.strip, names.split(","))}) == names.count(",") + 1,
+    lambda names: names.isprintable() and len({*map(str.strip, names.split(","))} - {""}) == names.count(",") + 1,
     "a name of its own for each class, with commas between them",
 )
 

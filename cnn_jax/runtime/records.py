@@ -55,6 +55,15 @@ def convert(values: dict[str, Any], kind: type[T], *, source: object, remedy: st
         raise unreadable(source, error, remedy) from error
 
 
+def mistyped(values: dict[str, Any], kind: type) -> str | None:
+    """Return in words which of these values are of another type than a type's fields, or None."""
+    try:
+        msgspec.convert(values, kind, dec_hook=_to_path)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return None
+
+
 def _to_path(kind: type, value: Any) -> Path:
     assert kind is Path, "what msgspec does not know is a path"
     if not isinstance(value, str) or "\0" in value:

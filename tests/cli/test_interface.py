@@ -78,6 +78,10 @@ def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path
     for wrong in ({"epoch": 3}, {"dry_run": True}):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))}: train has no such setting"):
             cnn_jax.train(**wrong)
+    mistyped = ({"epochs": "x"}, {"recipe": "slow"}, {"features": (1,)}, {"dataset_dir": 3}, {"seeds": 1.5})
+    for wrong in (*mistyped, {"epochs": -1}, {"class_names": "a, a"}):
+        with pytest.raises(UsageError):
+            cnn_jax.train(**wrong)
     with pytest.raises(NoCheckpointError):
         cnn_jax.load("none")
 
