@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
 
 from cnn_jax.cli import commands
 from cnn_jax.core.evaluation import Evaluation, evaluate
@@ -19,9 +18,7 @@ from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import UsageError
-from cnn_jax.runtime.records import mistyped
-
-PATHS = {"dataset_dir", "data_dir", "checkpoint_dir", "profile"}  # may be given as str
+from cnn_jax.runtime.records import typed_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Network:
         images = [self._image(picture) for picture in pictures]
         if not images:
             return []
-        probabilities = scipy.special.softmax(self.logits(np.stack(images)).astype(np.float64), axis=1)
+        probabilities = self.trained.probabilities(np.stack(images))
         return [
             Answer(self.class_names[i], int(i), float(of_one[i]), of_one)
             for i, of_one in zip(probabilities.argmax(axis=1), probabilities, strict=True)
@@ -159,10 +156,8 @@ def train(**settings: Any) -> Training:
             f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; see help(TrainSettings)"
         )
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    if wrong := mistyped(plain, TrainSettings):
-        raise UsageError(f"train: {wrong}")
-    paths: dict[str, Any] = {name: Path(plain[name]) for name in PATHS & plain.keys() if plain[name] is not None}
-    chosen = TrainSettings.of(**settings | paths)
+    typed = typed_as(TrainSettings, plain, source="train")
+    chosen = TrainSettings.of(**{name: getattr(typed, name) for name in settings})
     result = commands.train(chosen)
     assert result is not None, "only a dry run has no result"
     metrics = [epoch.to_record() for epoch in result.run.metrics]

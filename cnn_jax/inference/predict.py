@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import scipy.special
 
 from cnn_jax.core.evaluation import BATCH_SIZE
 from cnn_jax.data.published import numbers
@@ -50,8 +49,8 @@ def predict(
 
     pictures = _sound_pictures(images, failures, lambda colours: network().prepare(colours))
     while some := list(itertools.islice(pictures, BATCH_SIZE)):  # of many pictures, the first are answered soon
-        names, logits = network().class_names, network().logits(np.stack([image for _, image in some]))
-        for (file, image), classes in zip(some, scipy.special.softmax(logits.astype(np.float64), axis=1), strict=True):
+        names, probabilities = network().class_names, network().probabilities(np.stack([image for _, image in some]))
+        for (file, image), classes in zip(some, probabilities, strict=True):
             answer = int(classes.argmax())
             if as_json:
                 digit = {"digit": answer} if names == DIGITS else {}

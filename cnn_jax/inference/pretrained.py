@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+import scipy.special
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -94,6 +95,10 @@ class TrainedModel:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
         return logits(self.model, self.params, images)
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Return the probability of each class, (N, num_classes), float64, of images as for `logits`."""
+        return scipy.special.softmax(self.logits(images).astype(np.float64), axis=1)
 
 
 def load_trained(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> TrainedModel:

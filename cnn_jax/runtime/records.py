@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from cnn_jax.runtime.errors import InputFileError
+from cnn_jax.runtime.errors import InputFileError, UsageError
 
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -55,13 +55,16 @@ def convert(values: dict[str, Any], kind: type[T], *, source: object, remedy: st
         raise unreadable(source, error, remedy) from error
 
 
-def mistyped(values: dict[str, Any], kind: type) -> str | None:
-    """Return in words which of these values are of another type than a type's fields, or None."""
+def typed_as(kind: type[T], values: dict[str, Any], *, source: str) -> T:
+    """Return values that a caller gave as a type, among whose fields may be paths.
+
+    Raises:
+      UsageError: naming the source, and the value of another type.
+    """
     try:
-        msgspec.convert(values, kind, dec_hook=_to_path)
+        return msgspec.convert(values, kind, dec_hook=_to_path)
     except msgspec.ValidationError as error:
-        return str(error)
-    return None
+        raise UsageError(f"{source}: {error}") from error
 
 
 def _to_path(kind: type, value: Any) -> Path:
