@@ -218,6 +218,8 @@ def export(
     *,
     to: Literal["onnx", "stablehlo", "safetensors", "torch"],
     output: Path,
+    input: Literal["uint8", "float"] | None = None,
+    layout: Literal["nhwc", "nchw"] | None = None,
     seed: int | None = None,
 ) -> None:
     """Write a network to a file for another program; the file is kept only if it computes the same there.
@@ -226,12 +228,18 @@ def export(
       run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
       to (FORMAT): onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights). (required)
       output (FILE): The file to write. (required)
+      input: The pixels that a program takes: in 0..255, which it scales itself, or floats in [0, 1]. (default: uint8)
+      layout: The axes of a program's images: channels last or first. (default: nhwc)
       seed (N): The seed whose weights to write, if the run has several. (default: the first)
 
     Examples:
       cnn-jax export --to onnx --output mnist.onnx
+      cnn-jax export --to onnx --layout nchw --output mnist.onnx
       cnn-jax export mnist-seed777 --to torch --output model.pt
     """
+    for option, value in (("--input", input), ("--layout", layout)):
+        if value is not None and to in ("safetensors", "torch"):
+            raise UsageError(f"{option} {value}: --to {to} writes weights, which take no images; leave out {option}")
     check_output(output)
     if to == "torch":
         need("torch", extra="torch")
@@ -240,9 +248,10 @@ def export(
     elif to == "stablehlo":
         need("flatbuffers", extra="export")
     folder = None if run is None else common.run_folder(run)
-    from cnn_jax.inference.export import export
+    from cnn_jax.inference.export import Input, export
 
-    export(to, output, folder, seed=seed, data_dir=common.data_dir, platform=common.platform)
+    takes = Input(input or "uint8", layout or "nhwc")
+    export(to, output, folder, takes=takes, seed=seed, data_dir=common.data_dir, platform=common.platform)
 
 
 def sweep(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.export
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.core.evaluation import BATCH_SIZE
-from cnn_jax.data.dataset import Dataset, scale_pixels
+from cnn_jax.data.dataset import PIXEL_MAXIMUM, Dataset, scale_pixels
 from cnn_jax.data.loading import load_dataset
+from cnn_jax.inference.preprocess import FITTED_SIZE, SIZE
 from cnn_jax.inference.pretrained import PACKAGED, TrainedModel, load_trained_run, read_trained, write_trained
 from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
 from cnn_jax.runs.settings import Platform
@@ -27,20 +28,48 @@ ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-6
 PLATFORMS = ("cpu", "cuda", "tpu")
 # The oldest versions that support the whole graph, so that many runtimes can read it.
 ONNX_OPERATORS, ONNX_FORMAT = 17, 8
-PIXELS = "pixels in [0, 1], 0 for paper: (N, height, width, channels)"
+
+Compute = Callable[[np.ndarray], np.ndarray]
+
+
+class Input(NamedTuple):
+    """How an exported program takes its images.
+
+    Attributes:
+      pixels: In 0..255 as uint8, or in [0, 1] as float32.
+      layout: (N, height, width, channels), or (N, channels, height, width).
+    """
+
+    pixels: Literal["uint8", "float"]
+    layout: Literal["nhwc", "nchw"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of a pixel."""
+        return np.dtype(np.uint8 if self.pixels == "uint8" else np.float32)
+
+    def shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return the shape of an image of (height, width, channels) in this layout."""
+        height, width, channels = image_shape
+        return image_shape if self.layout == "nhwc" else (channels, height, width)
+
+    def of(self, images: np.ndarray) -> np.ndarray:
+        """Return a data set's images, (N, height, width, channels), uint8, as the program takes them."""
+        laid_out = images if self.layout == "nhwc" else images.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(laid_out if self.pixels == "uint8" else scale_pixels(laid_out))
 
 
 class Format(NamedTuple):
     """A file format.
 
     Attributes:
-      write: Writes a network to a file; raises OSError if it cannot.
-      load: Reads a network's file with the program that uses the format, and returns a function from images
-        (N, height, width, channels), float32, in [0, 1], to logits (N, num_classes), float32.
+      write: Writes a network to a file; raises OSError if it cannot. Only a program has an input; weights have none.
+      load: Reads a network's file with the program that uses the format, and returns a function from a data set's
+        images, (N, height, width, channels), uint8, to logits, (N, num_classes), float32.
     """
 
-    write: Callable[[TrainedModel, Path], None]
-    load: Callable[[Path, TrainedModel], Callable[[np.ndarray], np.ndarray]]
+    write: Callable[[TrainedModel, Path, Input], None]
+    load: Callable[[Path, TrainedModel, Input], Compute]
 
 
 def export(
@@ -48,6 +77,7 @@ def export(
     output: Path,
     run: Path | None = None,
     *,
+    takes: Input,
     seed: int | None = None,
     data_dir: Path | None = None,
     platform: Platform | None = None,
@@ -67,14 +97,14 @@ def export(
     else:
         trained, dataset = load_trained_run(run, data_dir, display.say, seed)
     with output_errors(output, "--output"), replaced(output) as new:
-        FORMATS[to].write(trained, new)
-        display.say(check(to, new, trained, dataset, name=output))
+        FORMATS[to].write(trained, new, takes)
+        display.say(check(to, new, trained, dataset, takes, name=output))
     seed, steps = trained.training.seed, trained.training.steps
     source = run or "the packaged network"
     display.say(f"{source}, seed {seed}, after {steps:,} steps is now {output}")
 
 
-def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name: Path) -> str:
+def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, takes: Input, *, name: Path) -> str:
     """Compare an exported file with its network on all test images.
 
     Args:
@@ -82,6 +112,7 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name:
       file: Its current path.
       trained: The network that was written to it.
       dataset: The data set that the network was trained on.
+      takes: How the file takes its images, if it is a program.
       name: The file's name in messages.
 
     Returns:
@@ -92,9 +123,9 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name:
     """
     expected = trained.logits(dataset.test_images)
     try:
-        compute = FORMATS[to].load(file, trained)
+        compute = FORMATS[to].load(file, trained, takes)
         batches = np.split(dataset.test_images, range(BATCH_SIZE, len(expected), BATCH_SIZE))
-        logits = np.concatenate([compute(scale_pixels(images)) for images in batches])
+        logits = np.concatenate([compute(images) for images in batches])
     except Exception as error:  # each program raises its own exceptions
         raise StorageError(
             f"{name} was not written: the {to} export cannot be read ({type(error).__name__}: {error}); "
@@ -113,18 +144,18 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, *, name:
     return f"{to}: read back and tested {tested}: the same accuracy, {theirs:.4f}, and logits within {difference:.1e}"
 
 
-def _write_torch(trained: TrainedModel, file: Path) -> None:
+def _write_torch(trained: TrainedModel, file: Path, _: Input) -> None:
     write_torch_file(file, params_to_torch(trained.params, trained.image_shape))
 
 
-def _load_torch(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
+def _load_torch(file: Path, trained: TrainedModel, _: Input) -> Compute:
     import torch
     from torch.nn import functional
 
     weights = torch.load(file, weights_only=True)
 
     def compute(images: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        x = torch.from_numpy(scale_pixels(images)).permute(0, 3, 1, 2)
         for block in ("layer1.0", "layer2.0"):
             x = functional.conv2d(x, weights[f"{block}.weight"], weights[f"{block}.bias"], padding=1)
             x = functional.max_pool2d(functional.relu(x), 2)
@@ -133,14 +164,16 @@ def _load_torch(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.
     return compute
 
 
-def _load_safetensors(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
-    again = read_trained(file)
-    apply = jax.jit(again.model.apply)
-    return lambda images: np.asarray(apply({"params": again.params}, images))
+def _write_safetensors(trained: TrainedModel, file: Path, _: Input) -> None:
+    write_trained(trained, file)
 
 
-def _write_onnx(trained: TrainedModel, file: Path) -> None:
-    """Write a graph in PyTorch's layout, built by hand from nine nodes.
+def _load_safetensors(file: Path, trained: TrainedModel, _: Input) -> Compute:
+    return read_trained(file).logits
+
+
+def _write_onnx(trained: TrainedModel, file: Path, takes: Input) -> None:
+    """Write a graph in PyTorch's layout, built by hand from at most twelve nodes.
 
     jax2onnx cannot convert `platform_dependent`, which `conv_block` consists of. Its releases since 0.15 exclude the
     Orbax that checkpoints need, and earlier ones do not support this JAX and Flax.
@@ -148,8 +181,18 @@ def _write_onnx(trained: TrainedModel, file: Path) -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes = [helper.make_node("Transpose", ["images"], ["planes"], perm=[0, 3, 1, 2])]
-    x = "planes"
+    tensors = params_to_torch(trained.params, trained.image_shape)
+    nodes, x = [], "images"
+    if takes.pixels == "uint8":
+        tensors["maximum"] = np.asarray(PIXEL_MAXIMUM)
+        nodes += [
+            helper.make_node("Cast", [x], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["float", "maximum"], ["scaled"]),
+        ]
+        x = "scaled"
+    if takes.layout == "nhwc":
+        nodes.append(helper.make_node("Transpose", [x], ["planes"], perm=[0, 3, 1, 2]))
+        x = "planes"
     for block in ("layer1", "layer2"):
         weights = [f"{block}.0.weight", f"{block}.0.bias"]
         nodes += [
@@ -162,53 +205,85 @@ def _write_onnx(trained: TrainedModel, file: Path) -> None:
         helper.make_node("Flatten", [x], ["flat"]),
         helper.make_node("Gemm", ["flat", "fc.weight", "fc.bias"], ["logits"], transB=1),
     ]
-    tensors = params_to_torch(trained.params, trained.image_shape)
+    told = _describe(trained, takes)
+    dtype = helper.np_dtype_to_tensor_dtype(takes.dtype)
+    shape = ["batch", *takes.shape(trained.image_shape)]
     graph = helper.make_graph(
         nodes,
         name="cnn",
-        inputs=[
+        inputs=[helper.make_tensor_value_info("images", dtype, shape, doc_string=told["input"])],
+        outputs=[
             helper.make_tensor_value_info(
-                "images", TensorProto.FLOAT, ["batch", *trained.image_shape], doc_string=PIXELS
+                "logits", TensorProto.FLOAT, ["batch", len(trained.class_names)], doc_string=told["output"]
             )
         ],
-        outputs=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(trained.class_names)])],
         initializer=[numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     operators = [helper.make_opsetid("", ONNX_OPERATORS)]
     model = helper.make_model(graph, opset_imports=operators, ir_version=ONNX_FORMAT, producer_name="cnn-jax")
-    helper.set_model_props(
-        model, {"class_names": json.dumps(trained.class_names), "preparation": trained.preparation, "input": PIXELS}
-    )
+    helper.set_model_props(model, told)
     onnx.checker.check_model(model, full_check=True)
     file.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _load_onnx(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
+def _describe(trained: TrainedModel, takes: Input) -> dict[str, str]:
+    """Return what somebody who has nothing but the file must know to feed and read it."""
+    height, width, channels = trained.image_shape
+    white, pixels = (255, "uint8 in 0..255") if takes.pixels == "uint8" else (1, "float32 in [0, 1]")
+    axes = "height, width, channels" if takes.layout == "nhwc" else "channels, height, width"
+    shape = ", ".join(map(str, takes.shape(trained.image_shape)))
+    if trained.preparation == "character":
+        values = f"0 is paper and {white} is ink"
+        preparation = (
+            f"a picture of one character is cut to it, made {white} for ink and 0 for paper whatever its colours, "
+            f"scaled with its aspect ratio kept until its longer side has {FITTED_SIZE} pixels, and placed into "
+            f"{SIZE}x{SIZE} pixels with its centre of mass in the middle, as MNIST does"
+        )
+    else:
+        values = f"0 is black and {white} is white" + "; the channels are red, green and blue" * (channels == 3)
+        preparation = f"a picture is shrunk to {height} rows of {width} pixels"
+        if channels == 1:
+            background = trained.background / 255 * white
+            preparation += f" of grey, and inverted if that brings its background nearer to {background:.3g}"
+    return {
+        "class_names": json.dumps(trained.class_names),
+        "input": f"images: {pixels}, (N, {axes}) = (N, {shape}) for any N; {values}",
+        "output": "logits: float32, (N, classes); the largest is the answer, and softmax makes probabilities of them",
+        "preparation": preparation,
+    }
+
+
+def _load_onnx(file: Path, trained: TrainedModel, takes: Input) -> Compute:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
+    return lambda images: np.asarray(session.run(["logits"], {"images": takes.of(images)})[0])
 
 
-def _write_stablehlo(trained: TrainedModel, file: Path) -> None:
+def _write_stablehlo(trained: TrainedModel, file: Path, takes: Input) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
     params = jax.tree.map(jnp.asarray, trained.params)
-    apply = jax.jit(lambda images: trained.model.apply({"params": params}, images))
+
+    @jax.jit
+    def apply(images: jax.Array) -> Any:
+        images = images if takes.layout == "nhwc" else images.transpose(0, 2, 3, 1)
+        return trained.model.apply({"params": params}, scale_pixels(images) if takes.pixels == "uint8" else images)
+
     exported = jax.export.export(apply, platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((batch, *trained.image_shape), jnp.float32)
+        jax.ShapeDtypeStruct((batch, *takes.shape(trained.image_shape)), takes.dtype)
     )
     file.write_bytes(exported.serialize())
 
 
-def _load_stablehlo(file: Path, trained: TrainedModel) -> Callable[[np.ndarray], np.ndarray]:
+def _load_stablehlo(file: Path, trained: TrainedModel, takes: Input) -> Compute:
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     compute = jax.jit(exported.call)
-    return lambda images: np.asarray(compute(images))
+    return lambda images: np.asarray(compute(takes.of(images)))
 
 
 FORMATS = {
     "torch": Format(_write_torch, _load_torch),
-    "safetensors": Format(write_trained, _load_safetensors),
+    "safetensors": Format(_write_safetensors, _load_safetensors),
     "onnx": Format(_write_onnx, _load_onnx),
     "stablehlo": Format(_write_stablehlo, _load_stablehlo),
 }

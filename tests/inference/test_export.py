@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import export
-from cnn_jax.inference.pretrained import read_trained
+from cnn_jax.inference.export import Input
+from cnn_jax.inference.pretrained import load_trained, read_trained
 from tests.helpers import EMBEDDED, ROOT, write_idx
 
 FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
+INPUTS = [Input(pixels, layout) for pixels in ("uint8", "float") for layout in ("nhwc", "nchw")]
 
 
 @pytest.fixture(scope="module")
@@ -91,55 +92,6 @@ def test_on_a_full_disk_the_output_is_named_and_nothing_is_left_behind(exported,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_onnxruntime_computes_the_same_for_any_number_of_images(count, exported, packaged, test_images):
-    need("onnx")
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(exported("onnx"))
-    (images,), (logits,) = session.get_inputs(), session.get_outputs()
-    assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["batch", 28, 28, 1])
-    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 10])
-    (computed,) = session.run(None, {"images": scale_pixels(test_images[:count])})
-    np.testing.assert_allclose(computed, packaged.logits(test_images[:count]), atol=1e-4)
-
-
-def test_the_python_on_the_page_about_networks_runs_an_exported_one(exported, tmp_path, monkeypatch, capsys):
-    need("onnx")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "using-a-network.md").read_text(), re.M | re.S)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "mnist.onnx").symlink_to(exported("onnx"))
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    exec(code, {})
-    assert capsys.readouterr().out.strip("[]\n").isdigit()
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_stablehlo_is_one_program_for_cpus_gpus_and_tpus_and_any_number_of_images(
-    count, exported, packaged, test_images
-):
-    program = jax.export.deserialize(bytearray(exported("stablehlo").read_bytes()))
-    assert program.platforms == ("cpu", "cuda", "tpu")
-    computed = program.call(scale_pixels(test_images[:count]))
-    np.testing.assert_allclose(computed, packaged.logits(test_images[:count]), atol=1e-4)
-
-
-def test_pytorch_reads_its_file_without_executing_anything_in_it(exported, packaged):
-    need("torch")
-    import torch
-
-    weights = torch.load(exported("torch"), weights_only=True)
-    kernel = packaged.params["layer2"]["kernel"]
-    np.testing.assert_array_equal(weights["layer2.0.weight"].numpy(), kernel.transpose(3, 2, 0, 1))
-
-
-def test_the_safetensors_file_is_the_packaged_one_again(exported, packaged):
-    read = read_trained(exported("safetensors"))
-    assert dataclasses.replace(read, params={}, name="mnist") == dataclasses.replace(packaged, params={})
-    np.testing.assert_array_equal(read.params["fc"]["kernel"], packaged.params["fc"]["kernel"])
-
-
 @pytest.fixture(scope="module")
 def odd_run(tmp_path_factory):
     """A run of images of 23x21 pixels, of four classes."""
@@ -156,6 +108,134 @@ def odd_run(tmp_path_factory):
     with jax.numpy_dtype_promotion("standard"):
         main(["train", *where, "--run-name", "run", "--epochs", "3", "--features", "5", "7"])
     return folder / "run"
+
+
+@pytest.fixture
+def odd_program(odd_run, command, tmp_path):
+    """Export that run as a program that takes its images as the given input says."""
+
+    def export_odd(to, takes):
+        options = ("--input", takes.pixels, "--layout", takes.layout)
+        code, _, err = command("export", odd_run, "--to", to, "--output", tmp_path / "network", *options)
+        assert code == 0, err
+        return tmp_path / "network"
+
+    return export_odd
+
+
+@pytest.fixture(scope="module")
+def odd_images(odd_run):
+    """That run's test images, (100, 23, 21, 1), uint8, and their logits, (100, 4)."""
+    images = read_idx(odd_run.parent / "t10k-images-idx3-ubyte", ndim=3)[..., np.newaxis]
+    return images, load_trained(odd_run, None, pytest.fail).logits(images)
+
+
+def as_documented(images, takes):
+    """A data set's images in the type, range and layout that the page describes."""
+    images = images if takes.pixels == "uint8" else images.astype(np.float32) / 255
+    return np.ascontiguousarray(images if takes.layout == "nhwc" else np.moveaxis(images, -1, 1))
+
+
+@pytest.mark.parametrize("takes", INPUTS, ids="-".join)
+def test_onnxruntime_computes_the_same_for_any_number_of_images_and_refuses_another_type(
+    takes, odd_program, odd_images
+):
+    need("onnx")
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+    session = onnxruntime.InferenceSession(odd_program("onnx", takes))
+    (given,), (logits,) = session.get_inputs(), session.get_outputs()
+    shape = [23, 21, 1] if takes.layout == "nhwc" else [1, 23, 21]
+    assert (given.name, given.type, given.shape) == ("images", f"tensor({takes.pixels})", ["batch", *shape])
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 4])
+    images, expected = odd_images
+    fed = as_documented(images, takes)
+    for count in (1, 3):
+        (computed,) = session.run(None, {"images": fed[:count]})
+        np.testing.assert_allclose(computed, expected[:count], atol=1e-4)
+    with pytest.raises(InvalidArgument, match="Unexpected input data type"):
+        session.run(None, {"images": fed.astype(np.float32 if takes.pixels == "uint8" else np.uint8)})
+
+
+@pytest.mark.parametrize("takes", INPUTS, ids="-".join)
+def test_opencv_computes_the_same_for_any_number_of_images(takes, odd_program, odd_images):
+    need("onnx")
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    network = cv2.dnn.readNetFromONNX(str(odd_program("onnx", takes)))
+    images, expected = odd_images
+    for count in (1, 3):
+        network.setInput(as_documented(images[:count], takes))
+        np.testing.assert_allclose(network.forward(), expected[:count], atol=1e-4)
+
+
+def test_opencvs_blobs_of_bytes_need_a_file_with_the_channels_first(odd_program, odd_images):
+    need("onnx")
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    network = cv2.dnn.readNetFromONNX(str(odd_program("onnx", Input("uint8", "nchw"))))
+    images, expected = odd_images
+    network.setInput(cv2.dnn.blobFromImage(images[0, :, :, 0], ddepth=cv2.CV_8U))
+    np.testing.assert_allclose(network.forward(), expected[:1], atol=1e-4)
+    if not cv2.__version__.startswith("4."):
+        with pytest.raises(cv2.error, match="incompatible type"):
+            network.setInput(cv2.dnn.blobFromImage(images[0, :, :, 0]))
+
+
+@pytest.mark.parametrize("takes", INPUTS, ids="-".join)
+def test_stablehlo_is_one_program_for_cpus_gpus_and_tpus_and_any_number_of_images(takes, odd_program, odd_images):
+    program = jax.export.deserialize(bytearray(odd_program("stablehlo", takes).read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    images, expected = odd_images
+    for count in (1, 3):
+        np.testing.assert_allclose(program.call(as_documented(images[:count], takes)), expected[:count], atol=1e-4)
+
+
+def test_unless_told_otherwise_a_program_takes_bytes_with_the_channels_last(exported, packaged, test_images):
+    program = jax.export.deserialize(bytearray(exported("stablehlo").read_bytes()))
+    np.testing.assert_allclose(program.call(test_images[:2]), packaged.logits(test_images[:2]), atol=1e-4)
+    need("onnx")
+    import onnxruntime
+
+    (computed,) = onnxruntime.InferenceSession(exported("onnx")).run(None, {"images": test_images[:2]})
+    np.testing.assert_allclose(computed, packaged.logits(test_images[:2]), atol=1e-4)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "cv2"])
+def test_the_python_on_the_page_about_networks_runs_an_exported_one(package, exported, tmp_path, monkeypatch, capsys):
+    need("onnx")
+    pytest.importorskip(package, reason=f"needs {package}")
+    page = (ROOT / "docs" / "using-a-network.md").read_text()
+    (code,) = (c for c in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if f"import {package}" in c)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mnist.onnx").symlink_to(exported("onnx"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip("[]\n").isdigit()
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors"])
+@pytest.mark.parametrize("option", ["--input uint8", "--layout nchw"])
+def test_weights_have_no_input_whose_pixels_or_layout_could_be_chosen(to, option, command, tmp_path):
+    code, out, err = command("export", "--to", to, "--output", tmp_path / "network", *option.split())
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    name = option.split()[0]
+    assert err == f"error: {option}: --to {to} writes weights, which take no images; leave out {name}\n"
+
+
+def test_pytorch_reads_its_file_without_executing_anything_in_it(exported, packaged):
+    need("torch")
+    import torch
+
+    weights = torch.load(exported("torch"), weights_only=True)
+    kernel = packaged.params["layer2"]["kernel"]
+    np.testing.assert_array_equal(weights["layer2.0.weight"].numpy(), kernel.transpose(3, 2, 0, 1))
+
+
+def test_the_safetensors_file_is_the_packaged_one_again(exported, packaged):
+    read = read_trained(exported("safetensors"))
+    assert dataclasses.replace(read, params={}, name="mnist") == dataclasses.replace(packaged, params={})
+    np.testing.assert_array_equal(read.params["fc"]["kernel"], packaged.params["fc"]["kernel"])
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -180,7 +260,7 @@ def perturb(network):
 def test_a_file_that_computes_something_else_is_not_left_behind(to, odd_run, command, tmp_path, monkeypatch):
     need(to)
     sound = export.FORMATS[to]
-    broken = sound._replace(write=lambda network, file: sound.write(perturb(network), file))
+    broken = sound._replace(write=lambda network, file, takes: sound.write(perturb(network), file, takes))
     monkeypatch.setitem(export.FORMATS, to, broken)
     (tmp_path / "network").write_text("an earlier file")
     code, out, err = command("export", odd_run, "--to", to, "--output", tmp_path / "network")
@@ -196,7 +276,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(to, odd_run, com
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_that_its_program_cannot_read_is_not_left_behind(to, odd_run, command, tmp_path, monkeypatch):
     need(to)
-    damaged = export.FORMATS[to]._replace(write=lambda network, file: file.write_bytes(b"damaged"))
+    damaged = export.FORMATS[to]._replace(write=lambda network, file, takes: file.write_bytes(b"damaged"))
     monkeypatch.setitem(export.FORMATS, to, damaged)
     code, _, err = command("export", odd_run, "--to", to, "--output", tmp_path / "network")
     assert code == 4
@@ -205,7 +285,7 @@ def test_a_file_that_its_program_cannot_read_is_not_left_behind(to, odd_run, com
 
 
 def test_an_export_whose_logits_are_nan_is_not_left_behind(odd_run, command, tmp_path, monkeypatch):
-    blind = lambda file, network: lambda images: np.full((len(images), 4), np.nan)  # noqa: E731
+    blind = lambda file, network, takes: lambda images: np.full((len(images), 4), np.nan)  # noqa: E731
     monkeypatch.setitem(export.FORMATS, "stablehlo", export.FORMATS["stablehlo"]._replace(load=blind))
     code, _, err = command("export", odd_run, "--to", "stablehlo", "--output", tmp_path / "network")
     assert (code, list(tmp_path.iterdir())) == (4, [])
@@ -233,9 +313,33 @@ def test_an_extra_that_is_not_installed_is_named(to, package, extra, command, tm
     assert err == f"error: this needs {package}, which is not installed: pip install 'cnn-jax[{extra}]'\n"
 
 
-def test_an_onnx_file_says_what_its_classes_and_images_are(exported):
+def told_by(file):
+    """What an ONNX file says about itself."""
     onnx = pytest.importorskip("onnx", reason="needs onnx")
-    properties = {each.key: each.value for each in onnx.load(exported("onnx")).metadata_props}
-    assert json.loads(properties["class_names"]) == [str(digit) for digit in range(10)]
-    assert properties["preparation"] == "character"
-    assert "0 for paper" in properties["input"]
+    model = onnx.load(file)
+    told = {each.key: each.value for each in model.metadata_props}
+    assert told["input"] == model.graph.input[0].doc_string
+    assert told["output"] == model.graph.output[0].doc_string
+    return told
+
+
+def test_an_onnx_file_says_all_that_is_needed_to_feed_it(exported):
+    told = told_by(exported("onnx"))
+    assert json.loads(told["class_names"]) == [str(digit) for digit in range(10)]
+    assert told["input"] == (
+        "images: uint8 in 0..255, (N, height, width, channels) = (N, 28, 28, 1) for any N; 0 is paper and 255 is ink"
+    )
+    assert told["output"].startswith("logits: float32, (N, classes);")
+    assert "made 255 for ink and 0 for paper" in told["preparation"]
+    assert "until its longer side has 20 pixels, and placed into 28x28 pixels" in told["preparation"]
+
+
+def test_an_onnx_file_of_other_images_says_how_a_picture_becomes_one(odd_program):
+    need("onnx")
+    told = told_by(odd_program("onnx", Input("float", "nchw")))
+    assert told["input"] == (
+        "images: float32 in [0, 1], (N, channels, height, width) = (N, 1, 23, 21) for any N; 0 is black and 1 is white"
+    )
+    assert told["preparation"] == (
+        "a picture is shrunk to 23 rows of 21 pixels of grey, and inverted if that brings its background nearer to 0"
+    )
