@@ -4,19 +4,17 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("agg")  # files only: no window, no display needed
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.image import AxesImage, imsave
 from matplotlib.ticker import MaxNLocator
 
 from cnn_jax.runs.folder import EpochMetrics, write_atomically
@@ -50,7 +48,7 @@ def plot_comparison(
       cost_differences: At each step, the difference of the costs.
       pytorch_cost_differences: The same between two PyTorch runs that differ only in their memory format.
     """
-    figure, (cost_axes, accuracy_axes, drift_axes) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (cost_axes, accuracy_axes, drift_axes) = _subplots(1, 3, figsize=(13, 4))
     for i, (framework, of_seeds) in enumerate(accuracies.items()):
         colour = COLOURS[framework]
         lines = np.transpose(costs[framework])
@@ -76,13 +74,17 @@ def plot_comparison(
     _save(figure, file)
 
 
-def save_axes(axes: Axes, file: Path) -> None:
-    """Write the figure of axes that another library has drawn, and close it."""
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.set_size_inches(9, 5)
-    figure.savefig(file, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+def save_drawn(drawn: Iterable[tuple[str, Axes]], folder: Path) -> None:
+    """Write the figures of axes that another library draws with pyplot, each to the file that it names."""
+    matplotlib.use("agg")  # files only: no window, no display needed
+    from matplotlib import pyplot as plt
+
+    for name, axes in drawn:
+        figure = axes.figure
+        assert isinstance(figure, Figure)
+        figure.set_size_inches(9, 5)
+        figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+        plt.close(figure)
 
 
 def plot_benchmark(
@@ -96,7 +98,7 @@ def plot_benchmark(
       floor: The shortest time that a step can take, in milliseconds.
       title: What the steps ran on.
     """
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(timings) + 1.5), layout="constrained")
+    figure, axes = _subplots(figsize=(8, 0.45 * len(timings) + 1.5))
     for i, (_, framework, low, median, high) in enumerate(timings):
         colour = COLOURS.get(framework, "#8d99ae")
         bar = axes.barh(i, median, xerr=[[median - low], [high - median]], color=colour, capsize=3)
@@ -114,7 +116,7 @@ def plot_benchmark(
 
 def plot_costs(metrics: list[EpochMetrics], file: Path) -> None:
     """Draw each seed's cost per epoch, and the mean over the seeds."""
-    figure, axes = plt.subplots(figsize=(NARROW, 3.2), layout="constrained")
+    figure, axes = _subplots(figsize=(NARROW, 3.2))
     _draw_epochs(axes, metrics, [epoch.cost for epoch in metrics])
     axes.set(xlabel="epoch", ylabel="cost (mean loss of its batches)", title="Training", yscale="log")
     _save(figure, file)
@@ -122,7 +124,7 @@ def plot_costs(metrics: list[EpochMetrics], file: Path) -> None:
 
 def plot_accuracies(metrics: list[EpochMetrics], file: Path) -> None:
     """Draw each seed's accuracy after every epoch, and the mean over the seeds."""
-    figure, axes = plt.subplots(figsize=(NARROW, 3.2), layout="constrained")
+    figure, axes = _subplots(figsize=(NARROW, 3.2))
     _draw_epochs(axes, metrics, [epoch.accuracy for epoch in metrics])
     axes.set(xlabel="epoch", ylabel=f"{metrics[-1].tested_on} accuracy", title="Test after each epoch")
     _save(figure, file)
@@ -151,7 +153,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path
     """Draw a confusion matrix, (K, K), int: the number of images by class (row) and predicted class (column)."""
     classes = len(confusion)
     is_correct = np.eye(classes, dtype=bool)
-    figure, axes = plt.subplots(figsize=(NARROW, NARROW), layout="constrained")
+    figure, axes = _subplots(figsize=(NARROW, NARROW))
     # Only the mistakes are coloured: on a scale up to the hundreds on the diagonal they would all be white.
     largest = np.where(is_correct, 1, confusion).max()
     axes.imshow(np.where(is_correct, np.nan, confusion), cmap=COUNTS, vmin=0, vmax=largest)
@@ -177,7 +179,7 @@ def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, str, str, float]], file: 
     columns = 4
     rows = max(1, math.ceil(len(mistakes) / columns))
     size = (NARROW, 1.45 * rows + 0.3)
-    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, panels = _subplots(rows, columns, figsize=size, squeeze=False)
     figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
     for axes in panels.flat:
         axes.axis("off")
@@ -195,7 +197,7 @@ def plot_kernels(kernels: np.ndarray, name: str, file: Path) -> None:
     tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width).repeat(4, axis=1).repeat(4, axis=2)
     sheet = _mosaic(tiles, outs if ins > 1 else _columns(outs))
     size = (NARROW, NARROW * sheet.shape[0] / sheet.shape[1] + 1.2)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure, axes = _subplots(figsize=size)
     # A few weights far from 0 would make all others pale.
     image = _draw_sheet(axes, sheet, np.percentile(np.abs(kernels), 99.5))
     axes.set_title(f"{name}: {height}x{width} kernels", fontsize=10)
@@ -209,8 +211,8 @@ def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path
     """Draw an image, and below it each step's feature maps, (height, width, channels), on one scale around 0."""
     sheets = {title: _mosaic(map_.transpose(2, 0, 1), _columns(map_.shape[2])) for title, map_ in maps.items()}
     ratios = [0.2, *(sheet.shape[0] / sheet.shape[1] for sheet in sheets.values())]
-    figure, (first, *others) = plt.subplots(
-        len(ratios), figsize=(NARROW, NARROW * sum(ratios) + 1.5), height_ratios=ratios, layout="constrained"
+    figure, (first, *others) = _subplots(
+        len(ratios), figsize=(NARROW, NARROW * sum(ratios) + 1.5), height_ratios=ratios
     )
     _draw_image(first, image)
     first.set_title("image", fontsize=10)
@@ -251,6 +253,12 @@ def _mosaic(tiles: np.ndarray, columns: int) -> np.ndarray:
     return sheet[:-1, :-1]
 
 
+def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """Return a figure and its panels, made without pyplot: a notebook's own figures stay where it shows them."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
 def _save(figure: Figure, file: Path) -> None:
     # `savefig` would lay it out twice.
     figure.set_dpi(150)
@@ -259,6 +267,5 @@ def _save(figure: Figure, file: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph")  # of a class's name that the font cannot write
         canvas.draw()
     png = io.BytesIO()
-    plt.imsave(png, np.asarray(canvas.buffer_rgba()), format="png")
-    plt.close(figure)
+    imsave(png, np.asarray(canvas.buffer_rgba()), format="png")
     write_atomically(file, png.getvalue())

@@ -303,12 +303,11 @@ def sweep(
         check_sizes(max(batch_size), validation, train_examples)
     check_output_folder(shared.checkpoint_dir, "--checkpoint-dir or --study")
     need("optuna", extra="sweep")
-    from cnn_jax.analysis.plots import save_axes
+    from cnn_jax.analysis.plots import save_drawn
     from cnn_jax.runs.sweep import SearchSpace, draw_study, run_study
 
     space = SearchSpace(learning_rate=learning_rate, batch_sizes=batch_size, features=pairs, recipes=recipe)
-    for name, axes in draw_study(run_study(space, shared, trials)):
-        save_axes(axes, shared.checkpoint_dir / name)
+    save_drawn(draw_study(run_study(space, shared, trials)), shared.checkpoint_dir)
 
 
 def import_torch(
