@@ -1,15 +1,18 @@
-"""Make tutorial.ipynb from tutorial.py, with what its cells print and draw: `python docs/make_notebook.py`."""
+"""Make each script's notebook, with what its cells print and draw: `python docs/make_notebook.py`."""
 
+import tempfile
 from pathlib import Path
 
 import jupytext
 from nbclient import NotebookClient
 
-SCRIPT = Path(__file__).with_name("tutorial.py")
+SCRIPTS = [Path(__file__).with_name(name) for name in ("quickstart.py", "tutorial.py")]
 
 if __name__ == "__main__":
-    notebook = jupytext.read(SCRIPT)
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # in place of a random one, so that making it anew changes what has changed
-    NotebookClient(notebook, record_timing=False).execute()
-    jupytext.write(notebook, SCRIPT.with_suffix(".ipynb"))
+    for script in SCRIPTS:
+        notebook = jupytext.read(script)
+        for number, cell in enumerate(notebook.cells):
+            cell.id = f"cell-{number}"  # in place of a random one, so that making it anew changes what has changed
+        with tempfile.TemporaryDirectory() as folder:  # where no run is finished yet
+            NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": folder}}).execute()
+        jupytext.write(notebook, script.with_suffix(".ipynb"))

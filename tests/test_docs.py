@@ -1,10 +1,13 @@
-"""The tutorial runs and its notebook is made from it; the statements of the pages and the cluster jobs hold."""
+"""The scripts run and the notebooks are made from them; the statements of the pages and the cluster jobs hold."""
 
+import importlib.util
 import os
+import pathlib
 import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 
 import jupytext
 import nbformat
@@ -24,6 +27,7 @@ FOREIGN = {
     "--epoch",  # a mistake that is shown
     "--build-arg",  # Docker's
     "--logdir",  # TensorBoard's
+    "--quiet",  # pip's
     "--tag",  # Docker's
     "--tyro-write-completion",  # one of 0.1.0, which the changelog names
     *("--flips", "--full-disks", "--kills", "--preparations", "--races", "--signals"),  # those of tests.fault_injection
@@ -62,8 +66,48 @@ def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
     assert re.search(r"^Accuracy: 0\.9[89]", out, re.MULTILINE)
 
 
-def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom():
-    script, notebook = jupytext.read(DOCS / "tutorial.py"), nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
+@pytest.mark.slow(seconds=20)
+def test_the_quickstart_runs_and_training_leaves_its_figures_to_the_notebook(
+    program, small_mnist, tfds_folder, tmp_path
+):
+    code = (DOCS / "quickstart.py").read_text().replace("epochs=3", f"epochs=1, dataset_dir={str(small_mnist)!r}")
+    code += "\nprint(plt.get_backend(), len(plt.get_fignums()))\n"
+    (tmp_path / "quickstart.py").write_text(code)
+    variables = {"MPLBACKEND": "svg", "TFDS_DATA_DIR": str(tfds_folder)}
+    process = program("quickstart.py", cwd=tmp_path, env=os.environ | variables)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "epoch 1/1: test accuracy " in err
+    assert re.search(r"^[\d,]+ of 10,000 test images are wrong\nsvg 3$", out, re.MULTILINE)
+    assert (tmp_path / "checkpoints" / "quickstart" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "extra"), [(None, ""), ("nvidia-smi", "[cuda]"), ("/dev/accel0", "[tpu]"), ("/dev/vfio/0", "[tpu]")]
+)
+def test_the_quickstart_installs_the_package_only_where_it_is_missing(device, extra, monkeypatch):
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == device else None)
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: str(path) == device)
+    cell = next(cell for cell in jupytext.read(DOCS / "quickstart.py").cells if cell.cell_type == "code")
+    exec(cell.source, {})
+    assert commands == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(cell.source, {})
+    ((*_, source),) = commands
+    assert source == f"cnn-jax{extra}"
+    assert not extra or extra.strip("[]") in optional_dependencies()
+
+
+def optional_dependencies():
+    """The package's extras."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tutorial"])
+def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom(name):
+    script, notebook = jupytext.read(DOCS / f"{name}.py"), nbformat.read(DOCS / f"{name}.ipynb", as_version=4)
     remedy = "make it anew: python docs/make_notebook.py"
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in script.cells], remedy
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -71,7 +115,17 @@ def test_the_notebook_is_made_from_the_script_and_was_run_from_top_to_bottom():
     outputs = [output for cell in code for output in cell.outputs]
     assert {output.output_type for output in outputs} == {"stream", "display_data"}
     assert {output.name for output in outputs if output.output_type == "stream"} == {"stdout"}
-    assert (DOCS / "tutorial.ipynb").stat().st_size < 500_000
+    shown = sum("image/png" in output.get("data", ()) for output in outputs)
+    assert shown == (DOCS / f"{name}.py").read_text().count("plt.show()")
+    assert (DOCS / f"{name}.ipynb").stat().st_size < 500_000
+
+
+def test_a_notebook_shows_each_epoch_of_a_training_as_it_ends():
+    notebook = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
+    (training,) = (cell for cell in notebook.cells if cell.source.startswith("import cnn_jax"))
+    lines = [output.get("text") or output.data["text/plain"] for output in training.outputs]
+    epochs = [line for line in lines if re.match(r"\[Epoch: |epoch \d/3: test accuracy ", line)]
+    assert [line[0] for line in epochs] == ["[", "e"] * 3  # each is an output of its own
 
 
 def known_options():
@@ -79,7 +133,7 @@ def known_options():
     return {parameter.option for command in COMMANDS for parameter in parameters_of(command)}
 
 
-@pytest.mark.parametrize("page", [*PAGES, DOCS / "tutorial.py"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, DOCS / "quickstart.py", DOCS / "tutorial.py"], ids=lambda page: page.name)
 def test_every_option_on_a_page_exists(page):
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)(?!\w)", page.read_text()))
     assert named - known_options() <= FOREIGN
