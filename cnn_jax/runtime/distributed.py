@@ -8,20 +8,21 @@ import ctypes
 import hashlib
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from cnn_jax.runtime.errors import CnnJaxError, HostLostError, UsageError, describe_failure, with_tracebacks
-from cnn_jax.runtime.streams import OutputStream, write_last_line
+from cnn_jax.runtime.streams import separate_libraries, write_last_line
 
 T = TypeVar("T")
 
@@ -31,6 +32,8 @@ START_SECONDS = 120
 # Process 0 ends this much later than the others, because JAX aborts them when the service that lives in it is gone.
 # They need a few milliseconds.
 GRACE_SECONDS = 0.5
+_leaving = threading.Lock()
+_on_abort: Any = None  # kept, because C calls it
 
 
 @contextlib.contextmanager
@@ -56,7 +59,11 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     except Exception as error:
         if with_tracebacks.get():
             traceback.print_exc()
-        _leave_at_once(*describe_failure(error))
+        sys.stdout.flush()
+        grace = 0
+        with contextlib.suppress(RuntimeError):  # there is no device to ask which process this is
+            grace = GRACE_SECONDS if is_process_0() else 0
+        _leave_at_once(*describe_failure(error), grace)
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -64,8 +71,11 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     watchdog.daemon = True
     watchdog.start()
     # If no collective fails first, a JAX thread notices the lost process and aborts this one. No option disables that,
-    # and a Python signal handler would run too late.
-    ctypes.CDLL(None).signal(signal.SIGABRT, _report_abort)
+    # and a Python signal handler would run too late. Its log is a page, and says first why.
+    global _on_abort
+    log, debug = separate_libraries(), with_tracebacks.get()
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _report_abort(log, debug))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -79,53 +89,42 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         reason = str(error).partition("\n")[0][:120]
         raise UsageError(f"{found} does not name the processes of this run ({reason}); correct it") from error
     watchdog.cancel()
-    _keep_stdout_for_python()
 
 
 def _give_up(place: str) -> None:
-    _write_last_line(
+    line = (
         f"error: the processes of this run do not find each other at {place}; start the same command once for each "
         "--process-id, with a --coordinator that all of them reach"
     )
-    os._exit(UsageError.exit_code)
+    _leave_at_once(line, UsageError.exit_code)
 
 
-def _leave_at_once(line: str, exit_code: int) -> NoReturn:
-    sys.stdout.flush()
-    _write_last_line(line)
-    with contextlib.suppress(RuntimeError):  # there is no device to ask which process this is
-        if is_process_0():
-            time.sleep(GRACE_SECONDS)
-    os._exit(exit_code)
-
-
-def _write_last_line(line: str) -> None:
-    # In one piece and with nothing after it, because JAX's threads report a lost process at the same time.
-    stderr = os.dup(2)
-    _send_nowhere(2)
-    write_last_line(line, stderr)
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _report_abort(signal_number: int) -> None:
-    _write_last_line(
-        "error: JAX ended this process, as it does when another process of this run is gone; start all of them again "
-        "to continue from the newest checkpoint"
+def _report_abort(log: int, debug: bool) -> NoReturn:
+    told = ""
+    with contextlib.suppress(BlockingIOError):  # nothing
+        told = os.read(log, 2**16).decode(errors="replace")
+    if debug:
+        write_last_line(told)
+    status = re.search(r"absl::Status: (\w+): ([^\n]{1,120}?)[.\n]", told) or ["", "", "no reason given"]
+    if status[1] in ("ALREADY_EXISTS", "INVALID_ARGUMENT"):
+        line = (
+            f"error: processes of this run have the same --process-id, or different --num-processes ({status[2]}); "
+            "start the same command once for each --process-id"
+        )
+        _leave_at_once(line, UsageError.exit_code)
+    line = (
+        "error: JAX ended this process, as it does when another process of this run is gone or was started again "
+        f"({status[2]}); start all of them again, once each, to continue from the newest checkpoint"
     )
-    os._exit(HostLostError.exit_code)
+    _leave_at_once(line, HostLostError.exit_code)
 
 
-def _keep_stdout_for_python() -> None:
-    # Gloo reports its connections on the process's stdout, which is for the results alone.
-    sys.stdout.flush()
-    sys.stdout = OutputStream(os.dup(1), sys.stdout.encoding, line_buffering=True)
-    _send_nowhere(1)
-
-
-def _send_nowhere(descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+def _leave_at_once(line: str, exit_code: int, seconds: float = 0) -> NoReturn:
+    """End the process, `seconds` after its line; another thread that would do so too waits for that."""
+    _leaving.acquire()
+    write_last_line(line)
+    time.sleep(seconds)
+    os._exit(exit_code)
 
 
 def _in_a_cluster() -> bool:

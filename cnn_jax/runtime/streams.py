@@ -7,6 +7,7 @@ said of the work, which goes on without it.
 import codecs
 import contextlib
 import io
+import logging
 import os
 import select
 import sys
@@ -146,7 +147,37 @@ def stderr_of_libraries_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def write_last_line(line: str, descriptor: int = 2) -> None:
+_stderr = 2  # what write_last_line writes to
+
+
+def separate_libraries() -> int:
+    """Leave stdout and stderr to Python: what libraries in C write to stdout is lost, what they write to stderr piped.
+
+    Gloo reports its connections on stdout, and JAX fills pages of stderr before it ends a process.
+
+    Returns:
+      The pipe's descriptor, which holds the first 64 KiB and never blocks; the rest is dropped.
+    """
+    global _stderr
+    kept, _stderr, stderr = os.dup(1), os.dup(2), sys.stderr
+    sys.stdout.flush()
+    sys.stdout = OutputStream(kept, sys.stdout.encoding, line_buffering=True)
+    sys.stderr = OutputStream(_stderr, stderr.encoding, line_buffering=True)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is stderr:
+            handler.setStream(sys.stderr)
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(writing, 2)
+    os.close(nowhere)
+    os.close(writing)
+    return reading
+
+
+def write_last_line(line: str) -> None:
     """Write a line to stderr in one piece, past Python's streams, in a signal's handler or any thread."""
     with contextlib.suppress(OSError):
-        os.write(descriptor, f"{line}\n".encode(errors="backslashreplace"))
+        os.write(_stderr, f"{line}\n".encode(errors="backslashreplace"))

@@ -162,18 +162,55 @@ def test_a_cluster_that_is_not_there_is_reported_in_one_line(program, small_mnis
     assert "the processes of this run do not find each other at 127.0.0.1:9" in err.splitlines()[-1]
 
 
-def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
-    place = free_place()
-    joined = """
-import time
+JOINED = """
+import logging, sys, time
+logging.basicConfig(level="WARNING", format="%(message)s")
 from cnn_jax.runtime.distributed import joined
-with joined({!r}, 2, {}):
-    print('joined')
+from cnn_jax.runtime.errors import with_tracebacks
+with_tracebacks.set("--debug" in sys.argv)
+with joined({!r}, {}, {}):
+    logging.warning("logged")
+    print("joined", flush=True)
     time.sleep(60)
 """
-    first, second = (program("-c", joined.format(place, number)) for number in range(2))
+
+
+def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
+    place = free_place()
+    first, second = (program("-c", JOINED.format(place, 2, number)) for number in range(2))
     assert second.stdout.readline() == "joined\n"
     first.kill()
     _, err = second.communicate(timeout=30)
     assert second.returncode == 7, err
-    assert "another process of this run is gone; start all of them again" in err.splitlines()[-1]
+    log, line = err.splitlines()
+    assert log == "logged"
+    assert line.startswith("error: JAX ended this process, as it does when another process of this run is gone")
+    assert line.endswith("; start all of them again, once each, to continue from the newest checkpoint")
+
+
+def first_to_end(processes):
+    """The exit code and stderr of whichever process ends first; the others are killed."""
+    deadline = time.monotonic() + 60
+    while not (ended := [process for process in processes if process.poll() is not None]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    return ended[0].returncode, ended[0].communicate()[1]
+
+
+@pytest.mark.parametrize("twice", ["--process-id", "--num-processes"])
+def test_processes_with_the_same_number_or_different_counts_end_in_one_line(twice, program):
+    place = free_place()
+    each = [(3, 0), (3, 1), (3, 1)] if twice == "--process-id" else [(2, 0), (3, 2)]
+    code, err = first_to_end([program("-c", JOINED.format(place, *numbers)) for numbers in each])
+    assert code == 2, err
+    assert err.startswith("error: processes of this run have the same --process-id, or different --num-processes (")
+    assert err.endswith("); start the same command once for each --process-id\n")
+    assert err.count("\n") == 1
+
+
+def test_with_debug_what_jax_says_of_an_abort_is_shown(program):
+    place = free_place()
+    code, err = first_to_end([program("-c", JOINED.format(place, *numbers), "--debug") for numbers in [(2, 0), (3, 2)]])
+    assert (code, "client.h" in err) == (2, True), err
