@@ -232,6 +232,7 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
         options = ocp.CheckpointManagerOptions(
             create=False,
             read_only=not writing,
+            cleanup_tmp_directories=writing,  # what a kill or a full disk left half written
             preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
             # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
             enable_async_checkpointing=False,

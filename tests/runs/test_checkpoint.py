@@ -102,6 +102,23 @@ def test_who_only_reads_moves_nothing(trained, steps, tmp_path):
     assert sorted(path.name for path in steps.iterdir()) == ["1", "2"]
 
 
+def test_what_a_full_disk_left_half_written_is_gone_after_the_next_save(trained, steps, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save(steps, trained, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.JsonCheckpointHandler.async_save", fail)
+        with pytest.raises(StorageError, match="make room there"):
+            save(steps, trained, 2)
+    left = sorted(path.name for path in steps.iterdir())
+    assert left == ["1", "2.orbax-checkpoint-tmp"]
+    assert restore(steps, trained, writing=False) == (1, [])  # who only reads leaves it
+    assert sorted(path.name for path in steps.iterdir()) == left
+    save(steps, trained, 3)
+    assert sorted(path.name for path in steps.iterdir()) == ["1", "3"]
+
+
 def test_without_a_sound_checkpoint_the_run_ends_with_3(trained, steps):
     save(steps, trained, 1)
     damage_newest(steps)
