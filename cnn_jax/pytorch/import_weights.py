@@ -20,6 +20,8 @@ from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError, UsageError, lacks_memory
 
 MAXIMUM_BYTES = 2**30  # of a file, compressed or not; the tutorial's has 0.2 MiB
+_SAVE = "save weights with torch.save(model.state_dict(), ...)"
+_FLOAT32 = "save plain float32 tensors, such as model.float().state_dict()"
 
 
 def import_weights(file: Path, run: TrainSettings) -> None:
@@ -61,16 +63,21 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
         _check_size_and_checksums(file)
         with file.open("rb") as stream:
             begin = stream.read(9)
+        if not begin:
+            raise InputFileError(f"{file} is empty; copy it again, or {_SAVE}")
         if file.suffix == ".safetensors" or begin[8:] == b"{":  # after the header's length, its JSON
             from safetensors.numpy import load_file
 
-            return load_file(file)
+            try:
+                return load_file(file)
+            except AttributeError as error:  # it looks for NumPy's type of that name
+                raise InputFileError(f"{file} holds tensors of {error.name}; {_FLOAT32}") from error
         import torch
 
         with warnings.catch_warnings(action="ignore"):  # of tensors that PyTorch no longer recommends
             content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise InputFileError(f"{file} holds no state_dict; save one with torch.save(model.state_dict(), ...)")
+            raise InputFileError(f"{file} holds no state_dict; {_SAVE}")
         return {name: _to_numpy(file, name, tensor) for name, tensor in content.items()}
     except ImportError as error:
         raise UsageError("PyTorch weights need an extra: pip install 'cnn-jax[torch]'") from error
@@ -81,21 +88,18 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputFileError(
-            f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); "
-            "save them with torch.save(model.state_dict(), ...)"
+            f"{file} cannot be read as PyTorch weights ({type(error).__name__}: {reason}); {_SAVE}"
         ) from error
 
 
 def _to_numpy(file, name, tensor):
     try:
         with warnings.catch_warnings(action="ignore"):  # of nested tensors
-            return tensor.detach().numpy()
+            return tensor.numpy(force=True)
     except (TypeError, RuntimeError) as error:  # what NumPy does not have: bfloat16, sparse, quantised, without data
         nested = ", nested" if tensor.is_nested else ""
         kind = f"{tensor.dtype}, {tensor.layout}{nested}, on {tensor.device}".replace("torch.", "")
-        raise InputFileError(
-            f"{file} holds {name} as {kind}; save plain float32 tensors, such as model.float().state_dict()"
-        ) from error
+        raise InputFileError(f"{file} holds {name} as {kind}; {_FLOAT32}") from error
 
 
 def _check_size_and_checksums(file: Path) -> None:

@@ -177,6 +177,8 @@ def test_safetensors_are_read_too_whatever_their_name(name, state_dict, tmp_path
         (lambda tensor: tensor.bfloat16(), "bfloat16, strided, on cpu"),
         (lambda tensor: tensor.to_sparse(), "float32, sparse_coo, on cpu"),
         (lambda tensor: tensor.to("meta"), "float32, strided, on meta"),
+        (lambda tensor: tensor.to_sparse_csr(), "float32, sparse_csr, on cpu"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn, strided, on cpu"),
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "qint8, strided, on cpu"),
     ],
 )
@@ -189,6 +191,26 @@ def test_tensors_that_numpy_lacks_are_named_with_the_remedy(changed, kind, state
     with pytest.raises(InputFileError, match=rf"other.pt holds fc.weight as {kind}; save plain float32 tensors"):
         read_torch_file(tmp_path / "other.pt")
     assert not recwarn.list
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    for name in ("weights.pt", "weights.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(InputFileError, match=f"{name} is empty; copy it again, or save weights with torch.save"):
+            read_torch_file(tmp_path / name)
+
+
+def test_the_type_of_safetensors_that_numpy_lacks_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"fc.bias": torch.zeros(10).to(torch.float8_e5m2)}, tmp_path / "w.safetensors")
+    with pytest.raises(InputFileError, match=r"holds tensors of float8_e5m2; save plain float32 tensors, such as"):
+        read_torch_file(tmp_path / "w.safetensors")
+
+
+def test_a_tensor_that_pytorch_negates_when_it_is_read_is_read_so(tmp_path):
+    torch.save({"fc.bias": torch._neg_view(torch.arange(10.0))}, tmp_path / "w.pt")
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "w.pt")["fc.bias"], -np.arange(10, dtype=np.float32))
 
 
 def test_however_many_tensors_do_not_fit_the_line_names_a_few(params, tmp_path):
