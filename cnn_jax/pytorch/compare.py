@@ -15,12 +15,11 @@ import scipy
 
 from cnn_jax.analysis.plots import plot_comparison
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.pytorch.processes import SeedResult, start_worker, train_in_pytorch
+from cnn_jax.pytorch.processes import SeedResult, ended_early, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runs.summary import mean_interval
 from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
-from cnn_jax.runtime.errors import StorageError
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.signals import ending_together
 
@@ -162,7 +161,7 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> S
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as training, ending_together(training.pid):
         code = training.wait()
     if code != 0:
-        raise StorageError(f"the training {run.name} ended with exit code {code}; its own message is above")
+        raise ended_early(f"the training {run.name}", code)
     result = json.loads((run / "result.json").read_text())
     costs = [json.loads(line)["cost"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     parts = {"starting": "loading", "compiling": "compiling", "training": "training", "testing": "testing"}

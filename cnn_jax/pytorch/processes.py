@@ -67,8 +67,15 @@ class Worker(NamedTuple):
             yield
         except (EOFError, ConnectionError) as error:
             self.process.join()
-            code = self.process.exitcode
-            raise StorageError(f"{self.name} ended with exit code {code}; its own message is above") from error
+            raise ended_early(self.name, self.process.exitcode or 0) from error
+
+
+def ended_early(name: str, exit_code: int) -> StorageError:
+    """Return the failure that a process ended as it did; a negative exit code is a signal's, which left no message."""
+    if exit_code < 0:
+        by = f"signal {-exit_code} ({signal.strsignal(-exit_code)})"
+        return StorageError(f"{name} was ended by {by}; run the same command again")
+    return StorageError(f"{name} ended with exit code {exit_code}; its own message is above")
 
 
 @contextlib.contextmanager
