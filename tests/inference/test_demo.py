@@ -175,7 +175,7 @@ def test_headers_that_are_too_large_are_refused(port):
         ("GET", "/static/%2e%2e/%2e%2e/routes.py"),
         ("GET", "//etc/passwd"),
         ("GET", guard.ANSWER),
-        ("HEAD", "/"),
+        ("HEAD", "/none"),
         ("POST", "/"),
         ("PUT", "/theme.css"),
         ("DELETE", guard.ANSWER),
@@ -185,6 +185,10 @@ def test_headers_that_are_too_large_are_refused(port):
 def test_what_the_page_does_not_need_is_not_there(method, path, port):
     text = "" if method == "HEAD" else "the page has no such request"
     assert request(port, method, path) == (404, text)
+
+
+def test_the_page_is_there_for_who_asks_only_for_its_head(port):
+    assert request(port, "HEAD", "/") == (200, "")
 
 
 def test_queries_and_headers_do_not_reach_gradio(port):
