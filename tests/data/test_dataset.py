@@ -4,8 +4,10 @@ import functools
 import gzip
 import hashlib
 import io
+import socket
 import time
 import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -155,6 +157,22 @@ def test_a_set_that_must_be_downloaded_is_refused_at_once_without_a_network(
             load("fashion_mnist", None, tmp_path)
         assert "a network, or give --dataset-dir" in str(no.value)
         assert time.monotonic() - begin < 1.5
+    assert (list(tmp_path.iterdir()), *capfd.readouterr()) == ([], "", "")
+
+
+def test_a_proxy_that_never_answers_is_no_network(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tfds_module, "NETWORK_SECONDS", 0.5)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it knows the proxies of before
+    tfds_module._ask.cache_clear()
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        begin = time.monotonic()
+        with pytest.raises(StorageError, match=r"cannot be reached: (no answer in 0.5 s|.*timed out)\); prepare it"):
+            load_dataset("fashion_mnist", None, tmp_path)
+        assert time.monotonic() - begin < 2
+        proxy.settimeout(0)
+        proxy.accept()[0].close()  # it was asked
     assert (list(tmp_path.iterdir()), *capfd.readouterr()) == ([], "", "")
 
 
