@@ -17,6 +17,7 @@ NAMES = {
     "fc.weight": ("fc", "kernel"),
     "fc.bias": ("fc", "bias"),
 }
+LARGEST = 1e6  # of the weights: with three layers of these, 1,024 features and pixels of 255, logits still are float32
 SHOWN = 12  # complaints, two for each of the network's tensors
 # The two blocks divide an image's height and width by this.
 SHRINKING = 4
@@ -47,7 +48,7 @@ def params_from_torch(
       source: The file they come from, for messages.
 
     Raises:
-      InputFileError: tensors are missing, unknown, of another shape or dtype, or not finite; it names each.
+      InputFileError: tensors are missing, unknown, of another shape or dtype, not finite or too large; it names each.
     """
     expected = params_to_torch(template, image_shape)
     complaints = [f"{name} is missing" for name in expected if name not in tensors]
@@ -58,8 +59,8 @@ def params_from_torch(
             complaints.append(f"{name} has shape {tensor.shape}, not {wanted.shape}")
         elif tensor.dtype != np.float32:
             complaints.append(f"{name} is {tensor.dtype}, not float32")
-        elif not np.isfinite(tensor).all():
-            complaints.append(f"{name} holds values that are not finite")
+        elif not (np.abs(tensor) <= LARGEST).all():
+            complaints.append(f"{name} holds values that are not finite, or so large that the logits may overflow")
     if complaints:
         shown = "; ".join(sorted(complaints)[:SHOWN]) + "; ..." * (len(complaints) > SHOWN)
         raise InputFileError(f"{source} does not fit the network: {shown}; give the weights of one that does")

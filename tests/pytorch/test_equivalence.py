@@ -240,6 +240,10 @@ def not_finite(tensors):
     tensors["layer2.0.bias"][3] = torch.nan
 
 
+def too_large(tensors):
+    tensors["fc.bias"][3] = -1e38
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -248,6 +252,7 @@ def not_finite(tensors):
         (transposed, "fc.weight has shape (3136, 10), not (10, 3136)"),
         (in_half, "layer1.0.weight is float16, not float32"),
         (not_finite, "layer2.0.bias holds values that are not finite"),
+        (too_large, "fc.bias holds values that are not finite, or so large that the logits may overflow"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_and_named(change, complaint, state_dict, command, tfds_folder, tmp_path):
