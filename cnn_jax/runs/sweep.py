@@ -178,6 +178,10 @@ def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = Non
         _check_trials(trials, space, runs)
         _check_runs(folder, runs, len(trials))
         if data is not None and "settings" not in study.user_attrs:
+            Display().say(
+                f"{file} does not record its settings, as one of version 0.1.0: those of its runs and the present data "
+                "are taken for them, and recorded now"
+            )
             study.set_user_attr("settings", now)
         return study
 

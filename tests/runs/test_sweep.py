@@ -481,6 +481,8 @@ def test_a_study_of_an_earlier_version_goes_on_and_then_knows_its_settings(comma
     folder = earlier(1)
     code, _, err = command("sweep", *SAME, *arguments)
     assert code == 0, err
+    assumed = "does not record its settings, as one of version 0.1.0: those of its runs and the present data are taken"
+    assert " ".join(err.split()).count(assumed) == 1
     assert (
         study_of(folder.parent).user_attrs["settings"]
         == begin(checkpoint_dir=folder.parent / "new").user_attrs["settings"]
