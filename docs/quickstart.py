@@ -65,9 +65,9 @@ plt.show()
 # %% [markdown]
 # ## Read a picture
 #
-# `load` takes the name of a run. Without one it loads the network in the package, which has trained for 15 epochs.
-# `predict` takes files, such as `network.predict("photo.jpg")`, or arrays. It finds the digit and lays it out as MNIST
-# does, so you may draw in any size and colour.
+# `load` takes the name of a run. Without one it loads the network in the package, which has trained longer.
+# `predict` takes files, such as `network.predict("photo.jpg")`, or arrays. It finds the digits and lays them out as
+# MNIST does, so you may draw in any size and colour.
 
 # %%
 import numpy as np
@@ -82,7 +82,7 @@ network = cnn_jax.load("quickstart")
 
 plt.figure(figsize=(3, 2))
 plt.imshow(picture)
-plt.title(f"{answer.class_name} with {answer.probability:.1%}")
+plt.title(f"{answer.text} with {answer.symbols[0].probability:.1%}")
 plt.axis("off")
 plt.show()
 
@@ -96,15 +96,15 @@ plt.show()
 from cnn_jax.data.loading import load_dataset
 
 dataset = load_dataset("mnist", None, None)
-answers = network.predict(list(dataset.test_images))
-mistakes = [i for i, label in enumerate(dataset.test_labels) if answers[i].index != label]
-mistakes.sort(key=lambda i: answers[i].probability, reverse=True)
-print(f"{len(mistakes)} of {len(answers):,} test images are wrong")
+digits = [answer.symbols[0] for answer in network.predict(list(dataset.test_images))]
+mistakes = [i for i, label in enumerate(dataset.test_labels) if digits[i].index != label]
+mistakes.sort(key=lambda i: digits[i].probability, reverse=True)
+print(f"{len(mistakes)} of {len(digits):,} test images are wrong")
 
 figure, panels = plt.subplots(1, 6, figsize=(9, 2.2), layout="constrained")
 for panel, i in zip(panels, mistakes, strict=False):
     panel.imshow(dataset.test_images[i, :, :, 0], cmap="gray_r")
-    panel.set_title(f"not {answers[i].class_name} but {dataset.test_labels[i]}\n{answers[i].probability:.1%}")
+    panel.set_title(f"not {digits[i].class_name} but {dataset.test_labels[i]}\n{digits[i].probability:.1%}")
     panel.axis("off")
 plt.show()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.inference.pictures import read_picture
-from cnn_jax.inference.preprocess import prepare_character
+from cnn_jax.inference.preprocess import find_character
 from tests.fault_injection.runs import read_newest
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,9 @@ def start_python(*arguments, **options):
 
 def read_digit(file):
     """Return the digit in a picture as an image for the network, (28, 28, 1), uint8, 0 for no ink."""
-    return read_picture(str(file), prepare_character)
+    character = find_character(read_picture(str(file)).colours)
+    assert character is not None
+    return character.image
 
 
 def write_small_mnist(folder, *, train=1030, test=260):

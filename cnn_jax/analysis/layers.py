@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from flax import linen as nn
 from flax.linen import summary
 
 from cnn_jax.analysis import plots
-from cnn_jax.core.model import PlainCNN
+from cnn_jax.core.model import CNN, PlainCNN
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import Dataset, scale_pixels
-from cnn_jax.inference.logits import logits
+from cnn_jax.inference.logits import Reliability, logits, reliability
+from cnn_jax.inference.logits import probabilities as probabilities_of
+from cnn_jax.inference.pretrained import temperature_of
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import restore_run
 from cnn_jax.runs.settings import Platform
@@ -70,6 +71,8 @@ class Inspection:
       kernels: The kernels of each convolution, (3, 3, channels in, channels out), by the layer's name.
       confusion: (K, K), int: the number of test images by class (row) and predicted class (column).
       mistakes: The most confident ones, the most confident first; at most `SHOWN_MISTAKES`.
+      temperature: What calibrates the network.
+      reliability: By the logits as they are, and divided by the temperature.
     """
 
     image: np.ndarray
@@ -79,6 +82,8 @@ class Inspection:
     kernels: dict[str, np.ndarray]
     confusion: np.ndarray
     mistakes: list[Mistake]
+    temperature: float = 1.0
+    reliability: tuple[Reliability, ...] = ()
 
 
 class Picture(NamedTuple):
@@ -99,7 +104,7 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     trained = restore_run(folder, data_dir, display.say)
     params = of_seed(trained.states.eval_params, 0)
     display.result(*tabulate(plain_network(params) or trained.model, trained.dataset).splitlines())
-    inspection = inspect_network(trained.model, params, trained.dataset)
+    inspection = inspect_network(trained.model, params, trained.dataset, trained.settings.validation)
     pictures = draw_pictures(inspection, trained.metrics, folder.pictures)
     which_seed = f", of seed {trained.settings.seed}" if trained.settings.seeds > 1 else ""
     display.say(f"{len(pictures)} pictures{which_seed} after {trained.step:,} steps are in {folder.path / 'pictures'}")
@@ -125,15 +130,21 @@ def tabulate(model: nn.Module, dataset: Dataset) -> str:
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 
-def inspect_network(model: nn.Module, params: dict, dataset: Dataset) -> Inspection:
+def inspect_network(model: CNN, params: dict, dataset: Dataset, validation: int | None = None) -> Inspection:
     """Run a network on all test images, and on the first one layer by layer.
 
     Args:
       model: The network.
       params: Its weights, on the host.
       dataset: The data set that it was trained on.
+      validation: How many of the training images were held out; they calibrate the network.
     """
-    probabilities = scipy.special.softmax(logits(model, params, dataset.test_images).astype(np.float64), axis=1)
+    outputs, temperature = (
+        logits(model, params, dataset.test_images),
+        temperature_of(model, params, dataset, validation),
+    )
+    of_each = [probabilities_of(outputs, each) for each in (1.0, temperature)]
+    probabilities = of_each[-1]
     labels, predictions, confidences = dataset.test_labels, probabilities.argmax(axis=1), probabilities.max(axis=1)
     names, confusion = dataset.class_names, np.zeros((dataset.num_classes,) * 2, int)
     np.add.at(confusion, (labels, predictions), 1)
@@ -150,6 +161,8 @@ def inspect_network(model: nn.Module, params: dict, dataset: Dataset) -> Inspect
             Mistake(dataset.test_images[i], names[labels[i]], names[predictions[i]], float(confidences[i]))
             for i in most_confident
         ],
+        temperature=temperature,
+        reliability=tuple(reliability(each, dataset.test_labels) for each in of_each[: 1 if validation is None else 2]),
     )
 
 
@@ -176,6 +189,20 @@ def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
     ]
 
 
+def describe_reliability(inspection: Inspection) -> str:
+    """Return the expected calibration error, before and after the network is calibrated, as a sentence."""
+    errors = [f"{each.error:.4f}" for each in inspection.reliability]
+    if len(errors) == 1:
+        return (
+            "How often the network is right where it states a probability; the expected calibration error is "
+            f"{errors[0]}. Nothing was held out (--validation) to calibrate it on."
+        )
+    return (
+        "How often the network is right where it states a probability; the expected calibration error is "
+        f"{errors[0]}, and {errors[1]} with the temperature {inspection.temperature:.2f}."
+    )
+
+
 def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: Path) -> dict[str, Picture]:
     """Draw an inspection, and the run's epochs if it has any, to a folder; return the pictures by name."""
     correct, count = int(inspection.confusion.trace()), int(inspection.confusion.sum())
@@ -189,6 +216,11 @@ def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: P
             functools.partial(plots.plot_mistakes, inspection.mistakes),
         ),
     }
+    if inspection.reliability:
+        drawings["reliability"] = (
+            describe_reliability(inspection),
+            functools.partial(plots.plot_reliability, inspection.reliability),
+        )
     if metrics:
         drawings["cost"] = (
             "The cost of each epoch: the mean loss of its batches.",

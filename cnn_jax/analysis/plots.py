@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage, imsave
 from matplotlib.ticker import MaxNLocator
 
+from cnn_jax.inference.logits import Reliability
 from cnn_jax.runs.folder import EpochMetrics, write_atomically
 
 COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
@@ -187,6 +188,17 @@ def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, str, str, float]], file: 
         _draw_image(axes, image)
         title = f"{label} →{' ' if len(label + prediction) < 10 else chr(10)}{prediction}\n{100 * probability:.2f} %"
         axes.set_title(title, fontsize=10 if len(label + prediction) < 10 else 7, parse_math=False)
+    _save(figure, file)
+
+
+def plot_reliability(each: Sequence[Reliability], file: Path) -> None:
+    """Draw the accuracy over the stated probability, before a network is calibrated and after that."""
+    figure, axes = _subplots(figsize=(NARROW, 3.6))
+    axes.plot([0, 1], [0, 1], color="#8d99ae", linewidth=1, linestyle="--")
+    for bins, label in zip(each, ("as trained", "calibrated"), strict=False):
+        axes.plot(bins.stated, bins.right, marker="o", markersize=4, label=label)
+    axes.set(xlabel="stated probability", ylabel="fraction right", title="Reliability", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend()
     _save(figure, file)
 
 

@@ -60,7 +60,8 @@ def write_report(
     """
     settings, dataset, step = trained.settings, trained.dataset, trained.step
     params = of_seed(trained.states.eval_params, 0)
-    inspection, metrics = inspect_network(trained.model, params, dataset), trained.metrics
+    inspection = inspect_network(trained.model, params, dataset, settings.validation)
+    metrics = trained.metrics
     result = folder.read_result()
     if result is not None and result.step != step:  # it was written before the run was continued
         result = None

@@ -171,13 +171,23 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
     report_run(folder, output, data_dir=common.data_dir, platform=common.platform)
 
 
-def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | None = None, json: bool = False) -> None:
-    """Print what each picture shows, one line per file.
+def predict(
+    common: CommonOptions,
+    images: tuple[str, ...] = (),
+    *,
+    run: str | None = None,
+    one: bool = False,
+    json: bool = False,
+    boxes: Path | None = None,
+) -> None:
+    """Print what each picture shows, one line per file: its digits in reading order, and ? for what is none.
 
     Options:
-      images (IMAGE...): Picture files of one digit each, folders of them, or - for standard input.
+      images (IMAGE...): Picture files, folders of them, or - for standard input.
       run (RUN): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
-      json: Print a JSON array of objects with file, class, index, probabilities, and digit if it is one.
+      one: Read each picture as one character, whatever else is in it.
+      json: Print a JSON array of objects with file and characters, each with class, index, probabilities and box.
+      boxes (FILE): Write the picture, one alone, with a box around each character and what it is, as a PNG file.
 
     Examples:
       cnn-jax predict photo.jpg
@@ -186,10 +196,12 @@ def predict(common: CommonOptions, images: tuple[str, ...] = (), *, run: str | N
     """
     if not images:
         raise UsageError("IMAGE... is missing; it must be at least one picture file, a folder or -")
+    if boxes is not None:
+        check_output(boxes, "--boxes")
     folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.predict import predict
 
-    predict(images, folder, as_json=json, data_dir=common.data_dir, platform=common.platform)
+    predict(images, folder, one=one, as_json=json, boxes=boxes, data_dir=common.data_dir, platform=common.platform)
 
 
 def demo(common: CommonOptions, run: str | None = None, *, port: Port = 7860, host: str = "127.0.0.1") -> None:

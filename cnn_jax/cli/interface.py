@@ -1,7 +1,7 @@
 """The program from Python, for notebooks and scripts: a trained network, and a training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,10 @@ from cnn_jax.cli import commands
 from cnn_jax.core.evaluation import Evaluation, evaluate
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.inference.pictures import read_picture
-from cnn_jax.inference.preprocess import check_takes_pictures
-from cnn_jax.inference.pretrained import PACKAGED, TrainedModel, load_trained_run, read_trained
+from cnn_jax.inference.pictures import Picture, picture_of, read_picture
+from cnn_jax.inference.predict import as_text, in_file
+from cnn_jax.inference.preprocess import Box, check_takes_pictures
+from cnn_jax.inference.pretrained import PACKAGED, Reading, TrainedModel, load_trained_run, read_trained
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -22,20 +23,40 @@ from cnn_jax.runtime.records import typed_as
 
 
 @dataclasses.dataclass(frozen=True)
+class Symbol:
+    """What a network makes of a character, or of a picture of anything else.
+
+    Attributes:
+      class_name: The name of the most probable class; None where there is no digit.
+      index: Its number, or None.
+      probability: The probability of the most probable class, in [0, 1].
+      probabilities: Those of all classes, (K,), float64.
+      box: Its left, top, right and bottom, in the pixels of the picture.
+    """
+
+    class_name: str | None
+    index: int | None
+    probability: float
+    probabilities: np.ndarray
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """What a network makes of a picture.
 
     Attributes:
-      class_name: The name of the most probable class.
-      index: Its number.
-      probability: Its probability, in [0, 1].
-      probabilities: Those of all classes, (K,), float64.
+      text: The names of what it shows, in reading order; `?` for what is no digit, or for nothing.
+      lines: Each character of each line.
     """
 
-    class_name: str
-    index: int
-    probability: float
-    probabilities: np.ndarray
+    text: str
+    lines: list[list[Symbol]]
+
+    @property
+    def symbols(self) -> list[Symbol]:
+        """The characters of all lines."""
+        return [symbol for line in self.lines for symbol in line]
 
 
 class Network:
@@ -55,45 +76,69 @@ class Network:
         """The name of each class."""
         return self.trained.class_names
 
-    def predict(self, pictures: str | Path | np.ndarray | Sequence[str | Path | np.ndarray]) -> list[Answer]:
+    def predict(
+        self, pictures: str | Path | np.ndarray | Sequence[str | Path | np.ndarray], *, one: bool = False
+    ) -> list[Answer]:
         """Return what each picture shows.
 
         Args:
           pictures: Files, or arrays of uint8. One of the shape of the network's images, with or without its channel, is
             taken for such an image; another, (H, W) or (H, W, 3), for a picture that is prepared like a file.
+          one: Whether each picture shows one character.
 
         Raises:
-          InputFileError: a file cannot be read, or a picture shows nothing.
+          InputFileError: a file cannot be read.
           UsageError: an array is not of uint8, or of no such shape.
         """
         if isinstance(pictures, str | Path) or (isinstance(pictures, np.ndarray) and pictures.ndim == 2):
             pictures = [pictures]
         check_takes_pictures(self.trained.image_shape, self.trained.name)
-        images = [self._image(picture) for picture in pictures]
-        if not images:
-            return []
-        probabilities = self.trained.probabilities(np.stack(images))
+        found = [self._image_or_picture(picture) for picture in pictures]
+        images = [each for each in found if isinstance(each, np.ndarray)]
+        classes_of_images = iter(self.trained.probabilities(np.stack(images)) if images else ())
         return [
-            Answer(self.class_names[i], int(i), float(of_one[i]), of_one)
-            for i, of_one in zip(probabilities.argmax(axis=1), probabilities, strict=True)
+            self._answer_to_image(each, next(classes_of_images))
+            if isinstance(each, np.ndarray)
+            else self._answer_to_picture(each, one)
+            for each in found
         ]
 
-    def _image(self, picture: str | Path | np.ndarray) -> np.ndarray:
-        if not isinstance(picture, np.ndarray):
-            return read_picture(str(picture), self.trained.prepare)
+    def _image_or_picture(self, given: str | Path | np.ndarray) -> np.ndarray | Picture:
+        if not isinstance(given, np.ndarray):
+            return read_picture(str(given))
         shape = self.trained.image_shape
-        if picture.dtype == np.uint8 and picture.shape in (shape, shape[: 2 if shape[2] == 1 else 3]):
-            return picture.reshape(shape)
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
+        if given.dtype == np.uint8 and given.shape in (shape, shape[: 2 if shape[2] == 1 else 3]):
+            return given.reshape(shape)
+        if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,)):
             raise UsageError(
-                f"an array of {picture.dtype} with the shape {picture.shape} is no picture: it must be of uint8, with "
+                f"an array of {given.dtype} with the shape {given.shape} is no picture: it must be of uint8, with "
                 f"the shape {shape}, (height, width) or (height, width, 3)"
             )
-        colours = np.repeat(picture[..., np.newaxis], 3, axis=-1) if picture.ndim == 2 else picture
-        image = self.trained.prepare(colours.astype(np.float32))
-        if image is None:
-            raise UsageError("a picture is blank: nothing in it differs from the paper")
-        return image
+        return picture_of(given)
+
+    def _answer_to_image(self, image: np.ndarray, classes: np.ndarray) -> Answer:
+        height, width = image.shape[:2]
+        reading = Reading((0, 0, width, height), image, classes, int(classes.argmax()))
+        return self._answer([[reading]], lambda box: box)
+
+    def _answer_to_picture(self, picture: Picture, one: bool) -> Answer:
+        return self._answer(self.trained.read(picture.colours, one=one), lambda box: in_file(box, picture))
+
+    def _answer(self, lines: list[list[Reading]], place: Callable[[Box], Box]) -> Answer:
+        symbols = [
+            [
+                Symbol(
+                    class_name=None if reading.index is None else self.class_names[reading.index],
+                    index=reading.index,
+                    probability=float(reading.probabilities.max()),
+                    probabilities=reading.probabilities,
+                    box=place(reading.box),
+                )
+                for reading in line
+            ]
+            for line in lines
+        ]
+        return Answer(as_text([reading for line in lines for reading in line], self.class_names), symbols)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, K), float32, of images of the network's shape, (N, height, width, channels), uint8."""

@@ -1,12 +1,14 @@
-"""A network's logits of any number of images, in batches of few sizes."""
+"""A network's logits of any number of images, in batches of few sizes, and how far to trust their probabilities."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float32, PyTree, UInt8
+from jaxtyping import Array, Float32, Float64, Integer, PyTree, UInt8
 
 from cnn_jax.core.evaluation import BATCH_SIZE
 from cnn_jax.core.model import forward
@@ -38,3 +40,59 @@ def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"
 def batch_logits(params: PyTree, batches: UInt8[Array, "b n h w c"], *, model: nn.Module) -> Float32[Array, "b n k"]:
     """Return the logits of batches, one after the other."""
     return lax.map(lambda images: forward(model, params, scale_pixels(images)), batches)
+
+
+def probabilities(logits: Float32[np.ndarray, "m k"], temperature: float) -> Float64[np.ndarray, "m k"]:
+    """Return the probability of each class."""
+    return scipy.special.softmax(logits.astype(np.float64) / temperature, axis=1)
+
+
+def fit_temperature(logits: Float32[np.ndarray, "m k"], labels: Integer[np.ndarray, " m"]) -> float:
+    """Return the number to divide logits by so that the labels are most probable (Guo et al., arXiv 1706.04599).
+
+    Args:
+      logits: Of images that the network was not trained on.
+      labels: Their classes.
+
+    Returns:
+      A temperature in [1/20, 20].
+    """
+    from scipy.optimize import minimize_scalar  # takes longer to import than to use, and most networks are not fitted
+
+    def loss(logarithm: float) -> float:
+        log_probabilities = scipy.special.log_softmax(logits / np.exp(logarithm), axis=1)
+        return -log_probabilities[np.arange(len(labels)), labels].mean()
+
+    found: Any = minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded")
+    return float(np.exp(found.x))
+
+
+class Reliability(NamedTuple):
+    """How often a network is right among the images for which it states about the same probability.
+
+    Attributes:
+      stated: The mean probability of the predicted class in each bin that has images, (B,), in [0, 1].
+      right: The fraction of the bin's images that are classified correctly, (B,), in [0, 1].
+      images: The number of the bin's images, (B,).
+    """
+
+    stated: np.ndarray
+    right: np.ndarray
+    images: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error (Guo et al., arXiv 1706.04599): the mean over images of their bins' gaps."""
+        return float((np.abs(self.stated - self.right) * self.images).sum() / self.images.sum())
+
+
+def reliability(
+    probabilities: Float64[np.ndarray, "m k"], labels: Integer[np.ndarray, " m"], bins: int = 15
+) -> Reliability:
+    """Sort images into bins of equal width by the probability of their predicted class."""
+    stated, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    number = np.minimum((stated * bins).astype(int), bins - 1)
+    images = np.bincount(number, minlength=bins)
+    filled = images > 0
+    mean_stated, mean_right = (np.bincount(number, values, bins)[filled] / images[filled] for values in (stated, right))
+    return Reliability(mean_stated, mean_right, images[filled])

@@ -1,4 +1,4 @@
-"""Read pictures from files as arrays, and refuse every bad file with its reason."""
+"""Read pictures from files as arrays, refuse every bad file with its reason, and draw boxes in a picture."""
 
 import contextlib
 import io
@@ -6,23 +6,25 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-from cnn_jax.inference.preprocess import SMALLEST_SIDE, WORKING_SIZE
+from cnn_jax.inference.preprocess import SMALLEST_SIDE, WORKING_SIZE, Box
 from cnn_jax.runtime.errors import InputFileError
 from cnn_jax.runtime.streams import stderr_of_libraries_closed
 
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged
 STANDARD_INPUT = "-"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif")
 # As Pillow names them; of several pictures in a file, the first is read.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file begins
 BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", *TIFF)
+BOX_COLOUR = (30, 120, 220)
 MAXIMUM_BYTES = 2**26
 MAXIMUM_PIXELS = 50_000_000  # as many as the largest phone sensors have
 
@@ -44,23 +46,31 @@ def find_images(path: str) -> list[str]:
     return found
 
 
-def read_picture(file: str, prepare: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray:
-    """Return the picture in a file as an image for a network.
+class Picture(NamedTuple):
+    """A picture, upright and opaque.
 
-    Args:
-      file: The picture's path, or `-` for standard input.
-      prepare: Makes an image of its colours, (H, W, 3), float32, in 0..255, or None where it shows nothing.
+    Attributes:
+      colours: (H, W, 3), float32, in 0..255, of at most WORKING_SIZE pixels per side.
+      size: The width and height that it has in its file, upright.
+    """
+
+    colours: np.ndarray
+    size: tuple[int, int]
+
+
+def read_picture(file: str) -> Picture:
+    """Read a picture from a file, or from standard input if the file is `-`.
 
     Raises:
-      InputFileError: the file is missing, empty, too large, damaged, not a regular file, of another format, or shows
-        nothing.
+      InputFileError: the file is missing, empty, too large, damaged, not a regular file, or of another format.
     """
-    image = prepare(_decode(file, _read_bytes(file)))
-    if image is None:
-        raise InputFileError(
-            f"{file} is blank: nothing in it differs from the paper; give a picture with more contrast"
-        )
-    return image
+    return _decode(file, _read_bytes(file))
+
+
+def picture_of(pixels: np.ndarray) -> Picture:
+    """Return an array, (H, W) or (H, W, 3), uint8, as a picture, made smaller if it is large."""
+    height, width = pixels.shape[:2]
+    return Picture(_to_colours(Image.fromarray(pixels)), (width, height))
 
 
 def _read_bytes(file: str) -> bytes:
@@ -94,18 +104,19 @@ def _read(file: str, stream: BinaryIO) -> bytes:
         raise InputFileError(f"{file} cannot be read ({error.strerror}); give a picture file") from error
 
 
-def _decode(file: str, content: bytes) -> np.ndarray:
-    """Decode an image: (H, W, 3), float32, in 0..255, upright, opaque, at most WORKING_SIZE pixels per side."""
+def _decode(file: str, content: bytes) -> Picture:
     try:
         # Pillow warns about large images, odd palettes and senseless EXIF; all of these are refused or repaired here.
         with warnings.catch_warnings(action="ignore"), _quiet_libtiff(content):
             # Pillow checks the checksums of a PNG's pixels only in `verify`.
             _open_image(file, content).verify()
             with _open_image(file, content) as image:
+                width, height = image.size
                 image.draft(image.mode, (2 * WORKING_SIZE, 2 * WORKING_SIZE))
                 image.load()
+                on_its_side = image.getexif().get(ORIENTATION, 1) >= 5
                 ImageOps.exif_transpose(image, in_place=True)
-                return _to_colours(image)
+                return Picture(_to_colours(image), (height, width) if on_its_side else (width, height))
     except InputFileError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -171,6 +182,18 @@ def _composite(colours: np.ndarray) -> np.ndarray:
     else:
         paper = np.float32(255 if visible.mean() < 127.5 else 0)  # only the digit is visible
     return colours * alpha + paper * (1 - alpha)
+
+
+def draw_boxes(picture: Picture, labelled: Sequence[tuple[Box, str]]) -> bytes:
+    """Return the picture, of at most WORKING_SIZE pixels per side, with boxes and a text above each, as a PNG file."""
+    image = Image.fromarray(picture.colours.round().astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for (left, top, right, bottom), text in labelled:
+        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=BOX_COLOUR)
+        draw.text((left, top - 3), text, fill=BOX_COLOUR, anchor="lb", font_size=14)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

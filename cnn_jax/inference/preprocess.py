@@ -4,6 +4,9 @@ The layout is the one that MNIST's authors describe (LeCun et al., Proc. IEEE 86
 scaled to fit 20x20 pixels with its aspect ratio kept, which smooths it, and placed into 28x28 by its centre of mass.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -11,6 +14,7 @@ from scipy import ndimage
 from cnn_jax.runtime.errors import UsageError
 
 SIZE, FITTED_SIZE = 28, 20  # sides of MNIST's images, and of the box that a digit fills in them
+Box = tuple[int, int, int, int]  # left, top, right and bottom, in a picture's pixels
 # Digits are searched for in pictures of at most this many pixels per side, and their shape is traced with DETAIL pixels
 # for each of the network's.
 WORKING_SIZE = 512
@@ -27,37 +31,68 @@ HOLE = 5
 STROKE_WIDTHS = (1.9, 4.0)
 
 
-def prepare_character(colours: np.ndarray) -> np.ndarray | None:
-    """Find the digit or letter in a picture and lay it out as MNIST does.
+class Character(NamedTuple):
+    """A digit or a letter in a picture.
+
+    Attributes:
+      box: The left, top, right and bottom of its ink, in the picture's pixels.
+      image: How MNIST would have it: (28, 28, 1), uint8, 0 for paper and 255 for ink.
+    """
+
+    box: Box
+    image: np.ndarray
+
+
+def find_character(colours: np.ndarray) -> Character | None:
+    """Find the one digit or letter in a picture and lay it out as MNIST does.
 
     Args:
       colours: (H, W, 3), float32, in 0..255: ink of any colour on paper of another, dark on light or light on dark,
         evenly lit or not.
 
     Returns:
-      (28, 28, 1), uint8, 0 for paper and 255 for ink; None if nothing differs enough from the paper.
+      The largest mark with the parts that belong to it; None if nothing differs enough from the paper.
+    """
+    whole, faintest = measure_ink(colours)
+    ink, threshold = whole, ink_threshold(whole, faintest)
+    for candidate, level in _without_surroundings(whole, faintest):
+        if _longer_side(_digit_mask(candidate > level)) > np.sqrt(ink.size) / 10:
+            ink, threshold = candidate, level
+            break
+    mask = _digit_mask(ink > threshold)
+    image = lay_out(trace(ink, mask, threshold)) if _longer_side(mask) >= SMALLEST_SIDE / 2 else None
+    if image is None:
+        return None
+    rows, columns = ndimage.find_objects(mask.astype(int))[0]
+    return Character((columns.start, rows.start, columns.stop, rows.stop), image)
+
+
+def measure_ink(colours: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return how much each pixel of a picture, (H, W, 3), float32, in 0..255, differs from the paper around it.
+
+    Returns:
+      (H, W), float32, about 0 on the paper and where lines or frames are printed; and the value of the faintest ink.
     """
     ink = _ink(colours)
     # The standard deviation of normal noise, estimated from the median difference of pixels a small distance apart.
     distance = 1 + max(ink.shape) // 128
     noise = 1.4826 * np.median(np.abs(ink[:, distance:] - ink[:, :-distance])) / np.sqrt(2)
-    faintest = max(FAINTEST, GRAIN * noise)
-    threshold = _threshold(ink, faintest)
-    # Anything connected to the picture's edge is a shadow, a ruled line, a frame or the table, as long as a digit
-    # remains without it. A fainter digit appears once everything connected to the edge is gone.
-    inside, isolated = (np.where(_connected_to_edge(ink > level), 0, ink) for level in (threshold, faintest))
-    for candidate, level in (inside, threshold), (isolated, _threshold(isolated, faintest)):
-        if _longer_side(_digit_mask(candidate > level)) > np.sqrt(ink.size) / 10:
-            ink, threshold = candidate, level
-            break
-    mask = _digit_mask(ink > threshold)
-    if _longer_side(mask) < SMALLEST_SIDE / 2:
-        return None
-    shape = _trace(np.where(ndimage.binary_dilation(mask, iterations=2), ink, 0), mask, threshold)
-    return _centre(_fit(shape)) if shape.any() else None
+    return ink, max(FAINTEST, GRAIN * noise)
 
 
-def _threshold(ink: np.ndarray, faintest: float) -> float:
+def _without_surroundings(ink: np.ndarray, faintest: float) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield the ink, (H, W), that is not connected to the picture's edge, and the value above which a pixel is ink.
+
+    Anything connected to the edge is a shadow, a ruled line, a frame or the table, as long as a digit remains without
+    it. A fainter digit appears once everything connected to the edge is gone.
+    """
+    threshold = ink_threshold(ink, faintest)
+    yield np.where(connected_to_edge(ink > threshold), 0, ink), threshold
+    isolated = np.where(connected_to_edge(ink > faintest), 0, ink)
+    yield isolated, ink_threshold(isolated, faintest)
+
+
+def ink_threshold(ink: np.ndarray, faintest: float) -> float:
     """Return the value above which a pixel is ink."""
     visible = ink[ink > faintest]
     return max(faintest, SHARE_OF_DARKEST * np.percentile(visible, 97)) if len(visible) else faintest
@@ -114,9 +149,9 @@ def _fit_plane(grey: np.ndarray, *, margin: int) -> np.ndarray:
     return (plane[0] + plane[1] * rows[:, np.newaxis] + plane[2] * columns[np.newaxis, :]).astype(np.float32)
 
 
-def _connected_to_edge(mask: np.ndarray) -> np.ndarray:
+def connected_to_edge(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask, (H, W) bool, that are connected to the picture's edge."""
-    labels = _number_parts(mask)
+    labels = number_parts(mask)
     edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     return np.isin(labels, edge[edge > 0])
 
@@ -125,7 +160,7 @@ def _digit_mask(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask, (H, W) bool, in its largest connected part and in the parts that belong to it."""
     if not mask.any():
         return mask
-    labels = _number_parts(mask)
+    labels = number_parts(mask)
     boxes = np.array([[[side.start, side.stop] for side in sides] for sides in ndimage.find_objects(labels)])
     sizes = np.bincount(labels.ravel())[1:]
     largest = int(sizes.argmax())
@@ -138,7 +173,7 @@ def _digit_mask(mask: np.ndarray) -> np.ndarray:
     return np.isin(labels, np.array(parts) + 1)
 
 
-def _number_parts(mask: np.ndarray) -> np.ndarray:
+def number_parts(mask: np.ndarray) -> np.ndarray:
     """Number the connected parts of a mask, (H, W) bool, from 1; pixels that touch at a corner are connected."""
     labels = np.zeros(mask.shape, np.int32)  # 0 outside the mask
     ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
@@ -151,8 +186,9 @@ def _is_close(box: np.ndarray, other: np.ndarray) -> bool:
     return bool(((box[:, 0] <= other[:, 1] + gap) & (box[:, 1] >= other[:, 0] - gap)).all())
 
 
-def _trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the digit alone, DETAIL times its final size, with strokes as wide as MNIST's: (h, w), bool."""
+def trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the shape of the ink in and beside a mask, (H, W) bool, DETAIL times its final size: (h, w), bool."""
+    ink = np.where(ndimage.binary_dilation(mask, iterations=2), ink, 0)
     rows, columns = ndimage.find_objects(mask.astype(int))[0]
     longer = max(rows.stop - rows.start, columns.stop - columns.start)
     margin = 2
@@ -160,16 +196,25 @@ def _trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
     scale = FITTED_SIZE * DETAIL / longer
     size = [max(1, round(scale * side)) for side in padded.shape]
     resized = Image.fromarray(padded.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(resized) > threshold
+
+
+def lay_out(shape: np.ndarray) -> np.ndarray | None:
+    """Give a shape, (h, w) bool, DETAIL times its final size, strokes as wide as MNIST's, shrink it and centre it.
+
+    Returns:
+      (28, 28, 1), uint8; None if the shape is empty.
+    """
     narrowest, widest = (DETAIL * width for width in STROKE_WIDTHS)
-    padded_shape = np.pad(np.asarray(resized) > threshold, round(widest))
-    shape = np.asarray(ndimage.binary_closing(padded_shape, np.ones((HOLE, HOLE))), bool)
+    shape = np.asarray(ndimage.binary_closing(np.pad(shape, round(widest)), np.ones((HOLE, HOLE))), bool)
     if not shape.any():
-        return shape
+        return None
     inside, outside = (np.asarray(ndimage.distance_transform_edt(side)) for side in (shape, ~shape))
     # A stroke's pixels are on average a quarter of its width away from its edge.
     width = 4 * inside[shape].mean()
     growth = (np.clip(width, narrowest, widest) - width) / 2
-    return inside - outside > -growth
+    grown = inside - outside > -growth
+    return _centre(_fit(grown)) if grown.any() else None
 
 
 def _fit(shape: np.ndarray) -> np.ndarray:

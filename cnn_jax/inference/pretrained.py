@@ -1,29 +1,48 @@
-"""A trained network and how it was trained, from a run or from the package."""
+"""A trained network, how it was trained and how it reads pictures, from a run or from the package."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
-import scipy.special
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cnn_jax.core.model import CNN
-from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.data.published import numbers
-from cnn_jax.inference.logits import logits
-from cnn_jax.inference.preprocess import SIZE, background_of, prepare_character, prepare_picture
+from cnn_jax.inference.characters import find_characters
+from cnn_jax.inference.logits import fit_temperature, logits, probabilities
+from cnn_jax.inference.preprocess import SIZE, Box, Character, background_of, find_character, prepare_picture
 from cnn_jax.inference.torch_layout import params_from_torch, params_to_torch
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.devices import versions
 from cnn_jax.runtime.errors import InputFileError, UsageError
-from cnn_jax.runtime.records import Byte, Count, Fraction, NotNegative, Record, Seed, Size, decode, encode, unreadable
+from cnn_jax.runtime.records import (
+    Byte,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Record,
+    Seed,
+    Size,
+    decode,
+    encode,
+    unreadable,
+)
 
 BACKGROUND_IMAGES = 1000  # of the training images, whose edges tell a data set's background
 PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
+# Tells digits from all else; python -m benchmarks.detector trains it.
+DETECTOR = PACKAGED.with_name("detector.safetensors")
+DIGITS = numbers(10)
+# What is shown as a digit is one with at least this probability, as are 99.2 % of the 20,000 training images of MNIST
+# that the detector was not trained on.
+LEAST_PROBABILITY, LEAST_BESIDE_DIGITS = 0.27, 0.05
 
 
 class Provenance(Record, frozen=True, kw_only=True):
@@ -42,11 +61,29 @@ class NetworkRecord(Record, frozen=True, kw_only=True):
     num_classes: Size
     class_names: tuple[str, ...] = ()
     background: Byte = 0
+    temperature: Positive = 1.0
     image_shape: tuple[Size, Size, Size]
     dataset: str
     test_accuracy: Fraction | None
     training: Provenance
     versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a network makes of a character, or of a whole picture.
+
+    Attributes:
+      box: Its left, top, right and bottom, in the picture's pixels.
+      image: What the network got, (height, width, channels), uint8.
+      probabilities: Of each class, (num_classes,), float64.
+      index: The most probable class; None where there is no digit.
+    """
+
+    box: Box
+    image: np.ndarray
+    probabilities: np.ndarray
+    index: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +96,8 @@ class TrainedModel:
       features: Channels after the first and the second block.
       class_names: The name of each class.
       background: The median of the pixels at the edges of the training images, in 0..255.
+      temperature: Divides the logits, so that the probabilities are calibrated: fitted on the images held out for
+        validation; 1 where there were none.
       image_shape: (height, width, channels) of the images.
       dataset: The data set that the network was trained on.
       test_accuracy: The accuracy on that data set's test images, in [0, 1]; None if it was not measured.
@@ -70,6 +109,7 @@ class TrainedModel:
     features: tuple[int, int]
     class_names: tuple[str, ...]
     background: int
+    temperature: float
     image_shape: tuple[int, int, int]
     dataset: str
     test_accuracy: float | None
@@ -86,11 +126,48 @@ class TrainedModel:
         characters = all(len(name) == 1 and name.isalnum() for name in self.class_names)
         return "character" if characters and self.image_shape == (SIZE, SIZE, 1) else "resize"
 
-    def prepare(self, colours: np.ndarray) -> np.ndarray | None:
-        """Return a picture, (H, W, 3), float32, in 0..255, as an image for the network; None if it shows nothing."""
-        if self.preparation == "character":
-            return prepare_character(colours)
-        return prepare_picture(colours, self.image_shape, self.background)
+    def read(self, colours: np.ndarray, *, one: bool = False) -> list[list[Reading]]:
+        """Read the characters in a picture, line by line, or, where classes are no characters, the whole picture.
+
+        Args:
+          colours: (H, W, 3), float32, in 0..255.
+          one: Whether the picture shows one character.
+        """
+        if self.preparation == "resize":
+            image = prepare_picture(colours, self.image_shape, self.background)
+            whole = (0, 0, colours.shape[1], colours.shape[0])
+            lines = [[Character(whole, image)]] if image is not None else []
+        elif one:
+            character = find_character(colours)
+            lines = [[character]] if character is not None else []
+        else:
+            lines = find_characters(colours, self._improbability if self.reads_digits else None)
+        if not lines:
+            return []
+        images = np.stack([character.image for line in lines for character in line])
+        of_digits = np.exp(log_probability_of_digit(images)) if self.reads_digits else np.ones(len(images))
+        found, readings = iter(zip(self.probabilities(images), of_digits, strict=True)), []
+        for line in lines:
+            of_line = [(character, *next(found)) for character in line]
+            least = LEAST_PROBABILITY
+            if any(of_digit >= least for _, _, of_digit in of_line):
+                least = LEAST_BESIDE_DIGITS
+            readings.append(
+                [
+                    Reading(*character, classes, int(classes.argmax()) if of_digit >= least else None)
+                    for character, classes, of_digit in of_line
+                ]
+            )
+        return readings
+
+    @property
+    def reads_digits(self) -> bool:
+        """Whether its classes are the digits, which can be told from everything else."""
+        return self.class_names == DIGITS and self.preparation == "character"
+
+    def _improbability(self, images: np.ndarray) -> np.ndarray:
+        """Return the negative logarithm of the probability that each image is one digit, and of its class."""
+        return -log_probability_of_digit(images) - np.log(self.probabilities(images).max(axis=1))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
@@ -98,7 +175,20 @@ class TrainedModel:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return the probability of each class, (N, num_classes), float64, of images as for `logits`."""
-        return scipy.special.softmax(self.logits(images).astype(np.float64), axis=1)
+        return probabilities(self.logits(images), self.temperature)
+
+
+def log_probability_of_digit(images: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the probability, (N,), that each of the images (N, 28, 28, 1), uint8, is a digit."""
+    detector = _load_detector()
+    logits = detector.logits(images).astype(np.float64)
+    of_all = np.logaddexp.reduce(logits, axis=1)
+    return logits[:, detector.class_names.index("digit")] - of_all
+
+
+@functools.cache
+def _load_detector() -> TrainedModel:
+    return read_trained(DETECTOR)
 
 
 def load_trained(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> TrainedModel:
@@ -137,18 +227,31 @@ def load_trained_run(
         raise UsageError(f"--seed {seed}: the run {folder.path} has {settings.which_seeds}")
     tested = (epoch for epoch in restored.metrics if epoch.tested_on == "test" and epoch.step == restored.step)
     accuracies = [epoch.accuracy[i] for epoch in tested]
+    result = folder.read_result()
+    if result is not None and result.step == restored.step:  # where images were held out, the only test
+        accuracies.append(result.test_accuracy if result.seeds is None else result.seeds[i].test_accuracy)
+    params = jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i))
     trained = TrainedModel(
         name=folder.path.name,
-        params=jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i)),
+        params=params,
         features=settings.features,
         class_names=dataset.class_names,
         background=background_of(dataset.train_images[:BACKGROUND_IMAGES]),
+        temperature=temperature_of(restored.model, params, dataset, settings.validation),
         image_shape=dataset.train_images.shape[1:],
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
         training=Provenance(recipe=settings.recipe, epochs=settings.epochs, seed=seed, steps=restored.step),
     )
     return trained, dataset
+
+
+def temperature_of(model: CNN, params: dict, dataset: Dataset, validation: int | None) -> float:
+    """Return what calibrates a network, fitted on the training images held out for validation; 1 if none were."""
+    if validation is None:
+        return 1.0
+    _, images, labels = hold_out(dataset, validation)
+    return fit_temperature(logits(model, params, images), labels)
 
 
 def write_trained(trained: TrainedModel, file: Path) -> None:

@@ -98,8 +98,8 @@ def test_inspect_lists_the_layers_in_80_columns_and_draws_them(run, command):
     assert ["pool1", "MaxPool", "float32[28,28,32]", "float32[14,14,32]"] in rows
     assert ["flatten", "Flatten", "float32[7,7,64]", "float32[3136]"] in rows
     assert ["Total", "50,186", "(200.7", "KB)"] in rows
-    assert f"8 pictures after 10 steps are in {run / 'pictures'}" in err
-    names = {"cost", "accuracy", "confusion", "mistakes", "kernels1", "kernels2", "maps1", "maps2"}
+    assert f"9 pictures after 10 steps are in {run / 'pictures'}" in err
+    names = {"cost", "accuracy", "confusion", "reliability", "mistakes", "kernels1", "kernels2", "maps1", "maps2"}
     assert {file.name for file in (run / "pictures").iterdir()} == {f"{name}.png" for name in names}
     for file in (run / "pictures").iterdir():
         with Image.open(file) as picture:

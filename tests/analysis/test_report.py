@@ -77,7 +77,7 @@ def test_the_page_opens_without_a_network_and_runs_nothing(of_three_seeds):
 
 def test_every_picture_is_in_the_page_with_words_for_those_who_cannot_see_it(of_three_seeds):
     images = [dict(attributes) for attributes in _images(read(of_three_seeds))]
-    assert len(images) == 8
+    assert len(images) == 9
     for image in images:
         content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         Image.open(io.BytesIO(content)).verify()
@@ -120,7 +120,7 @@ def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
     shutil.copytree(small_mnist, hostile)
     page = read(trained_run(epochs=1, data=hostile))
     assert f"--dataset-dir {hostile}" in page.text
-    assert len(_images(page)) == 8
+    assert len(_images(page)) == 9
 
 
 def test_control_characters_of_a_name_are_escaped(of_three_seeds, command, tmp_path):

@@ -41,10 +41,12 @@ def test_files_and_arrays_are_read_as_predict_reads_files(network, command, tmp_
     (expected,) = json.loads(command("predict", file, "--json")[1])
     grey = np.asarray(Image.open(file).convert("L"))
     answers = network.predict([file, str(file), grey, np.repeat(grey[..., np.newaxis], 3, axis=-1)])
-    assert [answer.class_name for answer in answers] == ["4"] * 4
-    np.testing.assert_allclose(answers[0].probabilities, expected["probabilities"], atol=1e-6)
-    assert answers[0].probability == answers[0].probabilities[4] == max(answers[0].probabilities)
-    assert network.predict(file)[0].index == network.predict(grey)[0].index == 4
+    assert [(answer.text, answer.symbols[0].class_name) for answer in answers] == [("4", "4")] * 4
+    (symbol,) = answers[0].symbols
+    assert list(symbol.box) == expected["characters"][0]["box"]
+    np.testing.assert_allclose(symbol.probabilities, expected["probabilities"], atol=1e-6)
+    assert symbol.probability == symbol.probabilities[4] == max(symbol.probabilities)
+    assert network.predict(file)[0].symbols[0].index == network.predict(grey, one=True)[0].symbols[0].index == 4
     assert network.predict([]) == []
 
 
@@ -52,15 +54,15 @@ def test_images_of_the_data_set_are_used_as_they_are(network):
     images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)[:50]
     logits = network.logits(images[..., np.newaxis])
     for given in (images, images[..., np.newaxis], list(images)):
-        assert [answer.index for answer in network.predict(given)] == logits.argmax(axis=1).tolist()
+        assert [answer.symbols[0].index for answer in network.predict(given)] == logits.argmax(axis=1).tolist()
 
 
 @pytest.mark.parametrize("array", [np.zeros((28, 28)), np.zeros((3, 4, 5), np.uint8), np.zeros(9, np.uint8)])
 def test_what_is_no_picture_is_refused(array, network):
     with pytest.raises(UsageError, match="is no picture: it must be of uint8, with the shape"):
         network.predict([array])
-    with pytest.raises(UsageError, match="is blank"):
-        network.predict(np.zeros((50, 50), np.uint8))
+    (blank,) = network.predict(np.zeros((50, 50), np.uint8))
+    assert (blank.text, blank.lines, blank.symbols) == ("?", [], [])
     with pytest.raises(InputFileError, match="cannot be opened"):
         network.predict("no such file")
 

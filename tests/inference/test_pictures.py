@@ -189,12 +189,14 @@ BAD = {
     "many bytes": (lambda plain: saved(plain) + bytes(2**26), "has more than 64 MiB; give a smaller picture"),
     "tiny": (lambda plain: saved(plain.resize((7, 30))), "is 7x30 pixels, too small or too narrow; give"),
     "narrow": (lambda plain: saved(plain.resize((9, 900))), "is 9x900 pixels, too small or too narrow; give"),
-    "white": (lambda plain: saved(Image.new("L", (90, 90), 255)), "is blank: "),
-    "black": (lambda plain: saved(Image.new("RGB", (90, 90))), "is blank: "),
-    "clear": (lambda plain: saved(Image.new("RGBA", (90, 90))), "is blank: "),
-    "paper alone": (lambda plain: saved(noisy_paper()), "is blank: "),
-    "light alone": (lambda plain: saved(gradient()), "is blank: "),
 }  # fmt: skip
+BLANK = {
+    "white": lambda: Image.new("L", (90, 90), 255),
+    "black": lambda: Image.new("RGB", (90, 90)),
+    "clear": lambda: Image.new("RGBA", (90, 90)),
+    "paper alone": lambda: noisy_paper(),
+    "light alone": gradient,
+}
 
 
 def flipped(content):
@@ -211,6 +213,15 @@ def test_anything_but_a_picture_of_a_digit_is_refused_in_one_line_that_names_it(
     assert (code, out) == (65, "")
     assert err.startswith(f"error: {tmp_path}/bad.png {complaint}"), err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", BLANK)
+@pytest.mark.parametrize("option", [(), ("--one",)])
+def test_in_a_blank_picture_no_digit_is_found(kind, option, command, tmp_path):
+    BLANK[kind]().save(tmp_path / "blank.png")
+    code, out, err = command("predict", tmp_path / "blank.png", *option)
+    assert (code, out) == (65, f"{tmp_path}/blank.png: ?\n")
+    assert err == f"error: no digit was found in {tmp_path}/blank.png; give a picture with more contrast\n"
 
 
 def make_fifo(path):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import predict
+from cnn_jax.inference.preprocess import prepare_picture
 from cnn_jax.inference.pretrained import load_trained
 from tests.digits import draw_digits
 from tests.helpers import EMBEDDED, read_digit
@@ -29,7 +30,7 @@ def test_at_least_95_percent_of_drawn_digits_are_read_right(drawn, command):
     folder, files = drawn
     code, out, err = command("predict", folder, "--json")
     assert (code, err) == (0, "")
-    read = {result["file"]: result["digit"] for result in json.loads(out)}
+    read = {result["file"]: result.get("digit") for result in json.loads(out)}
     wrong = [f"{file.name} as {read[str(file)]}" for file, digit in files if read[str(file)] != digit]
     assert len(files) >= 30
     assert len(wrong) <= 0.05 * len(files), wrong
@@ -53,7 +54,7 @@ def test_mnists_own_images_are_read_as_well_as_without_files(packaged, tmp_path)
 def three(drawn):
     """Three of the drawn files, not in the order of their names, and the digits that are read in them."""
     _, files = drawn
-    chosen = [files[i] for i in (70, 13, 40)]
+    chosen = [files[i] for i in (70, 9, 40)]
     return [str(file) for file, _ in chosen], [digit for _, digit in chosen]
 
 
@@ -72,7 +73,7 @@ def test_a_person_sees_what_the_network_saw_and_the_three_most_probable_digits(t
     assert set("".join(picture)) == set(" ▀▄█")
     seen = read_digit(files[0])[..., 0] >= 128
     assert sum("▀▄".count(block) + 2 * "█".count(block) for block in "".join(picture)) == seen.sum()
-    assert re.fullmatch(rf"{re.escape(files[0])}: {digits[0]} with [\d.]+%, \d with [\d.]+%, \d with [\d.]+%", line)
+    assert re.fullmatch(rf"{re.escape(files[0])}: {digits[0]} with [>\d.]+%, \d with [<\d.]+%, \d with [<\d.]+%", line)
 
 
 def test_json_holds_all_probabilities_in_the_order_given_and_nothing_else_is_printed(three, command):
@@ -124,12 +125,11 @@ def test_a_folder_stands_for_its_images_by_name(three, command, tmp_path):
 def test_of_many_pictures_the_first_are_answered_before_the_last_are_read(three, command, monkeypatch):
     files, digits = three
     events, read = [], predict.read_picture
-    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
     monkeypatch.setattr(predict, "read_picture", lambda *given: events.append("read") or read(*given))
     monkeypatch.setattr(predict.Display, "result", lambda display, *lines: events.extend(lines))
     assert command("predict", *files)[0] == 0
     first, second, third = (f"{file}: {digit}" for file, digit in zip(files, digits, strict=True))
-    assert events == ["read", "read", first, second, "read", third]
+    assert events == ["read", first, "read", second, "read", third]
 
 
 def test_files_that_cannot_be_read_are_reported_last_and_the_others_are_read(three, command, tmp_path):
@@ -191,7 +191,7 @@ def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path)
     where = ("--checkpoint-dir", tmp_path)
     assert command("train", "--dataset-dir", small_mnist, "--run-name", "run", "--epochs", 1, *where)[0] == 0
     files, _ = three
-    code, out, err = command("predict", *files, "--run", "run", *where, "--json")
+    code, out, err = command("predict", *files, "--run", "run", *where, "--json", "--one")
     assert code == 0, err
     network = load_trained(tmp_path / "run", None, pytest.fail)
     logits = network.logits(np.stack([read_digit(file) for file in files]))
@@ -211,18 +211,25 @@ def test_a_run_of_images_that_no_picture_can_be_is_refused(three, command, packa
     assert err == f"error: --run some: {end}"
 
 
+def only(lines):
+    """The image of the one reading."""
+    ((reading,),) = lines
+    return reading.image[..., 0]
+
+
 def test_a_picture_of_anything_else_is_shrunk_to_the_networks_images_and_as_dark_as_they_are(packaged, real_images):
     boot, names = real_images[0][0], ("Ankle boot", *map(str, range(9)))
     enlarged = np.repeat(boot.repeat(10, axis=0).repeat(10, axis=1)[..., np.newaxis], 3, axis=-1).astype(np.float32)
     network = dataclasses.replace(packaged, class_names=names)
     for colours in (enlarged, 255 - enlarged):
-        np.testing.assert_array_equal(network.prepare(colours)[..., 0], boot)
+        np.testing.assert_array_equal(only(network.read(colours)), boot)
     light = dataclasses.replace(network, background=255)
-    np.testing.assert_array_equal(light.prepare(enlarged)[..., 0], 255 - boot)
-    coloured = dataclasses.replace(network, image_shape=(14, 7, 3))
-    assert coloured.prepare(enlarged).shape == (14, 7, 3)
-    assert network.prepare(np.full((50, 50, 3), 9, np.float32)) is None
-    assert not np.array_equal(packaged.prepare(enlarged)[..., 0], boot)  # digits are laid out as MNIST does
+    np.testing.assert_array_equal(only(light.read(enlarged)), 255 - boot)
+    shrunk = prepare_picture(enlarged, (14, 7, 3), 0)
+    assert shrunk is not None
+    assert shrunk.shape == (14, 7, 3)
+    assert network.read(np.full((50, 50, 3), 9, np.float32)) == []
+    assert not np.array_equal(only(packaged.read(enlarged, one=True)), boot)  # digits are laid out as MNIST does
 
 
 def test_the_answer_has_the_classs_name_and_number(three, command):

@@ -19,15 +19,15 @@ from typing import Any
 import jax
 import jinja2
 import numpy as np
-import scipy.special
 from flax import linen as nn
 
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.demo.guard import BOARD, read_drawing, serve_guarded
 from cnn_jax.inference.pictures import encode_png
+from cnn_jax.inference.predict import as_text, describe_probability
 from cnn_jax.inference.preprocess import SIZE, check_takes_pictures
-from cnn_jax.inference.pretrained import TrainedModel, load_trained
+from cnn_jax.inference.pretrained import Reading, TrainedModel, load_trained
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -42,6 +42,7 @@ os.environ["GRADIO_TEMP_DIR"] = f"{tempfile.gettempdir()}/cnn-jax-demo-{secrets.
 import fastapi
 import gradio as gr
 
+CERTAIN = 0.9  # less probable answers are marked
 PEN = 11  # pixels wide; three in the digit that the network gets
 MAPS_PER_ROW, GAP_GREY = 16, 64
 
@@ -132,14 +133,21 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     """Return the network's answer to a drawing, (BOARD, BOARD), uint8, 0 for no ink, as HTML."""
     # A margin of paper, so that ink at the board's edge counts as part of the digit and not of a frame.
     paper = 255 - np.pad(ink, BOARD // 10).astype(np.float32)
-    digit = trained.prepare(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else None
-    image = np.zeros((SIZE, SIZE, 1), np.uint8) if digit is None else digit
-    probabilities, maps = run_network(trained, image)
+    lines = trained.read(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else []
+    readings = [reading for line in lines for reading in line]
+    image = readings[0].image if readings else np.zeros((SIZE, SIZE, 1), np.uint8)
+    maps = run_network(trained, image)
+    probabilities = readings[0].probabilities if readings else np.zeros(len(trained.class_names))
     return TEMPLATES.get_template("answer.html").render(
         side=SIZE,
-        digit=_data_uri(image[..., 0]),
-        prediction=None if digit is None else int(probabilities.argmax()),
-        probabilities=(np.zeros_like(probabilities) if digit is None else probabilities).tolist(),
+        text=printable(as_text(readings, trained.class_names)) if readings else "nothing yet",
+        characters=[
+            {"picture": _data_uri(each.image[..., 0]), "name": printable(as_text([each], trained.class_names)),
+             "probability": describe_probability(float(each.probabilities.max())), "certain": is_certain(each)}
+            for each in readings
+        ] or [{"picture": _data_uri(image[..., 0]), "name": "", "probability": "", "certain": True}],
+        prediction=readings[0].index if readings else None,
+        probabilities=[(each, describe_probability(each)) for each in probabilities.tolist()],
         class_names=[printable(name) for name in trained.class_names],
         layers=[
             {"height": layer.shape[0], "width": layer.shape[1], "features": layer.shape[2],
@@ -149,25 +157,29 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     )  # fmt: skip
 
 
-def run_network(trained: TrainedModel, image: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the probability of each class, (num_classes,), and both blocks' outputs, (height, width, features).
+def is_certain(reading: Reading) -> bool:
+    """Whether an answer is shown without a doubt."""
+    return reading.index is not None and reading.probabilities.max() >= CERTAIN
+
+
+def run_network(trained: TrainedModel, image: np.ndarray) -> list[np.ndarray]:
+    """Return both blocks' outputs, (height, width, features).
 
     Args:
       trained: The network.
       image: (28, 28, 1), uint8.
     """
-    logits, blocks = jax.device_get(_logits_and_blocks(trained.params, image[np.newaxis], model=trained.model))
-    maps = [blocks[name]["__call__"][0][0] for name in ("layer1", "layer2")]
-    return scipy.special.softmax(logits[0].astype(np.float64)), maps
+    blocks = jax.device_get(_blocks(trained.params, image[np.newaxis], model=trained.model))
+    return [blocks[name]["__call__"][0][0] for name in ("layer1", "layer2")]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _logits_and_blocks(params: dict, images: jax.Array, *, model: nn.Module) -> tuple[jax.Array, Mapping[str, Any]]:
+def _blocks(params: dict, images: jax.Array, *, model: nn.Module) -> Mapping[str, Any]:
     def is_block(module: nn.Module, method: str) -> bool:
         return isinstance(module, ConvBlock)
 
-    logits, kept = model.apply({"params": params}, scale_pixels(images), capture_intermediates=is_block)
-    return logits, kept["intermediates"]
+    _, kept = model.apply({"params": params}, scale_pixels(images), capture_intermediates=is_block)
+    return kept["intermediates"]
 
 
 def _sheet(maps: np.ndarray) -> np.ndarray:

@@ -1,0 +1,363 @@
+"""Find the characters in a picture, line by line: where each lies, and its image in MNIST's layout.
+
+Ink is cut wherever characters may touch, and the pieces are joined in every way in which a stroke may be broken. Of all
+ways to read a line the most probable one counts (LeCun et al., Proc. IEEE 86, 1998, section V: over-segmentation).
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from cnn_jax.inference.preprocess import (
+    SMALLEST_PART,
+    SMALLEST_SIDE,
+    Box,
+    Character,
+    connected_to_edge,
+    find_character,
+    ink_threshold,
+    lay_out,
+    measure_ink,
+    number_parts,
+    trace,
+)
+
+# Lines and frames are found if they are turned by up to this slope, either way.
+SLOPES = np.linspace(-0.06, 0.06, 9)
+# Ink in a frame is at least so long, in sizes of its cell.
+ENCLOSED = 0.35
+# A printed line has fewer pixels across than this, or than a fiftieth of the picture; gaps in it are shorter than DASH.
+THIN, DASH = 7, 9
+# Pixels by which a printed line may be wider than what is straight of it, and across which strokes go on.
+BESIDE, ACROSS = 1, 7
+# Ink of this share of the threshold does not part a stroke: a pencil leaves such gaps.
+FAINT = 0.5
+# The tallest character has more than this part of the picture's size, the root of its pixels.
+SMALLEST_SHARE = 25
+# Parts of at most so many pixels per side are specks.
+SPECK = 3
+# Of more parts, as noise has, the largest are taken.
+MOST_PARTS = 400
+# Parts may be of one character if one lies at most so far below the other, in heights of the taller.
+STACKED = 0.2
+# Parts are pieces of a line's characters if they are at least this tall, in heights of the picture's characters.
+SHORTEST = 0.25
+# A part wider and taller than this, in heights of its line, may be several characters; a character is at most so wide,
+# and consists of at most so many pieces.
+SINGLE, WIDEST, MOST_PIECES = 0.5, 1.5, 8
+# Another character costs so much, and a cut before it so much more, as characters seldom touch; what cannot be read at
+# all costs no more than the last. All are negative logarithms of probabilities.
+ANOTHER, CUT, NO_CHARACTER = 0.3, 0.6, 3.5
+# All that is found may be one character if the largest has this share of the box around it,
+# and if to read it costs at most this.
+ONE, READABLE = 0.7, 1.5
+# Cuts are at least this far apart, in heights of the line, and cross ink for at most this share of it.
+APART, THROUGH = 0.12, 0.45
+
+
+class Piece(NamedTuple):
+    """Pixels that belong to one character: `mask`, (h, w), bool, of the picture from `top` and `left` on."""
+
+    top: int
+    left: int
+    mask: np.ndarray
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.mask.shape[0]
+
+    @property
+    def right(self) -> int:
+        return self.left + self.mask.shape[1]
+
+
+# Returns how improbable it is, (N,), that each of the images (N, 28, 28, 1), uint8, is one character: the negative
+# logarithm of the probability.
+Cost = Callable[[np.ndarray], np.ndarray]
+
+
+def find_characters(colours: np.ndarray, cost: Cost | None) -> list[list[Character]]:
+    """Return the characters of each line, from left to right and from the first line to the last.
+
+    Args:
+      colours: (H, W, 3), float32, in 0..255.
+      cost: Decides how touching and broken characters are read; None to join only what lies above each other.
+    """
+    whole, faintest = measure_ink(colours)
+    whole = _without_rulings(whole, max(faintest, FAINT * ink_threshold(whole, faintest)))
+    ink, parts = whole, []
+    # What is connected to the edge is no character, as long as there are others; they may be fainter.
+    for _ in range(2):
+        threshold = ink_threshold(ink, faintest)
+        mask = ink > max(faintest, FAINT * threshold)
+        edge = connected_to_edge(mask)
+        parts = _parts(mask & ~edge)
+        if max((part.mask.shape[0] for part in parts), default=0) > np.sqrt(ink.size) / SMALLEST_SHARE:
+            break
+        ink = np.where(edge, 0, ink)
+    else:
+        ink, threshold = whole, ink_threshold(whole, faintest)
+        parts = _parts(ink > max(faintest, FAINT * threshold))
+    lines = [line for line in (_read_line(line, ink, threshold, cost) for line in _lines(parts)) if line]
+    one = find_character(colours)
+    if one is None or cost is None or not lines:
+        return lines
+    several = [character for line in lines for character in line]
+    if _area(one.box) < ONE * _area(_around([character.box for character in several])):
+        return lines
+    of_one, *of_several = cost(np.stack([character.image for character in (one, *several)]))
+    as_several = np.minimum(of_several, NO_CHARACTER).sum() + ANOTHER * (len(several) - 1)
+    return [[one]] if of_one <= min(as_several, READABLE) else lines
+
+
+def _parts(mask: np.ndarray) -> list[Piece]:
+    """Return the connected parts of a mask, (H, W) bool."""
+    labels = number_parts(mask)
+    return [
+        Piece(rows.start, columns.start, labels[rows, columns] == number)
+        for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1)
+    ]
+
+
+def _without_rulings(ink: np.ndarray, threshold: float) -> np.ndarray:
+    """Erase lines across the picture and frames around characters, but not the strokes that cross them."""
+    mask = ink > threshold
+    height, width = mask.shape
+    thick = np.ones((max(THIN, round(np.sqrt(ink.size) / 50)),) * 2)
+    thin = mask & ~np.asarray(ndimage.binary_opening(mask, thick), bool)
+    across, down = (ndimage.binary_closing(thin, np.ones(size)) for size in ((1, DASH), (DASH, 1)))
+    lines = (_straight(across, width * 8 // 10) | _straight(down.T, height * 9 // 10).T) & thin
+    for part in _parts(mask):
+        if min(part.mask.shape) > 2 * SMALLEST_SIDE:
+            rows, columns = slice(part.top, part.bottom), slice(part.left, part.right)
+            lines[rows, columns] |= _frame(part.mask, mask[rows, columns])
+    lines = np.asarray(ndimage.binary_dilation(lines, iterations=BESIDE), bool) & mask
+    rest = np.pad(mask & ~lines, ACROSS)
+    strokes = [ndimage.binary_closing(rest, np.ones(size)) for size in ((ACROSS, 1), (1, ACROSS))]
+    crossing = np.any(strokes, axis=0)[ACROSS:-ACROSS, ACROSS:-ACROSS]
+    return np.where(ndimage.binary_dilation(lines & ~crossing), np.minimum(ink, 0), ink)
+
+
+def _frame(part: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the lines of a part, (h, w) bool, if it is a frame: a rectangle, or cells or a ring around other ink.
+
+    Args:
+      part: The part.
+      mask: All ink in its box, (h, w) bool.
+    """
+    height, width = part.shape
+    across, down = _straight(part, width * 7 // 10), _straight(part.T, height * 7 // 10).T
+    tops, sides = max(2, height // 8), max(2, width // 8)
+    if all(end.any() for end in (across[:tops], across[-tops:], down[:, :sides], down[:, -sides:])):
+        return across | down
+    holes = number_parts(ndimage.binary_fill_holes(part) & ~part)
+    cells = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(holes), start=1):
+        enclosed = (
+            mask[rows, columns] & ndimage.binary_fill_holes(holes[rows, columns] == number) & ~part[rows, columns]
+        )
+        cell = min(rows.stop - rows.start, columns.stop - columns.start)
+        if any(max(other.mask.shape) > ENCLOSED * cell for other in _parts(enclosed)):
+            cells.append(cell)
+    if not cells:
+        return np.zeros_like(part)
+    lines = _straight(part, min(cells) * 7 // 10) | _straight(part.T, min(cells) * 7 // 10).T
+    return lines if lines.sum() > part.sum() / 2 else part
+
+
+def _straight(mask: np.ndarray, length: int) -> np.ndarray:
+    """Return the pixels of a mask, (H, W) bool, on straight and nearly level runs of at least `length` pixels."""
+    height, width = mask.shape
+    length = max(3, length) | 1  # odd, so that both filters have a middle
+    margin = int(np.ceil(abs(SLOPES).max() * width / 2)) + 1
+    padded = np.pad(mask, ((margin, margin), (0, 0))).astype(np.uint8)
+    lines = np.zeros_like(padded)
+    for slope in SLOPES:
+        shifts = np.round(slope * (np.arange(width) - width / 2)).astype(int) + margin
+        index = np.arange(height)[:, np.newaxis] + shifts
+        level = np.take_along_axis(padded, index, axis=0)
+        runs = ndimage.minimum_filter1d(level, length, axis=1, mode="constant")
+        if runs.any():
+            runs = np.asarray(ndimage.maximum_filter1d(runs, length, axis=1, mode="constant"))
+            np.put_along_axis(lines, index, np.take_along_axis(lines, index, axis=0) | runs, axis=0)
+    return lines[margin:-margin].astype(bool)
+
+
+def _lines(parts: list[Piece]) -> list[list[Piece]]:
+    """Return the parts of each line of writing, from left to right; specks are left out."""
+    parts = [part for part in parts if max(part.mask.shape) > SPECK]
+    parts = sorted(parts, key=lambda part: part.mask.sum())[-MOST_PARTS:]
+    if not parts:
+        return []
+    stacks: list[list[Piece]] = []
+    for part in sorted(parts, key=lambda part: part.top):
+        below = next((stack for stack in stacks if _is_below(part, stack)), None)
+        if below is None:
+            stacks.append([part])
+        else:
+            below.append(part)
+    boxes = [_box(stack) for stack in stacks]
+    heights = np.array([max(bottom - top, right - left) for left, top, right, bottom in boxes])
+    sizes = np.array([sum(part.mask.sum() for part in stack) for stack in stacks])
+    order = np.argsort(heights)
+    # The median over pixels, not over stacks, of which many may be specks.
+    typical = order[np.searchsorted(sizes[order].cumsum(), sizes.sum() / 2)]
+    height, size = float(heights[typical]), float(sizes[typical])
+    lines: list[list[int]] = []
+    for i in order[::-1]:
+        if heights[i] < max(SHORTEST * height, SMALLEST_SIDE / 2) or sizes[i] < SMALLEST_PART * size:
+            continue
+        shares = [_share_beside(boxes[i], [boxes[j] for j in line], 2 * height) for line in lines]
+        if max(shares, default=0) < 0.5:
+            lines.append([i])
+        else:
+            lines[int(np.argmax(shares))].append(i)
+    lines.sort(key=lambda line: np.mean([boxes[i][1] + boxes[i][3] for i in line]))
+    return [
+        sorted((part for i in line for part in stacks[i]), key=lambda part: part.left + part.right) for line in lines
+    ]
+
+
+def _box(pieces: Sequence[Piece]) -> Box:
+    """Return the box around pieces."""
+    return _around([(piece.left, piece.top, piece.right, piece.bottom) for piece in pieces])
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """Return the box around boxes."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _is_below(part: Piece, stack: list[Piece]) -> bool:
+    """Whether a part lies so close below a stack of them that both may be of one character."""
+    left, _, right, bottom = _box(stack)
+    beside = min(right, part.right) - max(left, part.left)
+    gap, taller = part.top - bottom, max(piece.mask.shape[0] for piece in (part, *stack))
+    return beside > 0.3 * min(right - left, part.mask.shape[1]) and gap <= STACKED * taller
+
+
+def _share_beside(box: Box, line: list[Box], near: float) -> float:
+    """Return the share of a box's height that lies beside the nearest box of a line, and what else is near."""
+    left, top, right, bottom = box
+    distances = [max(other[0] - right, left - other[2]) for other in line]
+    neighbours = [
+        other for other, distance in zip(line, distances, strict=True) if distance <= max(near, min(distances))
+    ]
+    highest, lowest = min(other[1] for other in neighbours), max(other[3] for other in neighbours)
+    return (min(bottom, lowest) - max(top, highest)) / (bottom - top)
+
+
+def _read_line(line: list[Piece], ink: np.ndarray, threshold: float, cost: Cost | None) -> list[Character]:
+    """Return the characters of the most probable way to cut and to join a line's parts."""
+
+    def joined(pieces: Sequence[Piece]) -> Character | None:
+        mask = np.zeros(ink.shape, bool)
+        for piece in pieces:
+            mask[piece.top : piece.bottom, piece.left : piece.right] |= piece.mask
+        image = lay_out(trace(ink, mask, threshold))
+        return None if image is None else Character(_box(pieces), image)
+
+    if cost is None:
+        return [character for pieces in _columns(line) if (character := joined(pieces)) is not None]
+    left, top, right, bottom = _box(line)
+    tallest = max(part.mask.shape[0] for part in line)
+    height = min(bottom - top, tallest / 0.6)  # of a line that is level, or whose characters are not all broken
+    pieces: list[Piece] = []
+    cuts: set[int] = set()  # the numbers of the pieces that were cut from the one before
+    for part in line:
+        of_part = list(_cut(part, height))
+        cuts.update(range(len(pieces) + 1, len(pieces) + len(of_part)))
+        pieces += of_part
+    spans: dict[tuple[int, int], Character] = {}
+    for first, last in itertools.combinations(range(len(pieces) + 1), 2):
+        left, top, right, bottom = _box(pieces[first:last])
+        fits = last - first <= MOST_PIECES and max(right - left, bottom - top) <= WIDEST * height
+        if (fits or last - first == 1) and (character := joined(pieces[first:last])) is not None:
+            spans[first, last] = character
+    if not spans:
+        return []
+    improbable = cost(np.stack([character.image for character in spans.values()]))
+    costs = dict(zip(spans, np.minimum(improbable, NO_CHARACTER), strict=True))
+    best: list[tuple[float, list[Character]]] = [(0.0, [])]
+    for last in range(1, len(pieces) + 1):
+        ways = [
+            (
+                best[first][0] + costs[first, last] + ANOTHER + CUT * (first in cuts),
+                [*best[first][1], spans[first, last]],
+            )
+            for first in range(last)
+            if (first, last) in spans
+        ]
+        best.append(min(ways, key=lambda way: way[0]) if ways else best[-1])
+    return best[-1][1]
+
+
+def _columns(line: list[Piece]) -> list[list[Piece]]:
+    """Return the pieces of a line that lie above each other."""
+    columns: list[list[Piece]] = []
+    for piece in sorted(line, key=lambda piece: piece.left):
+        left, _, right, _ = _box(columns[-1]) if columns else (0, 0, 0, 0)
+        if min(right, piece.right) - piece.left > min(right - left, piece.mask.shape[1]) / 2:
+            columns[-1].append(piece)
+        else:
+            columns.append([piece])
+    return columns
+
+
+def _cut(part: Piece, height: float) -> Iterator[Piece]:
+    """Yield the pieces of a part that may be several characters, from left to right.
+
+    Each cut is the path from top to bottom, by single pixels down or down and aside, that crosses the least ink.
+    """
+    mask = part.mask
+    if mask.shape[1] <= SINGLE * height or mask.shape[0] <= SINGLE * height:
+        yield part
+        return
+    down, up = _least_ink(mask), _least_ink(mask[::-1])[::-1]
+    middle = mask.shape[0] // 2
+    through = down[middle] + up[middle] - mask[middle]
+    apart = max(2, round(APART * height))
+    lowest = (through == ndimage.minimum_filter1d(through, 2 * apart + 1)) & (through <= THROUGH * height)
+    columns = np.nonzero(lowest)[0]
+    number = np.zeros(mask.shape, int)  # how many of the cuts lie to the left of each pixel
+    last = 0
+    for column in columns[(columns >= apart) & (columns < mask.shape[1] - apart)]:
+        if column - last >= apart:
+            last = column
+            path = _path(down, up, column, middle)
+            number += np.arange(mask.shape[1]) >= path[:, np.newaxis]
+    for i in range(number.max() + 1):
+        piece = mask & (number == i)
+        if piece.any():
+            rows, columns = ndimage.find_objects(piece.astype(int))[0]
+            yield Piece(part.top + rows.start, part.left + columns.start, piece[rows, columns])
+
+
+def _least_ink(mask: np.ndarray) -> np.ndarray:
+    """Return how many pixels of ink a path from the first row to each pixel of a mask, (h, w), crosses at least."""
+    least = mask.astype(np.int32)
+    for row in range(1, len(least)):
+        least[row] += ndimage.minimum_filter1d(least[row - 1], 3, mode="nearest")
+    return least
+
+
+def _path(down: np.ndarray, up: np.ndarray, column: int, middle: int) -> np.ndarray:
+    """Return the column in each row, (h,), of the cheapest path through one pixel of the middle row."""
+    path = np.full(len(down), column)
+    for rows, least in (range(middle - 1, -1, -1), down), (range(middle + 1, len(down)), up):
+        current = column
+        for row in rows:
+            near = least[row, max(0, current - 1) : current + 2]
+            # Straight on, where nothing is gained by going aside.
+            straight = current - max(0, current - 1)
+            current += 0 if near[straight] == near.min() else int(near.argmin()) - straight
+            path[row] = current
+    return path
