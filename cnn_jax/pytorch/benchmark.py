@@ -23,7 +23,8 @@ from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_work
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
 from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
-from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.files import read_file, write_atomically
+from cnn_jax.runtime.records import decode
 
 # What brings TensorFlow, under either name, where somebody has installed it.
 TENSORFLOW_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras")
@@ -145,10 +146,7 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
 
 def read_result(file: Path) -> BenchmarkResult:
     """Read the JSON file of a benchmark."""
-    content = json.loads(file.read_text())
-    content["floor"] = Floor(**content["floor"])
-    content["variants"] = {name: Timing(**timing) for name, timing in content["variants"].items()}
-    return BenchmarkResult(**content)
+    return decode(read_file(file), BenchmarkResult, source=file, remedy="run the benchmark again")
 
 
 def measure_floor() -> Floor:

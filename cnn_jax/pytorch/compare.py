@@ -1,5 +1,6 @@
 """Train in both frameworks from several seeds, each in its own process, and report the differences."""
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -15,16 +16,21 @@ import scipy
 
 from cnn_jax.analysis.plots import plot_comparison
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.pytorch.processes import SeedResult, ended_early, start_worker, train_in_pytorch
+from cnn_jax.pytorch.processes import PARTS, SeedResult, ended_early, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
+from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.summary import mean_interval
 from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
-from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.errors import RunLockedError
+from cnn_jax.runtime.files import AlreadyLockedError, locked, read_file, write_atomically
+from cnn_jax.runtime.records import NonEmpty, NotNegative, decode, encode, unreadable
 from cnn_jax.runtime.signals import ending_together
 
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "python")
+STEPS, FLOAT64_STEPS = 600, 100  # over which the agreement from equal weights is measured: an epoch, and its beginning
+REMEDY = "delete it and run the same command again, which measures it anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +66,12 @@ class FrameworkResult:
 class AgreementSummary(TypedDict):
     """The fields of `equivalence.Agreement`; `gradients` is the largest difference over all weights."""
 
-    logits: float
-    gradients: float
-    costs: list[float]
-    distances: list[float]
-    pytorch_costs: list[float]
-    float64_costs: list[float]
+    logits: NotNegative
+    gradients: NotNegative
+    costs: NonEmpty[NotNegative]
+    distances: NonEmpty[NotNegative]
+    pytorch_costs: NonEmpty[NotNegative]
+    float64_costs: NonEmpty[NotNegative]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,42 +98,57 @@ class Report:
 
 
 def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path | None = None) -> None:
-    """Train every seed in both frameworks, unless its result exists; write report.json, report.md and report.png."""
+    """Train every seed in both frameworks, unless its result exists; write report.json, report.md and report.png.
+
+    Raises:
+      InputFileError: a result that exists is damaged.
+      RunLockedError: another process is writing the same comparison.
+      SystemExit: with the exit code of a training that failed, which has said why.
+    """
     display = Display()
     leave_out_absent_accelerators()
-    output.mkdir(parents=True, exist_ok=True)
-    results = {framework: [] for framework in FRAMEWORKS}
-    for each in range(seed, seed + seeds):
-        # The frameworks take turns, so that anything that slows the machine down for a while slows both.
-        for framework in FRAMEWORKS:
-            results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
-    report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
-    _write(output / "report.json", dataclasses.asdict(report))
-    display.say(*write_report(report, output / "report.md").splitlines())
-    display.say(f"written to {output / 'report.md'}")
+    (output / "runs").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(output / "runs" / "lock"))
+        except AlreadyLockedError as error:
+            raise RunLockedError(
+                f"process {error.holder} is writing the comparison {output}; "
+                "wait for it, stop it, or give another --output"
+            ) from error
+        results = {framework: [] for framework in FRAMEWORKS}
+        for each in range(seed, seed + seeds):
+            # The frameworks take turns, so that anything that slows the machine down for a while slows both.
+            for framework in FRAMEWORKS:
+                results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
+        report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
+        _write(output / "report.json", report)
+        display.say(*write_report(report, output / "report.md").splitlines())
+        display.say(f"written to {output / 'report.md'}")
 
 
 def read_report(file: Path) -> Report:
     """Read a report.json."""
-    content = json.loads(file.read_text())
-    for name, side in content["frameworks"].items():
-        means = {key: Mean(**side[key]) for key in ("accuracy", "unscaled_accuracy", "last_cost")}
-        runs = [SeedResult(**run) for run in side["runs"]]
-        content["frameworks"][name] = FrameworkResult(**means, seconds=side["seconds"], runs=runs)
-    return Report(**content)
+    return decode(read_file(file), Report, source=file, remedy=REMEDY)
 
 
 def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display) -> AgreementSummary:
     """Measure over an epoch how closely both frameworks agree, in this process, unless that has been done."""
-    file = output / "runs" / "agreement.json"
+    file = output / "runs" / f"agreement-seed{seed}.json"
     if not file.exists():
         from cnn_jax.pytorch.equivalence import measure_agreement
 
-        display.say("from equal weights: an epoch in both frameworks, step by step")
-        dataset = load_dataset("mnist", None, data_dir)
-        agreement = measure_agreement(dataset, seed=seed, steps=600, float64_steps=100)
+        what = f"from equal weights: {STEPS} steps in float32 and {FLOAT64_STEPS} in float64, in both frameworks"
+        display.say(what)
+        with display.waiting(what):
+            dataset = load_dataset("mnist", None, data_dir)
+            agreement = measure_agreement(dataset, seed=seed, steps=STEPS, float64_steps=FLOAT64_STEPS)
         _write(file, dataclasses.asdict(agreement) | {"gradients": max(agreement.gradients.values())})
-    return json.loads(file.read_text())
+    summary = decode(read_file(file), AgreementSummary, source=file, remedy=REMEDY)
+    steps = {name: len(values) for name, values in summary.items() if isinstance(values, list)}
+    if steps != dict.fromkeys(steps, STEPS) | {"float64_costs": FLOAT64_STEPS}:
+        raise unreadable(file, f"it has not {STEPS} and {FLOAT64_STEPS} steps", REMEDY)
+    return summary
 
 
 def _result_of(
@@ -137,7 +158,6 @@ def _result_of(
     name = f"{framework.lower()}-seed{seed}-epochs{epochs}"
     file = output / "runs" / f"{name}.json"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         display.say(f"{framework}, seed {seed}: training")
         if framework == "PyTorch":
             arguments = (seed, epochs, data_dir)
@@ -148,8 +168,12 @@ def _result_of(
                 result = worker.receive()
         else:
             result = _train_in_jax(seed, epochs, data_dir, file.parent / name)
-        _write(file, dataclasses.asdict(result))
-    return SeedResult(**json.loads(file.read_text()))
+        _write(file, result)
+    result = decode(read_file(file), SeedResult, source=file, remedy=REMEDY)
+    if (result.seed, len(result.costs), {*result.seconds}) != (seed, epochs, {*PARTS}):
+        found = f"seed {result.seed}, {len(result.costs)} epochs, seconds of {', '.join(result.seconds)}"
+        raise unreadable(file, f"it is of another training: {found}", REMEDY)
+    return result
 
 
 def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> SeedResult:
@@ -162,15 +186,21 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> S
         code = training.wait()
     if code != 0:
         raise ended_early(f"the training {run.name}", code)
-    result = json.loads((run / "result.json").read_text())
-    costs = [json.loads(line)["cost"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    parts = {"starting": "loading", "compiling": "compiling", "training": "training", "testing": "testing"}
-    seconds = {part: result["seconds"][name] for part, name in parts.items()}
-    return SeedResult(seed, costs, result["test_accuracy"], result["unscaled_test_accuracy"], seconds)
+    folder, names = RunFolder(run), ("loading", *PARTS[1:])
+    result, metrics = folder.read_result(), folder.read_metrics()
+    if result is None or result.unscaled_test_accuracy is None or not {*names} <= result.seconds.keys():
+        raise unreadable(run / "result.json", "numbers are missing", f"delete {run} and run the same command again")
+    return SeedResult(
+        seed=seed,
+        costs=[cost for epoch in metrics for cost in epoch.cost],
+        accuracy=result.test_accuracy,
+        unscaled_accuracy=result.unscaled_test_accuracy,
+        seconds={part: result.seconds[name] for part, name in zip(PARTS, names, strict=True)},
+    )
 
 
-def _write(file: Path, result: dict) -> None:
-    write_atomically(file, json.dumps(result, indent=2) + "\n")
+def _write(file: Path, result: SeedResult | Report | dict) -> None:
+    write_atomically(file, json.dumps(json.loads(encode(result)), indent=2) + "\n")
 
 
 def summarize(results: Mapping[str, Sequence[SeedResult]], agreement: AgreementSummary, *, epochs: int) -> Report:
@@ -264,7 +294,7 @@ def accuracy_table(report: Report) -> str:
         first_costs = [np.mean([run.costs[0] for run in side.runs]) for side in sides]
         rows.append(("cost after epoch 1", *(f"{cost:.4f}" for cost in first_costs)))
     rows.append((f"cost after epoch {report.epochs}", *(side.last_cost for side in sides)))
-    for part in ("starting", "compiling", "training", "testing"):
+    for part in PARTS:
         rows.append((part, *(describe_seconds(side.seconds[part]) for side in sides)))
     return markdown_table(("", *FRAMEWORKS), rows)
 

@@ -6,7 +6,6 @@ script `cnn-jax` also imports the command line, 0.05 s that are then missing fro
 """
 
 import contextlib
-import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -23,11 +22,14 @@ from typing import Any, NamedTuple
 
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
-from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.errors import StorageError, one_line_failures, with_tracebacks
+from cnn_jax.runtime.records import Fraction, NonEmpty, NotNegative, Record, Seed
 from cnn_jax.runtime.streams import guard_standard_streams
 
 # The time that a function gets to return once its pipe is closed: enough for PyTorch's and JAX's threads to end.
 SECONDS_TO_END = 2
+# What a training's seconds are told of.
+PARTS = ("starting", "compiling", "training", "testing")
 
 
 class Worker(NamedTuple):
@@ -47,7 +49,7 @@ class Worker(NamedTuple):
         """Send an object to the function.
 
         Raises:
-          StorageError: the process has ended.
+          StorageError, SystemExit: the process has ended, as `ended_early` tells.
         """
         with self._alive():
             self.pipe.send(value)
@@ -56,7 +58,7 @@ class Worker(NamedTuple):
         """Return the next object that the function sends.
 
         Raises:
-          StorageError: the process ended without sending it.
+          StorageError, SystemExit: the process ended without sending it, as `ended_early` tells.
         """
         with self._alive():
             return self.pipe.recv()
@@ -70,12 +72,18 @@ class Worker(NamedTuple):
             raise ended_early(self.name, self.process.exitcode or 0) from error
 
 
-def ended_early(name: str, exit_code: int) -> StorageError:
-    """Return the failure that a process ended as it did; a negative exit code is a signal's, which left no message."""
+def ended_early(name: str, exit_code: int) -> StorageError | SystemExit:
+    """Return what ends this process where another ended before its work was done.
+
+    A process that failed has said why in its line, and this one ends with its exit code. Where a signal ended it, of
+    which the negative exit code tells, or Python itself, it has not.
+    """
     if exit_code < 0:
         by = f"signal {-exit_code} ({signal.strsignal(-exit_code)})"
         return StorageError(f"{name} was ended by {by}; run the same command again")
-    return StorageError(f"{name} ended with exit code {exit_code}; its own message is above")
+    if exit_code > 1:
+        return SystemExit(exit_code)
+    return StorageError(f"{name} ended with exit code {exit_code} before it was done; run the same command again")
 
 
 @contextlib.contextmanager
@@ -93,7 +101,7 @@ def start_worker(
     context = multiprocessing.get_context("spawn")
     pipe, other_end = context.Pipe()
     assert isinstance(pipe, Connection)  # another class only on Windows
-    process = context.Process(target=_run, args=(function, other_end, *arguments))
+    process = context.Process(target=_run, args=(with_tracebacks.get(), function, other_end, *arguments))
     with _environment(environment or {}):
         process.start()
     other_end.close()  # the process then has the only copy, so that its death closes the pipe
@@ -107,7 +115,7 @@ def start_worker(
         pipe.close()
 
 
-def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+def _run(debug: bool, function: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
     # A terminal's Ctrl-C reaches every process. The parent answers it, and this one ends with the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -115,7 +123,7 @@ def _run(function: Callable[..., None], pipe: Connection, *arguments: Any) -> No
     multiprocessing.set_start_method(None, force=True)
     guard_standard_streams()
     # stdout belongs to the command. When the parent is gone, nobody needs to know that the answer was not sent.
-    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(BrokenPipeError):
+    with one_line_failures(debug), contextlib.redirect_stdout(sys.stderr), contextlib.suppress(BrokenPipeError):
         function(pipe, *arguments)
 
 
@@ -218,8 +226,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-@dataclasses.dataclass(frozen=True)
-class SeedResult:
+class SeedResult(Record, frozen=True, kw_only=True):
     """The result of one training.
 
     Attributes:
@@ -227,14 +234,14 @@ class SeedResult:
       costs: The mean of the batch losses of each epoch.
       accuracy: The fraction of correct test images, with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
-      seconds: The process's time for `starting` (imports and data), `compiling`, `training` and `testing`.
+      seconds: The process's time for each of `PARTS`; `starting` is that for imports and data.
     """
 
-    seed: int
-    costs: list[float]
-    accuracy: float
-    unscaled_accuracy: float
-    seconds: dict[str, float]
+    seed: Seed
+    costs: NonEmpty[float]
+    accuracy: Fraction
+    unscaled_accuracy: Fraction
+    seconds: dict[str, NotNegative]
 
 
 def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | None) -> None:
@@ -246,7 +253,8 @@ def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | 
     starting = time.perf_counter() - begin
     run = train_torch(dataset, seed=seed, epochs=epochs, batch_size=BATCH_SIZE, learning_rate=0.001, report=_report)
     seconds = {"starting": starting, **run.seconds}
-    pipe.send(SeedResult(seed, run.costs, run.accuracy, run.unscaled_accuracy, seconds))
+    numbers = {"costs": run.costs, "accuracy": run.accuracy, "unscaled_accuracy": run.unscaled_accuracy}
+    pipe.send(SeedResult(seed=seed, **numbers, seconds=seconds))
 
 
 def _report(line: str) -> None:

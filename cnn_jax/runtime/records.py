@@ -74,8 +74,8 @@ def _to_path(kind: type, value: Any) -> Path:
     return Path(value)
 
 
-def encode(record: Record) -> str:
-    """Return a record as JSON, which `decode` reads."""
+def encode(record: object) -> str:
+    """Return a record, or a dataclass or dictionary with some, as JSON, which `decode` reads."""
     return msgspec.json.encode(record).decode()
 
 

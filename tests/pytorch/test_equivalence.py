@@ -1,7 +1,6 @@
 """Both frameworks compute the same function, and weights move between them unchanged or not at all."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -26,6 +25,7 @@ from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  #
 from cnn_jax.runs.folder import RunFolder  # noqa: E402
 from cnn_jax.runs.restore import restore_run  # noqa: E402
 from cnn_jax.runtime.errors import InputFileError  # noqa: E402
+from cnn_jax.runtime.records import encode  # noqa: E402
 from tests.helpers import EMBEDDED, assert_same_bits  # noqa: E402
 
 pytestmark = pytest.mark.optax_promotes
@@ -313,7 +313,10 @@ def test_training_in_pytorch_learns_and_repeats(mnist):
 def test_the_report_states_its_finding(tmp_path):
     def results(*accuracies):
         seconds = {"starting": 1.0, "compiling": 2.0, "training": 65.0, "testing": 3.0}
-        return [SeedResult(seed, [0.2, 0.1], value, value - 0.01, seconds) for seed, value in enumerate(accuracies)]
+        return [
+            SeedResult(seed=seed, costs=[0.2, 0.1], accuracy=value, unscaled_accuracy=value - 0.01, seconds=seconds)
+            for seed, value in enumerate(accuracies)
+        ]
 
     agreement = {"logits": 1e-6, "gradients": 2e-6, "costs": [1e-4], "distances": [1e-6], "pytorch_costs": [1e-4],
                  "float64_costs": [1e-12]}  # fmt: skip
@@ -322,5 +325,5 @@ def test_the_report_states_its_finding(tmp_path):
     other = summarize({"cnn-jax": results(0.98, 0.981), "PyTorch": results(0.991, 0.99)}, agreement, epochs=2)
     assert "accuracies differ: cnn-jax minus PyTorch is -0.0100" in to_markdown(other)
     assert "| of seeds 0 / 1 | 0.9800 / 0.9810 | 0.9910 / 0.9900 |" in accuracy_table(other)
-    (tmp_path / "report.json").write_text(json.dumps(dataclasses.asdict(other)))
+    (tmp_path / "report.json").write_text(encode(other))
     assert read_report(tmp_path / "report.json") == other
