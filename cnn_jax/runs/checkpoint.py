@@ -1,12 +1,14 @@
 """Checkpoints of a run's training state, each with a digest of itself; the only file that knows Orbax."""
 
 import contextlib
+import errno
 import gc
 import hashlib
 import io
 import itertools
 import json
 import logging
+import os
 import textwrap
 import time
 import warnings
@@ -23,7 +25,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from cnn_jax.core.training import TrainState
 from cnn_jax.runtime.distributed import is_process_0, on_process_0
-from cnn_jax.runtime.errors import NoCheckpointError, StorageError, lacks_access, lacks_memory
+from cnn_jax.runtime.errors import ALLOW_LARGER, NoCheckpointError, StorageError, lacks_access, lacks_memory
 from cnn_jax.runtime.files import first_free, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
@@ -113,10 +115,11 @@ class Checkpoints:
                 return
             except Exception as error:  # a full disk comes as any of several types
                 reason = _describe(error)
+                remedy = ALLOW_LARGER if os.strerror(errno.EFBIG) in str(error) else "make room there"
             _let_orbax_end()
         raise StorageError(
             f"cannot write the checkpoint of step {step} in {self.folder} ({reason}); "
-            "make room there, then run the same command again to continue from the one before"
+            f"{remedy}, then run the same command again to continue from the one before"
         )
 
     def restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:

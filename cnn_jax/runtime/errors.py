@@ -76,6 +76,9 @@ class StopSignalError(CnnJaxError):
         self.exit_code = 128 + signal_number
 
 
+ALLOW_LARGER = "allow larger files (ulimit -f)"  # the remedy of EFBIG, which says nothing of the room there is
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return which of the known words was perhaps meant, as a part of a failure's line; nothing if none is near."""
     near = difflib.get_close_matches(word, known, n=1)
@@ -184,8 +187,10 @@ def _remedy(error: OSError) -> str:
     if error.filename == "standard output":
         return "the work is done: run the same command again where it can be written"
     match error.errno:
-        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            return "make room there, or allow larger files"
+        case errno.ENOSPC | errno.EDQUOT:
+            return "make room there"
+        case errno.EFBIG:
+            return ALLOW_LARGER
         case errno.EMFILE | errno.ENFILE:
             return "allow more open files"
         case errno.EACCES | errno.EPERM | errno.EROFS:

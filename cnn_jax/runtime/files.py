@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.errors import ALLOW_LARGER, StorageError
 
 # The name of a temporary file: never another process's, and as short beside a long name as beside a short one.
 TEMPORARY = ".cnn-jax-{}.tmp"
@@ -150,7 +150,10 @@ def output_errors(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write {path} ({error.strerror or error}); give another {option}") from error
+        limited = f"{ALLOW_LARGER}, or " if error.errno == errno.EFBIG else ""
+        raise StorageError(
+            f"cannot write {path} ({error.strerror or error}); {limited}give another {option}"
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,18 @@ def test_what_a_full_disk_left_half_written_is_gone_after_the_next_save(trained,
     assert sorted(path.name for path in steps.iterdir()) == left
     save(steps, trained, 3)
     assert sorted(path.name for path in steps.iterdir()) == ["1", "3"]
+
+
+def test_a_limit_of_the_size_of_files_is_named_as_the_cause(trained, steps):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"\); allow larger files \(ulimit -f\), then run the same command again"
+        ):
+            save(steps, trained, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_without_a_sound_checkpoint_the_run_ends_with_3(trained, steps):

@@ -57,6 +57,8 @@ def test_whatever_the_system_refuses_is_told_with_a_remedy(code):
     line, exit_code = describe_failure(OSError(code, os.strerror(code), "a-file"))
     assert exit_code == 4
     assert line.startswith(f"error: cannot read or write a-file: {os.strerror(code)}; ")
+    assert ("ulimit -f" in line) == (code == errno.EFBIG)
+    assert ("make room" in line) == (code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def test_a_library_that_the_environment_keeps_from_loading_is_named(tmp_path, monkeypatch):
