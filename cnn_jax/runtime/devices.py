@@ -53,7 +53,8 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
       keep_compiled: Whether to keep compiled code on the disk, which saves seconds at the next start.
 
     Raises:
-      UsageError: this machine or this installation has no such device, or `XLA_FLAGS` cannot be understood.
+      UsageError: this machine or this installation has no such device, `XLA_FLAGS` cannot be understood, or this
+        process computes on another platform already.
     """
     _check_variables()
     # As the user gave them: some are set below.
@@ -65,19 +66,24 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
         fix_algorithms()
     if keep_compiled:
         _keep_compiled_code()
+    before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
     if platform is not None:
         jax.config.update("jax_platforms", platform)
     else:
         leave_out_absent_accelerators()
     try:
         with _quiet_plugins():
-            jax.devices()
+            started = jax.devices()[0].platform
     except Exception as error:  # a plugin lets through whatever it meets
+        jax.config.update("jax_platforms", before)  # a later call may ask for another
         reason = re.split(r"\n| \((?:you may need|set JAX)", str(error))[0].strip("; ") or type(error).__name__
         modules, installation = _WHEELS.get(platform or "", ((), ""))
         missing = modules and not any(importlib.util.find_spec(module) for module in modules)
         remedy = f"it needs {installation}" if missing else "choose another platform"
         raise UsageError(f"{wanted}: JAX finds no such device here, or cannot start it ({reason}); {remedy}") from error
+    if platform not in (None, started):  # JAX starts once, and then gives what it has started
+        jax.config.update("jax_platforms", before)
+        raise UsageError(f"--platform {platform}: this process computes on {started} already; start a new one for it")
 
 
 def fix_algorithms() -> None:

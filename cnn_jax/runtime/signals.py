@@ -106,8 +106,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Turn the first of the signals into a request; a second SIGINT ends the process at once, with 130."""
+    """Turn the first of the signals into a request; a second SIGINT ends the process at once, with 130.
+
+    Only Python's main thread can listen. Elsewhere nothing asks to stop, and signals do what they did before.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def note(signal_number: int, frame: object) -> None:
         if request.signal_number is None:

@@ -1,6 +1,8 @@
 """From Python, the package trains and reads as its commands do."""
 
+import concurrent.futures
 import json
+import os
 import re
 import subprocess
 import sys
@@ -86,6 +88,41 @@ def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path
             cnn_jax.train(**wrong)
     with pytest.raises(NoCheckpointError):
         cnn_jax.load("none")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_outside_the_main_thread_a_training_is_the_same(small_mnist, tmp_path):
+    settings = {"epochs": 1, "dataset_dir": small_mnist, "features": (2, 4), "checkpoint_dir": tmp_path}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        there = pool.submit(cnn_jax.train, run_name="there", **settings).result()
+    assert there.accuracies == cnn_jax.train(run_name="here", **settings).accuracies
+
+
+PLATFORMS = """
+import sys
+from pathlib import Path
+import cnn_jax
+from cnn_jax.runtime.errors import CnnJaxError
+def trained(platform):
+    settings = {"features": (2, 4), "dataset_dir": Path(sys.argv[1]), "checkpoint_dir": Path(sys.argv[2])}
+    try:
+        return cnn_jax.train(epochs=0.1, platform=platform, **settings).run.name
+    except CnnJaxError as error:
+        return str(error)
+for platform in ("tpu", "cpu", None, "tpu"):
+    print(trained(platform))
+"""
+
+
+def test_a_platform_that_is_refused_leaves_the_others_usable(program, small_mnist, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    out, err = program("-c", PLATFORMS, small_mnist, tmp_path, env=environment).communicate(timeout=60)
+    lines = [line for line in out.splitlines() if not line.startswith(("[Epoch", "Accuracy"))]
+    assert len(lines) == 4, err
+    assert lines[0].startswith("--platform tpu: JAX finds no such device here, or cannot start it (")
+    assert lines[1] == lines[2]
+    assert lines[1].endswith("-seed777-features2x4")
+    assert lines[3] == "--platform tpu: this process computes on cpu already; start a new one for it"
 
 
 def test_the_pages_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys, small_mnist):
