@@ -338,6 +338,7 @@ class RunFolder:
           RunLockedError: another process holds it.
           StorageError: something in it could not be written.
         """
+        check_output_folder(self.path, _PLACE)
         with contextlib.ExitStack() as held:
             with output_errors(self.path, _PLACE):
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from cnn_jax.runtime.errors import ALLOW_LARGER, StorageError
 
 # The name of a temporary file: never another process's, and as short beside a long name as beside a short one.
 TEMPORARY = ".cnn-jax-{}.tmp"
+MOST_NEW_FOLDERS = 200  # pathlib calls itself for each
+PATH_WITHIN = "/n" * 128  # as long as what libraries write within a folder may be called
 _temporary_files: set[Path] = set()  # those of this process
 
 
@@ -131,8 +133,17 @@ def check_output_folder(folder: Path, option: str) -> None:
     Raises:
       StorageError: likewise.
     """
+    path = folder.absolute()
     with output_errors(folder, option):
-        _check_folder(next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)))
+        present = next(each for each in (path, *path.parents) if os.path.lexists(each))
+        missing = path.parts[len(present.parts) :]
+        if len(missing) > MOST_NEW_FOLDERS:
+            raise OSError(f"{len(missing):,} folders, each in the one before, would have to be made")
+        # What is missing is asked for by each name alone and by the whole path, which the system limits both.
+        for name in (*missing, os.path.realpath(folder) + PATH_WITHIN):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(present / name)
+        _check_folder(present)
 
 
 def _check_folder(folder: Path) -> None:

@@ -220,17 +220,28 @@ def assert_refused(arguments, path, options):
     ("arguments", "path", "options"),
     [
         (["train", "--profile", "train.py"], "train.py", "--profile"),
+        (["train", "--profile", "n" * 256], "n" * 256, "--profile"),
+        (["train", "--dry-run", "--profile", f"a/{'n' * 256}/b"], f"a/{'n' * 256}/b", "--profile"),
+        (["train", "--profile", ("/" + "n" * 99) * 40], ("/" + "n" * 99) * 40, "--profile"),
+        (["train", "--profile", "n/" * 300 + "n"], "n/" * 300 + "n", "--profile"),
+        (["compare", "--output", ("/" + "n" * 99) * 41], ("/" + "n" * 99) * 41, "--output"),
+        (
+            ["train", "--dry-run", "--checkpoint-dir", f"a/{'n' * 256}", "--run-name", "b"],
+            f"a/{'n' * 256}/b",
+            "--checkpoint-dir or --run-name",
+        ),
         (["sweep", "--checkpoint-dir", "train.py"], "train.py/sweep", "--checkpoint-dir or --study"),
         (["import-torch", "a.pt", "--checkpoint-dir", "train.py"], "train.py/a", "--checkpoint-dir or --run-name"),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_refused_at_once(arguments, path, options):
+def test_a_folder_that_cannot_be_made_or_written_is_refused_at_once(arguments, path, options):
     assert_refused(arguments, path, options)
 
 
 def test_a_folder_is_not_made_by_being_checked(tmp_path, monkeypatch):
     check_output_folder(tmp_path / "a" / "b", "--output")
     check_output_folder(tmp_path, "--output")
+    check_output_folder(tmp_path / "a" / ("n" * 255) / "b" / ".." / "c", "--output")
     monkeypatch.chdir(tmp_path)
     check_output_folder(type(tmp_path)("a"), "--output")
     assert names(tmp_path) == []
