@@ -1,17 +1,19 @@
 """The program from Python, for notebooks and scripts: a trained network, and a training."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from cnn_jax.cli import commands
 from cnn_jax.core.evaluation import Evaluation, evaluate
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.inference.pictures import Picture, picture_of, read_picture
+from cnn_jax.inference.pictures import MAXIMUM_PIXELS, Picture, picture_of, read_picture
 from cnn_jax.inference.predict import as_text, in_file
 from cnn_jax.inference.preprocess import Box, check_takes_pictures
 from cnn_jax.inference.pretrained import PACKAGED, Reading, TrainedModel, load_trained_run, read_trained
@@ -82,18 +84,22 @@ class Network:
         """Return what each picture shows.
 
         Args:
-          pictures: Files, or arrays of uint8. One of the shape of the network's images, with or without its channel, is
-            taken for such an image; another, (H, W) or (H, W, 3), for a picture that is prepared like a file.
+          pictures: Files, or arrays of uint8, of NumPy or JAX. One of the shape of the network's images, with or
+            without its channel, is taken for such an image; another, (H, W) or (H, W, 3), for a picture that is
+            prepared like a file.
           one: Whether each picture shows one character.
 
         Raises:
           InputFileError: a file cannot be read.
-          UsageError: an array is not of uint8, or of no such shape.
+          UsageError: an array is not of uint8, or of no such shape, or what is given is neither a file nor an array.
         """
-        if isinstance(pictures, str | Path) or (isinstance(pictures, np.ndarray) and pictures.ndim == 2):
-            pictures = [pictures]
+        given, own = _of_numpy(pictures), self.trained.image_shape
+        several = isinstance(given, list | tuple)
+        if isinstance(given, np.ndarray):
+            coloured = given.ndim == 3 and given.shape[2] in (1, 3, 4) and given.shape[1:] != own[:2]
+            several = given.ndim > 2 and given.shape != own and not coloured
         check_takes_pictures(self.trained.image_shape, self.trained.name)
-        found = [self._image_or_picture(picture) for picture in pictures]
+        found = [self._image_or_picture(picture) for picture in (given if several else [given])]
         images = [each for each in found if isinstance(each, np.ndarray)]
         classes_of_images = iter(self.trained.probabilities(np.stack(images)) if images else ())
         return [
@@ -103,16 +109,23 @@ class Network:
             for each in found
         ]
 
-    def _image_or_picture(self, given: str | Path | np.ndarray) -> np.ndarray | Picture:
-        if not isinstance(given, np.ndarray):
+    def _image_or_picture(self, given: Any) -> np.ndarray | Picture:
+        given = _of_numpy(given)
+        if isinstance(given, str | Path):
             return read_picture(str(given))
+        if not isinstance(given, np.ndarray):
+            raise UsageError(
+                f"{_kind(given)} is no picture: give a file's path, an array of uint8 (of an image of PIL, "
+                "np.asarray(image.convert('RGB'))), or a list of them"
+            )
         shape = self.trained.image_shape
         if given.dtype == np.uint8 and given.shape in (shape, shape[: 2 if shape[2] == 1 else 3]):
             return given.reshape(shape)
-        if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,)):
+        sound = given.dtype == np.uint8 and given.ndim in (2, 3) and given.shape[2:] in ((), (3,))
+        if not sound or not 0 < given.size <= 3 * MAXIMUM_PIXELS:
             raise UsageError(
-                f"an array of {given.dtype} with the shape {given.shape} is no picture: it must be of uint8, with "
-                f"the shape {shape}, (height, width) or (height, width, 3)"
+                f"{_kind(given)} is no picture: it must be of uint8, with the shape {shape}, (height, width) or "
+                f"(height, width, 3), and have at most {MAXIMUM_PIXELS:,} pixels"
             )
         return picture_of(given)
 
@@ -141,13 +154,31 @@ class Network:
         return Answer(as_text([reading for line in lines for reading in line], self.class_names), symbols)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Return the logits, (N, K), float32, of images of the network's shape, (N, height, width, channels), uint8."""
+        """Return the logits, (N, K), float32, of images of the network's shape, (N, height, width, channels), uint8.
+
+        Raises:
+          UsageError: they are something else.
+        """
+        images, shape = _of_numpy(images), self.trained.image_shape
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != shape:
+            expected = ", ".join(map(str, ("N", *shape)))
+            raise UsageError(f"{_kind(images)} has no logits: give an array of uint8 with the shape ({expected})")
         return self.trained.logits(images)
 
     def test(self) -> Evaluation:
         """Return how the network does on its data set's test images."""
         dataset = self._dataset or load_dataset("mnist", None, self._data_dir)
         return evaluate(self.trained.model, self.trained.params, dataset.test_images, dataset.test_labels)
+
+
+def _of_numpy(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, jax.Array) else value
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} with the shape {value.shape}"
+    return f"{textwrap.shorten(repr(value), 60, placeholder='...')} ({type(value).__name__})"
 
 
 class Training(NamedTuple):
@@ -179,6 +210,8 @@ def load(run: str | Path | None = None, *, seed: int | None = None, data_dir: Pa
     Raises:
       CnnJaxError: there is no such run, it has no such seed, or it cannot be read.
     """
+    if run is not None and (not isinstance(run, str | Path) or not str(run)):
+        raise UsageError(f"load: {_kind(run)} is no run; give a run's folder, or its name in checkpoints")
     start_devices(None)
     if run is None:
         return Network(read_trained(PACKAGED), None, data_dir)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,18 +56,59 @@ def test_files_and_arrays_are_read_as_predict_reads_files(network, command, tmp_
 def test_images_of_the_data_set_are_used_as_they_are(network):
     images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)[:50]
     logits = network.logits(images[..., np.newaxis])
-    for given in (images, images[..., np.newaxis], list(images)):
+    for given in (
+        images,
+        images[..., np.newaxis],
+        list(images),
+        jax.numpy.asarray(images),
+        tuple(images[..., np.newaxis]),
+    ):
         assert [answer.symbols[0].index for answer in network.predict(given)] == logits.argmax(axis=1).tolist()
+    for alone in (images[0], images[0][..., np.newaxis]):
+        (answer,) = network.predict(alone)
+        assert answer.symbols[0].index == logits[0].argmax()
+    np.testing.assert_array_equal(network.logits(jax.numpy.asarray(images[..., np.newaxis])), logits)
 
 
-@pytest.mark.parametrize("array", [np.zeros((28, 28)), np.zeros((3, 4, 5), np.uint8), np.zeros(9, np.uint8)])
+@pytest.mark.parametrize("array", [np.zeros((28, 28)), np.zeros((3, 4, 5), np.uint8), np.zeros(9, np.uint8),
+                                   np.zeros((0, 5), np.uint8), np.broadcast_to(np.uint8(0), (1, 2**28)), np.array(3),
+                                   np.zeros((40, 40, 1), np.uint8), np.array(["docs/four.jpg"])])  # fmt: skip
 def test_what_is_no_picture_is_refused(array, network):
-    with pytest.raises(UsageError, match="is no picture: it must be of uint8, with the shape"):
-        network.predict([array])
+    for given in (array, [array]):
+        with pytest.raises(UsageError, match=r"is no picture: it must be of uint8, with the shape"):
+            network.predict(given)
     (blank,) = network.predict(np.zeros((50, 50), np.uint8))
     assert (blank.text, blank.lines, blank.symbols) == ("?", [], [])
     with pytest.raises(InputFileError, match="cannot be opened"):
         network.predict("no such file")
+
+
+@pytest.mark.parametrize("value", [None, 3, b"x", {1}, np.uint8(3), Image.new("P", (28, 28)), range(2), [[1]]])
+def test_what_is_neither_a_file_nor_an_array_is_refused_with_what_there_may_be(value, network):
+    for given in (value, [value]):
+        with pytest.raises(UsageError, match=r"\) is no picture: give a file's path, an array of uint8"):
+            network.predict(given)
+    with pytest.raises(UsageError, match=r" has no logits: give an array of uint8 with the shape \(N, 28, 28, 1\)"):
+        network.logits(value)
+
+
+def test_a_picture_in_colours_is_one_picture(network):
+    colours = np.asarray(Image.open(ROOT / "docs" / "four.jpg").convert("RGB"))
+    assert [answer.index for answer in network.predict(colours)] == [4]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 28, 28, 1), float), ((1, 27, 28, 1), np.uint8), ((28, 28, 1), np.uint8)]
+)
+def test_images_that_are_not_the_networks_have_no_logits(shape, dtype, network):
+    with pytest.raises(UsageError, match=r" has no logits: give an array of uint8 with the shape \(N, 28, 28, 1\)"):
+        network.logits(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("run", [3, b"x", "", ["run"]])
+def test_what_names_no_run_is_refused_as_that(run):
+    with pytest.raises(UsageError, match=r"^load: .* is no run; give a run's folder, or its name in checkpoints"):
+        cnn_jax.load(run)
 
 
 def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path, command, monkeypatch):
