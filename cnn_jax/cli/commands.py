@@ -29,7 +29,6 @@ from cnn_jax.runs.settings import (
     Platform,
     RecipeName,
     TrainSettings,
-    require,
 )
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
@@ -298,7 +297,7 @@ def sweep(
       cnn-jax sweep --trials 30
       cnn-jax sweep --study wide --features 64 128 96 192 --recipe fast
     """
-    shared = TrainSettings(
+    shared = TrainSettings.of(
         epochs=epochs,
         validation=validation,
         seeds=seeds,
@@ -341,7 +340,9 @@ def import_torch(
       cnn-jax import-torch model.pt
       cnn-jax train --run-name model --epochs 1
     """
-    settings = TrainSettings(run_name=run_name or file.stem, dataset=dataset, dataset_dir=dataset_dir, **vars(common))
+    settings = TrainSettings.of(
+        run_name=run_name or file.stem, dataset=dataset, dataset_dir=dataset_dir, **vars(common)
+    )
     check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
     need("torch", extra="torch")
     from cnn_jax.pytorch.import_weights import import_weights
@@ -367,7 +368,7 @@ def compare(
     Examples:
       cnn-jax compare --seeds 5
     """
-    require(0 <= seed <= 2**32 - seeds, "--seed", seed, "from 0 to 4294967295")
+    TrainSettings(seeds=seeds, seed=seed)  # refuses what a training would refuse
     check_output_folder(output, "--output")
     need("torch", extra="torch")
     from cnn_jax.pytorch.compare import compare

@@ -56,9 +56,14 @@ EACH_AT_LEAST_1 = Must(lambda numbers: min(numbers) >= 1, "at least 1 each")
 RATE = Must(lambda rate: 0 < rate < 1e38, "a positive number below 1e38, which float32 can hold")
 FRACTION = Must(lambda number: 0 <= number <= 1, "between 0 and 1")
 ADDRESS = Must(
-    lambda address: re.fullmatch(r"\S+:\d{1,5}", address) and 1 <= int(address.rpartition(":")[2]) <= 65535,
+    lambda address: (
+        re.fullmatch(r"\S+:[0-9]{1,5}", address)
+        and address.isprintable()
+        and 1 <= int(address.rpartition(":")[2]) <= 65535
+    ),
     "HOST:PORT, such as 10.0.0.1:1234",
 )
+PROCESSES = Must(lambda number: 1 <= number < 2**31, "from 1 to 2147483647")
 FOLDER_NAME = Must(
     re.compile(r"\w[\w.=+-]*").fullmatch,
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
@@ -144,7 +149,7 @@ class TrainSettings:
     profile: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     coordinator: Annotated[str | None, ADDRESS] = None
-    num_processes: int | None = None
+    num_processes: Annotated[int | None, PROCESSES] = None
     process_id: int | None = None
     data_dir: Path | None = None
     checkpoint_dir: Annotated[Path, TEXT] = Path("checkpoints")
@@ -152,7 +157,14 @@ class TrainSettings:
 
     @classmethod
     def of(cls, recipe: RecipeName = "tutorial", **given: Any) -> Self:
-        """Return the settings that are given, and for the rest the recipe's defaults."""
+        """Return the settings that are given, and for the rest the recipe's defaults.
+
+        Raises:
+          UsageError: as the class does, and where two data sets are given; earlier programs recorded runs with both.
+        """
+        dataset, folder = given.get("dataset", cls.dataset), given.get("dataset_dir")
+        if folder is not None:
+            require(dataset == cls.dataset, "--dataset", dataset, f"left out, or else --dataset-dir {folder}")
         return cls(recipe=recipe, **RECIPE_DEFAULTS[recipe]._asdict() | given)
 
     def __post_init__(self) -> None:

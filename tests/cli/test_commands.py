@@ -79,6 +79,11 @@ WRONG = {
     "--dataset-dir=": "--dataset-dir '': it must be DIR",
     "--run-name=": "--run-name '': it must be NAME",
     "--coordinator host --num-processes 2 --process-id 0": "--coordinator host: it must be HOST:PORT",
+    "--coordinator host\udcff:1 --num-processes 2 --process-id 0": "--coordinator host.:1: it must be HOST:PORT",
+    "--coordinator host:٣ --num-processes 2 --process-id 0": "--coordinator host:٣: it must be HOST:PORT",
+    "--coordinator host:1 --num-processes 0 --process-id 0": "--num-processes 0: it must be from 1 to 2147483647",
+    "--coordinator host:1 --num-processes 9999999999 --process-id 0": "--num-processes 9999999999: it must be from 1",
+    "--dataset fashion_mnist --dataset-dir a": "--dataset fashion_mnist: it must be left out, or else --dataset-dir a",
     "--coordinator host:1 --num-processes 2 --process-id 2": "--process-id 2: it must be from 0 to one less than",
     "--precision float16": "--precision float16: it must be one of bfloat16, float32; perhaps you meant ",
     "--platform abacus": "--platform abacus: it must be one of cpu, gpu, tpu; train",
@@ -91,6 +96,24 @@ WRONG = {
 def test_a_wrong_value_is_refused_and_named(arguments):
     with pytest.raises(UsageError, match=WRONG[arguments]):
         read(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["compare", "--seeds", 2, "--seed", 2**32 - 1], "--seed 4294967295: it must be from 0 to 4294967294"),
+        (["compare", "--seeds", 2**32 + 1], "--seeds 4294967297: it must be at most 4,294,967,296"),
+        (
+            ["sweep", "--dataset", "a", "--dataset-dir", "b"],
+            "--dataset a: it must be left out, or else --dataset-dir b",
+        ),
+        (["import-torch", "c", "--dataset", "a", "--dataset-dir", "b"], "--dataset a: it must be left out, or else"),
+    ],
+)
+def test_other_commands_refuse_what_a_training_would_refuse(arguments, complaint, command):
+    code, out, err = command(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {complaint}")
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,6 @@ def test_a_trial_whose_loss_is_not_finite_scores_nothing(command, arguments, tmp
         (["--validation", 301], "validation was 300 and is 301"),
         (["--seed", 1], "seed was 777 and is 1"),
         (["--seeds", 2], "seeds was 1 and is 2"),
-        (["--dataset", "fashion_mnist"], "dataset was mnist and is fashion_mnist"),
         (["--features", 4, 8], "features was 4x8, 8x16 and is 4x8"),
         (["--batch-size", 50, 100, 200], "batch_size was 50, 100 and is 50, 100, 200"),
         (["--recipe", "fast"], "recipe was tutorial and is fast"),
