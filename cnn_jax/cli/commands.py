@@ -146,7 +146,7 @@ def inspect(run: str, common: CommonOptions) -> None:
       cnn-jax inspect mnist-seed777
     """
     folder = common.run_folder(run)
-    RunFolder(folder).check_report()
+    RunFolder(folder).check_pictures()
     from cnn_jax.analysis.layers import inspect_run
 
     inspect_run(folder, data_dir=common.data_dir, platform=common.platform)

@@ -60,6 +60,7 @@ def _as_json(value: object) -> object:
 
 
 _PLACE = "--checkpoint-dir or --run-name"
+_COPY = "run, or a copy of it that can be written"
 
 
 class SeedsRecord(Record, frozen=True, kw_only=True):
@@ -358,9 +359,7 @@ class RunFolder:
             self.check_report(option=_PLACE)
             yield
 
-    def check_report(
-        self, file: Path | None = None, *, option: str = "run, or a copy of it that can be written"
-    ) -> None:
+    def check_report(self, file: Path | None = None, *, option: str = _COPY) -> None:
         """Refuse a place for a page about the run that cannot be written: by default its own, with the pictures.
 
         Raises:
@@ -370,6 +369,11 @@ class RunFolder:
             check_output(file)
         elif self.path.is_dir():
             check_output_file(self.report, option)
+            self.check_pictures(option)
+
+    def check_pictures(self, option: str = _COPY) -> None:
+        """Refuse a run whose pictures cannot be written, as `check_report` does."""
+        if self.path.is_dir():
             check_output_folder(self.pictures, option)
 
 

@@ -106,6 +106,16 @@ def test_inspect_lists_the_layers_in_80_columns_and_draws_them(run, command):
             assert picture.width == 750
 
 
+def test_inspect_names_the_pictures_where_they_cannot_be_written_and_needs_no_page(command, tmp_path):
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    assert command("inspect", tmp_path / "run")[0] == 3  # there is no run, which it found out
+    (tmp_path / "run" / "pictures").write_text("in the way")
+    code, out, err = command("inspect", tmp_path / "run")
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert err.startswith(f"error: cannot write {tmp_path / 'run' / 'pictures'} (")
+    assert err.endswith("; give another run, or a copy of it that can be written\n")
+
+
 def test_a_network_of_any_size_without_mistakes_or_epochs_is_drawn(tmp_path):
     image = np.random.default_rng(3).integers(0, 256, (9, 7, 3), np.uint8)
     params = initial_params(CNN(features=(5, 33), num_classes=30), image)
