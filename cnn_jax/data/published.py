@@ -74,11 +74,12 @@ def of_idx_folder(folder: Path) -> Published:
         known = Published(FASHION_MNIST)
     else:
         known = Published(numbers(int(labels.max(initial=0)) + 1))
-    named = (path for path in folder.iterdir() if re.fullmatch(r"(.*-)?mapping\.txt|labels\.txt", path.name))
-    lists = sorted(path for path in named if path.is_file())  # to open a pipe would wait for ever
+    lists = sorted(path for path in folder.iterdir() if re.fullmatch(r"(.*-)?mapping\.txt|labels\.txt", path.name))
     if len(lists) > 1:
         raise InputFileError(f"{folder} has both {lists[0].name} and {lists[1].name}; keep one list of class names")
     for file in lists:
+        if not file.is_file():  # to open a pipe would wait for ever
+            raise InputFileError(f"{file} is not a regular file; give class names, one per line, or remove it")
         known = known._replace(class_names=_read_names(file, known.first_label))
     first, last = known.first_label, known.first_label + len(known.class_names) - 1
     for file, in_file in zip(files, (labels, test_labels), strict=True):

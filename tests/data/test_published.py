@@ -146,10 +146,14 @@ def test_a_test_label_that_emnist_does_not_have_is_refused_and_not_left_out(digi
         load_dataset("mnist", tmp_path, None)
 
 
-def test_a_pipe_of_names_is_not_waited_for(digits, tmp_path):
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("nothing", path)]
+)
+def test_a_list_of_names_that_is_no_file_is_refused_and_not_waited_for(make, digits, tmp_path):
     write_set(tmp_path, "", *digits)
-    os.mkfifo(tmp_path / "labels.txt")
-    assert load_dataset("mnist", tmp_path, None).class_names == numbers(10)
+    make(tmp_path / "labels.txt")
+    with pytest.raises(InputFileError, match=r"labels\.txt is not a regular file; give class names, one per line, or"):
+        load_dataset("mnist", tmp_path, None)
 
 
 def test_fashion_mnist_is_known_by_its_labels(digits, tmp_path, monkeypatch):
