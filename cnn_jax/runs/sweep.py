@@ -268,7 +268,9 @@ def _failures_named(file: Path, *, reading: bool = False) -> Iterator[None]:
         found = next((cause for cause in chain if isinstance(cause, sqlite3.Error)), error if reading else None)
         if found is None:
             raise
-        code, reason = getattr(found, "sqlite_errorcode", None), str(found) or type(found).__name__
+        code, reason = getattr(found, "sqlite_errorcode", None), str(found)
+        if not reason or not (isinstance(found, sqlite3.Error) or type(found) in (ValueError, LookupError)):
+            reason = "what it records is incomplete or makes no sense"  # to Optuna, which fails anywhere in its code
         if code is None or code & 0xFF in DAMAGE:
             raise InputFileError(
                 f"{file} is damaged or not this study's ({reason}); bring a sound copy back, or give another --study"

@@ -340,6 +340,7 @@ def test_a_study_that_cannot_be_used_is_named_and_left_as_it_is(command, argumen
     before = files_of(begun)
     ended, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
     assert_one_line(err, begun / "study.db", word, "another --")
+    assert not re.search(r"\w(Error|Exception)\b|index out of range|line 1 column", err)  # Python's words
     assert ended == code
     assert files_of(begun) == before
 
