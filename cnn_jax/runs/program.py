@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -108,6 +109,11 @@ class Program(NamedTuple):
     epoch: functools.partial[SeedEpoch]
     run_steps: jax.stages.Wrapped
     sum_images: jax.stages.Wrapped
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs the run has; the last may end before its time."""
+        return math.ceil(self.last_step / self.steps_per_epoch)
 
     def end_of_epoch(self, step: int) -> int:
         """Return the last step of the epoch in progress at `step`; the run's last epoch may be incomplete."""

@@ -58,7 +58,7 @@ def show_segment(
     epoch, taken = divmod(progress.step - 1, program.steps_per_epoch)
     display.advance(
         epoch=epoch + 1,
-        epochs=settings.epochs,
+        epochs=program.epochs,
         step=progress.step,
         cost=float(progress.losses[:, : taken + 1].mean(dtype=np.float64)),
         examples_per_second=speed(settings, progress.step - begin, seconds),
@@ -100,7 +100,7 @@ def show_epoch(display: Display, settings: TrainSettings, program: Program, metr
     display.epoch_cost(metrics.epoch, statistics.fmean(metrics.cost))
     display.epoch_line(
         epoch=metrics.epoch,
-        epochs=settings.epochs,
+        epochs=program.epochs,
         tested_on=metrics.tested_on,
         accuracy=statistics.fmean(metrics.accuracy),
         examples_per_second=metrics.examples_per_second,

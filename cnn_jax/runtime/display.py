@@ -107,13 +107,13 @@ class Display:
             done.set()
             reminder.join()
 
-    def advance(self, *, epoch: int, epochs: float, step: int, cost: float, examples_per_second: float) -> None:
+    def advance(self, *, epoch: int, epochs: int, step: int, cost: float, examples_per_second: float) -> None:
         """Move the bar: the step reached, the epoch's mean cost so far and the images trained per second."""
         if self._progress is not None:
             self._progress.update(
                 self._progress.task_ids[0],
                 completed=step,
-                description=f"epoch {epoch}/{epochs:g}",
+                description=f"epoch {epoch}/{epochs}",
                 status=f"cost {cost:.4f}  {examples_per_second:,.0f} images/s",
             )
 
@@ -121,7 +121,7 @@ class Display:
         self,
         *,
         epoch: int,
-        epochs: float,
+        epochs: int,
         tested_on: str,
         accuracy: float,
         examples_per_second: float,
@@ -129,7 +129,7 @@ class Display:
     ) -> None:
         """Say where the run is after an epoch."""
         self.say(
-            f"epoch {epoch}/{epochs:g}: {tested_on} accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
+            f"epoch {epoch}/{epochs}: {tested_on} accuracy {accuracy:.4f}, {examples_per_second:,.0f} images/s, "
             f"{describe_seconds(left)} left"
         )
 

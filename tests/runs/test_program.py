@@ -16,6 +16,12 @@ def batches_of(program):
     return compile_soon(program, program.epoch, np.int32(0))(np.int32(0)).batches
 
 
+@pytest.mark.parametrize(("epochs", "count"), [(0.02, 1), (1, 1), (1.25, 2), (2, 2), (1.0001, 1)])
+def test_the_last_epoch_counts_as_one_wherever_it_ends(epochs, count):
+    sizes = Sizes(6000, (28, 28, 1), 10)
+    assert make_program(TrainSettings.of(epochs=epochs), sizes, make_mesh(1, jax.devices()[:1])).epochs == count
+
+
 def test_an_option_that_xla_no_longer_has_is_left_out(monkeypatch):
     settings = TrainSettings.of(features=(2, 4))
     program = make_program(settings, Sizes(200, (28, 28, 1), 10), make_mesh(1, jax.devices()[:1]))

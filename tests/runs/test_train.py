@@ -209,6 +209,10 @@ def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_dif
     assert "saved with device 1 x cpu and continues with 2 x cpu: bits may differ" in err
 
 
+def test_the_line_of_an_epoch_that_ends_early_counts_epochs(train):
+    assert "\nepoch 1/1: test accuracy " in train(epochs=0.2)[2]
+
+
 def test_a_finished_run_is_reported_and_not_trained_again(train, tmp_path):
     _, first_out, _ = train(epochs=1)
     before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
