@@ -74,7 +74,7 @@ def test_images_of_the_data_set_are_used_as_they_are(network):
                                    np.zeros((0, 5), np.uint8), np.broadcast_to(np.uint8(0), (1, 2**28)), np.array(3),
                                    np.zeros((40, 40, 1), np.uint8), np.array(["docs/four.jpg"])])  # fmt: skip
 def test_what_is_no_picture_is_refused(array, network):
-    for given in (array, [array]):
+    for given in ([array], array)[: 1 if array.shape == (3, 4, 5) else 2]:  # which are three pictures of 4x5
         with pytest.raises(UsageError, match=r"is no picture: it must be of uint8, with the shape"):
             network.predict(given)
     (blank,) = network.predict(np.zeros((50, 50), np.uint8))
@@ -94,7 +94,7 @@ def test_what_is_neither_a_file_nor_an_array_is_refused_with_what_there_may_be(v
 
 def test_a_picture_in_colours_is_one_picture(network):
     colours = np.asarray(Image.open(ROOT / "docs" / "four.jpg").convert("RGB"))
-    assert [answer.index for answer in network.predict(colours)] == [4]
+    assert [answer.text for answer in network.predict(colours)] == ["4"]
 
 
 @pytest.mark.parametrize(
