@@ -17,7 +17,7 @@ from cnn_jax.inference.preprocess import (
     Box,
     Character,
     connected_to_edge,
-    find_character,
+    find_in_ink,
     ink_threshold,
     lay_out,
     measure_ink,
@@ -86,8 +86,8 @@ def find_characters(colours: np.ndarray, cost: Cost | None) -> list[list[Charact
       colours: (H, W, 3), float32, in 0..255.
       cost: Decides how touching and broken characters are read; None to join only what lies above each other.
     """
-    whole, faintest = measure_ink(colours)
-    whole = _without_rulings(whole, max(faintest, FAINT * ink_threshold(whole, faintest)))
+    measured, faintest = measure_ink(colours)
+    whole = _without_rulings(measured, max(faintest, FAINT * ink_threshold(measured, faintest)))
     ink, parts = whole, []
     # What is connected to the edge is no character, as long as there are others; they may be fainter.
     for _ in range(2):
@@ -102,8 +102,8 @@ def find_characters(colours: np.ndarray, cost: Cost | None) -> list[list[Charact
         ink, threshold = whole, ink_threshold(whole, faintest)
         parts = _parts(ink > max(faintest, FAINT * threshold))
     lines = [line for line in (_read_line(line, ink, threshold, cost) for line in _lines(parts)) if line]
-    one = find_character(colours)
-    if one is None or cost is None or not lines:
+    one = find_in_ink(measured, faintest) if cost is not None and lines else None
+    if one is None or cost is None:
         return lines
     several = [character for line in lines for character in line]
     if _area(one.box) < ONE * _area(_around([character.box for character in several])):

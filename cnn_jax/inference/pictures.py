@@ -191,13 +191,11 @@ def draw_boxes(picture: Picture, labelled: Sequence[tuple[Box, str]]) -> bytes:
     for (left, top, right, bottom), text in labelled:
         draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=BOX_COLOUR)
         draw.text((left, top - 3), text, fill=BOX_COLOUR, anchor="lb", font_size=14)
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
+    return encode_png(np.asarray(image))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Return a picture, (H, W) uint8, as a PNG file."""
+    """Return a picture, (H, W) or (H, W, 3), uint8, as a PNG file."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()

@@ -53,7 +53,11 @@ def find_character(colours: np.ndarray) -> Character | None:
     Returns:
       The largest mark with the parts that belong to it; None if nothing differs enough from the paper.
     """
-    whole, faintest = measure_ink(colours)
+    return find_in_ink(*measure_ink(colours))
+
+
+def find_in_ink(whole: np.ndarray, faintest: float) -> Character | None:
+    """Find what `find_character` does in ink, (H, W), that `measure_ink` has measured."""
     ink, threshold = whole, ink_threshold(whole, faintest)
     for candidate, level in _without_surroundings(whole, faintest):
         if _longer_side(_digit_mask(candidate > level)) > np.sqrt(ink.size) / 10:
@@ -188,11 +192,12 @@ def _is_close(box: np.ndarray, other: np.ndarray) -> bool:
 
 def trace(ink: np.ndarray, mask: np.ndarray, threshold: float) -> np.ndarray:
     """Return the shape of the ink in and beside a mask, (H, W) bool, DETAIL times its final size: (h, w), bool."""
-    ink = np.where(ndimage.binary_dilation(mask, iterations=2), ink, 0)
     rows, columns = ndimage.find_objects(mask.astype(int))[0]
     longer = max(rows.stop - rows.start, columns.stop - columns.start)
     margin = 2
-    padded = np.pad(ink, margin)[rows.start : rows.stop + 2 * margin, columns.start : columns.stop + 2 * margin]
+    around = slice(rows.start, rows.stop + 2 * margin), slice(columns.start, columns.stop + 2 * margin)
+    inked = ndimage.binary_dilation(np.pad(mask, margin)[around], iterations=margin)
+    padded = np.where(inked, np.pad(ink, margin)[around], 0)
     scale = FITTED_SIZE * DETAIL / longer
     size = [max(1, round(scale * side)) for side in padded.shape]
     resized = Image.fromarray(padded.astype(np.float32)).resize(size[::-1], Image.Resampling.BICUBIC)
