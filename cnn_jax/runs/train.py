@@ -52,7 +52,7 @@ from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.summary import Result, epoch_metrics, introduce, show_epoch, show_segment
 from cnn_jax.runtime.devices import describe_devices, device_bytes, start_devices
 from cnn_jax.runtime.display import Display, Stopwatch
-from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, on_process_0, require_agreement
+from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, may_wait, on_process_0, require_agreement
 from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError, UsageError
 from cnn_jax.runtime.signals import StopRequest, listen_for_stop
 
@@ -157,7 +157,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
         progress, metrics = restore_progress(settings, run, program, saved, meta)
         first_step = progress.step
         if first_step < program.last_step:
-            stop = held.enter_context(listen_for_stop())
+            stop = held.enter_context(listen_for_stop(may_wait))
             held.enter_context(display.progress(total_steps=program.last_step, steps_done=first_step))
             write_scalars = held.enter_context(scalars(settings, run.folder, after_step=first_step))
             with clock.part("compiling"):

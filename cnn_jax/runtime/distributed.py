@@ -33,6 +33,7 @@ START_SECONDS = 120
 # They need a few milliseconds.
 GRACE_SECONDS = 0.5
 _leaving = threading.Lock()
+_working_alone = threading.Event()  # set while this process works and the others wait for it
 _on_abort: Any = None  # kept, because C calls it
 
 
@@ -139,16 +140,24 @@ def is_process_0() -> bool:
     return jax.process_index() == 0
 
 
+def may_wait() -> bool:
+    """Whether this process, if it does nothing, waits for another one, and not for its own disk."""
+    return jax.process_count() > 1 and not _working_alone.is_set()
+
+
 def on_process_0(function: Callable[..., T], *arguments: object) -> T:
     """Call a function in process 0 alone, and return its result, or raise its failure, in every process."""
     if jax.process_count() == 1:
         return function(*arguments)
     outcome = b""
     if is_process_0():
+        _working_alone.set()
         try:
             outcome = pickle.dumps((function(*arguments), None))
         except (CnnJaxError, OSError) as error:
             outcome = pickle.dumps((None, error))
+        finally:
+            _working_alone.clear()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
     padded = np.frombuffer(outcome.ljust(length, b"\0"), np.uint8)
     result, failure = pickle.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))

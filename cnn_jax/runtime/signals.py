@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -17,7 +18,11 @@ from cnn_jax.runtime.streams import write_last_line
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM")
 # nohup has SIGHUP ignored, for a program to outlive its terminal.
 SIGNALS = [number for number in map(signal.Signals.__getitem__, _ENDING) if signal.getsignal(number) != signal.SIG_IGN]
+# So long a process may wait for another one before a signal ends it; it then has used less than this share of a core.
+PATIENCE_SECONDS, IDLE = 1.5, 0.1
 AT_ONCE = "stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue"
+
+WAITING = "while it waited for another process of this run; start all again to continue from the newest checkpoint"
 
 
 def end_on_signals() -> None:
@@ -105,10 +110,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
+def listen_for_stop(may_wait: Callable[[], bool] = lambda: False) -> Iterator[StopRequest]:
     """Turn the first of the signals into a request; a second SIGINT ends the process at once, with 130.
 
+    Where the process waits for another one, which may be halted for hours, it cannot answer the request: the first
+    signal ends it then.
+
     Only Python's main thread can listen. Elsewhere nothing asks to stop, and signals do what they did before.
+
+    Args:
+      may_wait: Returns, in any thread, whether what this process waits for, if it does nothing, is another one.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -119,18 +130,31 @@ def listen_for_stop() -> Iterator[StopRequest]:
         if request.signal_number is None:
             request.signal_number = signal_number
 
-    interrupts = itertools.count(1)
+    interrupts, ended = itertools.count(1), threading.Event()
 
-    def end_at_the_second_interrupt(signal_number: int) -> None:
+    def hear(signal_number: int) -> None:
         if signal_number == signal.SIGINT and next(interrupts) > 1:
             _end_at_once(signal_number, AT_ONCE)
+        threading.Thread(target=end_if_it_waits, args=(signal_number,), daemon=True).start()
 
-    writing = _each_signal_in_a_thread(end_at_the_second_interrupt)
+    def end_if_it_waits(signal_number: int) -> None:
+        # Until Python has run the handler, the main thread is in a library in C, which computes or waits.
+        while request.signal_number is None:
+            waits, used = may_wait(), time.process_time()
+            if ended.wait(PATIENCE_SECONDS):
+                return
+            idle = time.process_time() - used < IDLE * PATIENCE_SECONDS
+            if idle and waits and may_wait() and request.signal_number is None:
+                name = signal.Signals(signal_number).name
+                _end_at_once(signal_number, f"stopped by {name} {WAITING}")
+
+    writing = _each_signal_in_a_thread(hear)
     before_pipe = signal.set_wakeup_fd(writing)
     try:
         with _handling(note):
             yield request
     finally:
+        ended.set()
         signal.set_wakeup_fd(before_pipe)
         os.close(writing)  # the thread reads the end of the pipe and returns
 

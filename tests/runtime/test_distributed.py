@@ -188,6 +188,62 @@ def test_a_process_that_jax_aborts_ends_in_one_line_too(program):
     assert line.endswith("; start all of them again, once each, to continue from the newest checkpoint")
 
 
+WAITING = """
+import ctypes, time
+from cnn_jax.runtime.devices import start_devices
+from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, may_wait, on_process_0
+from cnn_jax.runtime.signals import listen_for_stop
+with joined({!r}, 2, {}):
+    start_devices("cpu")
+    with listen_for_stop(may_wait) as stop:
+        all_gather(0)
+        print("begun", flush=True)
+        {}
+"""
+FOR_EACH_OTHER = "while True: all_gather(0)"
+# What waits in C, as a slow disk does: no signal interrupts it, and Python's handler runs later.
+FOR_A_DISK = """
+        mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+        library.pthread_mutex_lock(mutex)
+        end = (ctypes.c_long * 2)(int(time.time()) + 4, 0)
+        on_process_0(library.pthread_mutex_timedlock, mutex, end)
+        all_gather(0)
+        print(stop.signal_number, end="")
+"""
+
+
+def started(program, what):
+    """Two processes that have found each other and wait."""
+    place = free_place()
+    processes = [program("-c", WAITING.format(place, number, what)) for number in range(2)]
+    assert [process.stdout.readline() for process in processes] == ["begun\n"] * 2
+    return processes
+
+
+@pytest.mark.parametrize(("halted", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_ends_a_process_that_waits_for_one_that_is_halted(halted, number, program):
+    processes = started(program, FOR_EACH_OTHER)
+    processes[halted].send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    begin = time.monotonic()
+    processes[1 - halted].send_signal(number)
+    _, err = processes[1 - halted].communicate(timeout=30)
+    assert time.monotonic() - begin < 4
+    assert (processes[1 - halted].returncode, err) == (
+        128 + number,
+        f"stopped by {number.name} while it waited for another process of this run; "
+        "start all again to continue from the newest checkpoint\n",
+    )
+
+
+def test_a_process_whose_disk_is_slow_is_not_taken_for_one_that_waits_for_another(program):
+    first, second = started(program, FOR_A_DISK)
+    time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    assert [process.communicate(timeout=30) for process in (first, second)] == [("15", ""), ("None", "")]
+    assert (first.returncode, second.returncode) == (0, 0)
+
+
 def first_to_end(processes):
     """The exit code and stderr of whichever process ends first; the others are killed."""
     deadline = time.monotonic() + 60
