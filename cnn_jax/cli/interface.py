@@ -13,7 +13,7 @@ from cnn_jax.cli import commands
 from cnn_jax.core.evaluation import Evaluation, evaluate
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.inference.pictures import MAXIMUM_PIXELS, Picture, picture_of, read_picture
+from cnn_jax.inference.pictures import MAXIMUM_PIXELS, Picture, picture_of, read_picture, too_narrow
 from cnn_jax.inference.predict import as_text, in_file
 from cnn_jax.inference.preprocess import Box, check_takes_pictures
 from cnn_jax.inference.pretrained import PACKAGED, Reading, TrainedModel, load_trained_run, read_trained
@@ -99,20 +99,21 @@ class Network:
             coloured = given.ndim == 3 and given.shape[2] in (1, 3, 4) and given.shape[1:] != own[:2]
             several = given.ndim > 2 and given.shape != own and not coloured
         check_takes_pictures(self.trained.image_shape, self.trained.name)
-        found = [self._image_or_picture(picture) for picture in (given if several else [given])]
+        found = [self._image_or_answer(picture, one) for picture in (given if several else [given])]
         images = [each for each in found if isinstance(each, np.ndarray)]
         classes_of_images = iter(self.trained.probabilities(np.stack(images)) if images else ())
         return [
-            self._answer_to_image(each, next(classes_of_images))
-            if isinstance(each, np.ndarray)
-            else self._answer_to_picture(each, one)
+            self._answer_to_image(each, next(classes_of_images)) if isinstance(each, np.ndarray) else each
             for each in found
         ]
 
-    def _image_or_picture(self, given: Any) -> np.ndarray | Picture:
+    def _image_or_answer(self, given: Any, one: bool) -> np.ndarray | Answer:
+        """Return an array of the network's shape as it is, and the answer to any other picture, which takes memory."""
         given = _of_numpy(given)
         if isinstance(given, str | Path):
-            return read_picture(str(given))
+            picture = read_picture(str(given))
+            Display().say(*picture.notes(str(given)))
+            return self._answer_to_picture(picture, one)
         if not isinstance(given, np.ndarray):
             raise UsageError(
                 f"{_kind(given)} is no picture: give a file's path, an array of uint8 (of an image of PIL, "
@@ -122,12 +123,14 @@ class Network:
         if given.dtype == np.uint8 and given.shape in (shape, shape[: 2 if shape[2] == 1 else 3]):
             return given.reshape(shape)
         sound = given.dtype == np.uint8 and given.ndim in (2, 3) and given.shape[2:] in ((), (3,))
-        if not sound or not 0 < given.size <= 3 * MAXIMUM_PIXELS:
+        if not sound or not 0 < given.shape[0] * given.shape[1] <= MAXIMUM_PIXELS:
             raise UsageError(
                 f"{_kind(given)} is no picture: it must be of uint8, with the shape {shape}, (height, width) or "
                 f"(height, width, 3), and have at most {MAXIMUM_PIXELS:,} pixels"
             )
-        return picture_of(given)
+        if too_narrow(given.shape[:2]):
+            raise UsageError(f"{_kind(given)} is too small or too narrow; give a picture of a whole digit")
+        return self._answer_to_picture(picture_of(given), one)
 
     def _answer_to_image(self, image: np.ndarray, classes: np.ndarray) -> Answer:
         height, width = image.shape[:2]

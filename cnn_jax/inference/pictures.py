@@ -26,6 +26,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file begins
 BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", *TIFF)
 BOX_COLOUR = (30, 120, 220)
 MAXIMUM_BYTES = 2**26
+BAND = 64  # rows of a large picture, made smaller, that are converted at once
 MAXIMUM_PIXELS = 50_000_000  # as many as the largest phone sensors have
 
 
@@ -52,10 +53,16 @@ class Picture(NamedTuple):
     Attributes:
       colours: (H, W, 3), float32, in 0..255, of at most WORKING_SIZE pixels per side.
       size: The width and height that it has in its file, upright.
+      first_of_several: Whether its file has more, as an animation or a document of pages has.
     """
 
     colours: np.ndarray
     size: tuple[int, int]
+    first_of_several: bool = False
+
+    def notes(self, file: str) -> list[str]:
+        """Return what to say of a picture that was read from a file."""
+        return [f"{file} has several pictures; only the first is read"] if self.first_of_several else []
 
 
 def read_picture(file: str) -> Picture:
@@ -65,6 +72,11 @@ def read_picture(file: str) -> Picture:
       InputFileError: the file is missing, empty, too large, damaged, not a regular file, or of another format.
     """
     return _decode(file, _read_bytes(file))
+
+
+def too_narrow(size: Sequence[int]) -> bool:
+    """Whether a picture of this width and height, or height and width, is too small to show a whole digit."""
+    return min(size) < SMALLEST_SIDE * max(1, max(size) / WORKING_SIZE)
 
 
 def picture_of(pixels: np.ndarray) -> Picture:
@@ -112,11 +124,12 @@ def _decode(file: str, content: bytes) -> Picture:
             _open_image(file, content).verify()
             with _open_image(file, content) as image:
                 width, height = image.size
+                several = getattr(image, "is_animated", False)
                 image.draft(image.mode, (2 * WORKING_SIZE, 2 * WORKING_SIZE))
                 image.load()
-                on_its_side = image.getexif().get(ORIENTATION, 1) >= 5
-                ImageOps.exif_transpose(image, in_place=True)
-                return Picture(_to_colours(image), (height, width) if on_its_side else (width, height))
+                orientation = image.getexif().get(ORIENTATION, 1)
+                size = (height, width) if orientation >= 5 else (width, height)
+                return Picture(_to_colours(_in_8_bits(file, image), orientation), size, several)
     except InputFileError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -153,22 +166,57 @@ def _open_image(file: str, content: bytes) -> Image.Image:
         image = None
     if image is None or image.width * image.height > MAXIMUM_PIXELS:
         raise InputFileError(f"{file} has more than {MAXIMUM_PIXELS:,} pixels; give a smaller picture")
-    if min(image.size) < SMALLEST_SIDE * max(1, max(image.size) / WORKING_SIZE):
+    if too_narrow(image.size):
         raise InputFileError(
             f"{file} is {image.width}x{image.height} pixels, too small or too narrow; give a picture of a whole digit"
         )
     return image
 
 
-def _to_colours(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits of grey
-        grey = np.asarray(image, np.float32) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+def _to_colours(image: Image.Image, orientation: int = 1) -> np.ndarray:
+    """Return a decoded image, turned upright from EXIF's orientation, as the colours of a `Picture`."""
+    shrunk = _shrunk(image)
+    shrunk.getexif()[ORIENTATION] = orientation
+    ImageOps.exif_transpose(shrunk, in_place=True)
+    shrunk.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
+    colours = np.asarray(shrunk, np.float32)
+    return _composite(colours) if shrunk.mode == "RGBA" else colours
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """Return an image as RGB or RGBA, of at most about 4 * WORKING_SIZE pixels per side, converted band by band.
+
+    A whole one of 50 million pixels would take 200 MB more for each conversion.
+    """
     with_alpha = image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info
-    image = image.convert("RGBA" if with_alpha else "RGB")
-    image.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
-    colours = np.asarray(image, np.float32)
-    return _composite(colours) if with_alpha else colours
+    factor = max(1, max(image.size) // (2 * WORKING_SIZE))
+    width, height = (-(-side // factor) for side in image.size)
+    shrunk = Image.new("RGBA" if with_alpha else "RGB", (width, height))
+    for top in range(0, height, BAND):
+        bottom = min(top + BAND, height)
+        band = image.crop((0, top * factor, image.width, min(bottom * factor, image.height)))
+        shrunk.paste(band.convert(shrunk.mode).reduce(factor), (0, top))
+    return shrunk
+
+
+def _in_8_bits(file: str, image: Image.Image) -> Image.Image:
+    """Return an image whose pixels have more than 8 bits with 8, of what its brightest pixel shows white to be.
+
+    Formats do not tell: of 16 bits a camera may use 12, and floats may end at 1, at 255 or elsewhere.
+    """
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    bands = [(0, top, image.width, min(top + BAND, image.height)) for top in range(0, image.height, BAND)]
+    ends = np.array([(pixels.min(), pixels.max()) for pixels in (np.asarray(image.crop(band)) for band in bands)])
+    darkest, brightest = ends[:, 0].min(), ends[:, 1].max()
+    if not 0 <= darkest <= brightest < np.inf:
+        raise InputFileError(f"{file} has pixels below 0 or that are no numbers; save it with 8 bits per channel")
+    white = 1 if brightest <= 1 else 2 ** max(8, int(np.ceil(np.log2(float(brightest) + 1)))) - 1
+    grey = Image.new("L", image.size)
+    for band in bands:
+        pixels = np.asarray(image.crop(band), np.float32) * np.float32(255 / white)
+        grey.paste(Image.fromarray(pixels.round().astype(np.uint8)), band)
+    return grey
 
 
 def _composite(colours: np.ndarray) -> np.ndarray:

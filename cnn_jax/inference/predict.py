@@ -63,6 +63,7 @@ def predict(
     for count, (file, picture) in enumerate(_sound_pictures(images, failures)):
         if boxes is not None and count:
             raise UsageError(f"--boxes {boxes}: it is for one picture; give one")
+        Display().say(*picture.notes(file))
         names, lines = network().class_names, network().read(picture.colours, one=one)
         readings = list(itertools.chain(*lines))
         answered |= any(reading.index is not None for reading in readings)

@@ -1,12 +1,14 @@
 """From Python, the package trains and reads as its commands do."""
 
 import concurrent.futures
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 
 import cnn_jax
 from cnn_jax.data.idx import read_idx
+from cnn_jax.inference.pictures import read_picture
 from cnn_jax.runtime.errors import CnnJaxError, InputFileError, NoCheckpointError, UsageError
 from tests.helpers import EMBEDDED, ROOT
 
@@ -72,7 +75,8 @@ def test_images_of_the_data_set_are_used_as_they_are(network):
 
 @pytest.mark.parametrize("array", [np.zeros((28, 28)), np.zeros((3, 4, 5), np.uint8), np.zeros(9, np.uint8),
                                    np.zeros((0, 5), np.uint8), np.broadcast_to(np.uint8(0), (1, 2**28)), np.array(3),
-                                   np.zeros((40, 40, 1), np.uint8), np.array(["docs/four.jpg"])])  # fmt: skip
+                                   np.broadcast_to(np.uint8(0), (8000, 8000)), np.zeros((40, 40, 1), np.uint8),
+                                   np.array(["docs/four.jpg"])])  # fmt: skip
 def test_what_is_no_picture_is_refused(array, network):
     for given in ([array], array)[: 1 if array.shape == (3, 4, 5) else 2]:  # which are three pictures of 4x5
         with pytest.raises(UsageError, match=r"is no picture: it must be of uint8, with the shape"):
@@ -81,6 +85,26 @@ def test_what_is_no_picture_is_refused(array, network):
     assert (blank.text, blank.lines, blank.symbols) == ("?", [], [])
     with pytest.raises(InputFileError, match="cannot be opened"):
         network.predict("no such file")
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (2, 25_000_000), (9, 900, 3)])
+def test_an_array_is_as_large_as_a_picture_in_a_file_must_be(shape, network):
+    with pytest.raises(UsageError, match="is too small or too narrow; give a picture of a whole digit"):
+        network.predict([np.broadcast_to(np.uint8(0), shape)])
+
+
+def test_of_many_pictures_one_is_in_memory_at_a_time(network, monkeypatch):
+    held = []
+
+    def read(file):
+        gc.collect()
+        assert [array() for array in held] == [None] * len(held)
+        picture = read_picture(file)
+        held.append(weakref.ref(picture.colours))
+        return picture
+
+    monkeypatch.setattr("cnn_jax.cli.interface.read_picture", read)
+    assert [answer.text for answer in network.predict([ROOT / "docs" / "four.jpg"] * 3)] == ["4"] * 3
 
 
 @pytest.mark.parametrize("value", [None, 3, b"x", {1}, np.uint8(3), Image.new("P", (28, 28)), range(2), [[1]]])

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cnn_jax
 from cnn_jax.inference import pictures
 from tests.digits import pixel_difference
 from tests.helpers import ROOT, read_digit
@@ -92,6 +94,85 @@ def test_a_picture_of_12_megapixels_is_read_as_a_small_one(plain, read):
     large = plain.resize((4000, 3000))
     small = large.resize((400, 300))
     assert pixel_difference(read(large, "large.jpg"), read(small)) < 3
+
+
+def scaled(plain, factor, kind):
+    return Image.fromarray((np.asarray(plain, float) * factor).astype(kind))
+
+
+MORE_BITS = {
+    "16 bits": lambda plain: scaled(plain, 257, np.uint16),
+    "16 bits, the highest first": lambda plain: scaled(plain, 257, ">u2"),
+    "12 of 16 bits": lambda plain: scaled(plain, 4095 / 255, np.uint16),
+    "8 of 32 bits": lambda plain: scaled(plain, 1, np.int32),
+    "all of 32 bits": lambda plain: scaled(plain, 2**23, np.int32),
+    "floats up to 1": lambda plain: scaled(plain, 1 / 255, np.float32),
+    "floats up to 255": lambda plain: scaled(plain, 1, np.float32),
+    "floats up to 65,535": lambda plain: scaled(plain, 257, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_BITS)
+def test_whatever_number_is_white_a_picture_of_more_than_8_bits_is_read(kind, plain, read):
+    assert pixel_difference(read(MORE_BITS[kind](plain), "digit.tif"), read(plain)) < 3
+
+
+def test_a_picture_of_ones_and_zeros_is_read(plain, read):
+    mask = plain.point(lambda value: value > 128, "1")
+    assert (read(scaled(mask, 1, np.int32), "digit.tif") == read(mask)).all()
+
+
+LARGE = {
+    "RGB": ("RGB", {}),
+    "on its side": ("RGB", {"exif": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+    "RGBA": ("RGBA", {}),
+    "a palette": ("P", {"transparency": 0}),
+    "grey and alpha": ("LA", {}),
+    "16 bits": ("I;16", {}),
+}
+READ = """
+import pathlib, sys
+from cnn_jax.inference.pictures import read_picture
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
+before = peak()
+assert max(read_picture(sys.argv[1]).colours.shape) == 512
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak so")
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_picture_takes_little_more_memory_than_its_pixels(kind, tmp_path):
+    mode, options = LARGE[kind]
+    Image.new(mode, (4800, 4000), 200 if mode == "P" else None).save(
+        tmp_path / "large.png", compress_level=1, **options
+    )
+    read = subprocess.run(
+        [sys.executable, "-c", READ, tmp_path / "large.png"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(read.stdout) < 4 * 4800 * 4000 / 2**20 + 30  # Pillow has four bytes for a pixel
+
+
+def in_pages(plain, kind, **options):
+    return saved(plain, kind, save_all=True, append_images=[Image.new("L", plain.size)], **options)
+
+
+SEVERAL = ("GIF", "PNG", "WEBP", "TIFF", "HEIF")
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_that_a_file_has_more_than_the_picture_that_is_read_is_told_in_a_line(kind, plain, command, tmp_path):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif", reason="needs the extra heic").register_heif_opener()
+    file, network = tmp_path / "pages", cnn_jax.load()
+    for content, told in ((in_pages(plain, kind), 1), (saved(plain, kind), 0)):
+        file.write_bytes(content)
+        for option in ([], ["--json"]):
+            code, out, err = command("predict", file, *option)
+            assert (code, err.count(f"{file} has several pictures; only the first is read\n")) == (0, told), err
+            assert "several" not in out
+        network.predict(file)
 
 
 def png_of(width, height):
@@ -187,6 +268,12 @@ BAD = {
     "many pixels": (lambda plain: png_of(9_000, 9_000), "has more than 50,000,000 pixels; give a smaller picture"),
     "a bomb": (lambda plain: png_of(2**31 - 1, 2**31 - 1), "has more than 50,000,000 pixels; give a smaller picture"),
     "many bytes": (lambda plain: saved(plain) + bytes(2**26), "has more than 64 MiB; give a smaller picture"),
+    "pixels below 0": (lambda plain: saved(scaled(plain, -1, np.float32), "TIFF"), "has pixels below 0 or that are"),
+    "whole pixels below 0": (lambda plain: saved(scaled(plain, -1, np.int32), "TIFF"), "has pixels below 0 or that"),
+    "pixels that are no numbers": (
+        lambda plain: saved(scaled(plain, np.nan, np.float32), "TIFF"),
+        "has pixels below 0 or that are no numbers; save it with 8 bits per channel",
+    ),
     "tiny": (lambda plain: saved(plain.resize((7, 30))), "is 7x30 pixels, too small or too narrow; give"),
     "narrow": (lambda plain: saved(plain.resize((9, 900))), "is 9x900 pixels, too small or too narrow; give"),
 }  # fmt: skip
