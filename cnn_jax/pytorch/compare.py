@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,14 @@ from cnn_jax.runtime.signals import ending_together
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "python")
 STEPS, FLOAT64_STEPS = 600, 100  # over which the agreement from equal weights is measured: an epoch, and its beginning
+# `python -m cnn_jax`, which ends with the process whose number is the first argument.
+COMMAND = """
+import sys
+from cnn_jax.__main__ import program
+from cnn_jax.runtime.signals import end_with_parent
+end_with_parent(int(sys.argv.pop(1)))
+program()
+"""
 REMEDY = "delete it and run the same command again, which measures it anew"
 
 
@@ -177,11 +186,11 @@ def _result_of(
 
 
 def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> SeedResult:
-    """Train a seed with the command `train`, as a user does."""
+    """Train a seed with the command `train`, as a user does, in a process that does not outlive this one."""
     arguments = ["--seed", seed, "--epochs", epochs, "--checkpoint-dir", run.parent, "--run-name", run.name]
     if data_dir is not None:
         arguments += ["--data-dir", data_dir]
-    command = [sys.executable, "-m", "cnn_jax", "train", *map(str, arguments)]
+    command = [sys.executable, "-c", COMMAND, str(os.getpid()), "train", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as training, ending_together(training.pid):
         code = training.wait()
     if code != 0:

@@ -22,6 +22,7 @@ SIGNALS = [number for number in map(signal.Signals.__getitem__, _ENDING) if sign
 PATIENCE_SECONDS, IDLE = 1.5, 0.1
 AT_ONCE = "stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue"
 
+PARENT_SECONDS = 0.5  # from one look for the parent to the next
 WAITING = "while it waited for another process of this run; start all again to continue from the newest checkpoint"
 
 
@@ -60,6 +61,21 @@ def ending_together(child: int) -> Iterator[None]:
     finally:
         with _children_lock:  # held where this process is being ended: it must not go on without the child
             _children.discard(child)
+
+
+def end_with_parent(parent: int) -> None:
+    """From now on, let SIGTERM end this process when its parent is gone, as by SIGKILL, which `ending_together` lacks.
+
+    Args:
+      parent: Its parent's number, which the parent gives, as it may be gone already.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_at_once(signal_number: int, line: str) -> NoReturn:

@@ -112,6 +112,32 @@ def test_a_signal_to_a_process_alone_ends_its_child_first():
         raise AssertionError("the child goes on")
 
 
+CHILD = """
+import os, sys, time
+from cnn_jax.runtime.signals import end_on_signals, end_with_parent
+end_with_parent(int(sys.argv[1]))
+end_on_signals()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+ABANDONING = f"""
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", {CHILD!r}, str(os.getpid())]).wait()
+"""
+
+
+def test_a_child_ends_with_a_parent_that_is_killed():
+    with subprocess.Popen(
+        [sys.executable, "-c", ABANDONING], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().strip().isdigit()
+        begin = time.monotonic()
+        process.kill()
+        _, err = process.communicate(timeout=30)  # until the child, too, has closed its streams
+    assert time.monotonic() - begin < 5
+    assert err == stopped_by(signal.SIGTERM)[1]
+
+
 IMPORTING = """
 import os, signal, sys, types
 from cnn_jax.runtime.signals import end_on_signals
