@@ -1,10 +1,11 @@
 """The program from Python, for notebooks and scripts: a trained network, and a training."""
 
+import contextlib
 import dataclasses
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,12 +17,50 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.inference.pictures import MAXIMUM_PIXELS, Picture, picture_of, read_picture, too_narrow
 from cnn_jax.inference.predict import as_text, in_file
 from cnn_jax.inference.preprocess import Box, check_takes_pictures
-from cnn_jax.inference.pretrained import PACKAGED, Reading, TrainedModel, load_trained_run, read_trained
+from cnn_jax.inference.pretrained import Reading, TrainedModel, load_packaged, load_trained_run
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import UsageError
+from cnn_jax.runtime.errors import CnnJaxError, StorageError, UsageError, describe_failure, lacks_memory
 from cnn_jax.runtime.records import typed_as
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def _documented_failures() -> Iterator[None]:
+    """Raise what the command would end with as a `CnnJaxError`, also where the system refuses a file or memory."""
+    try:
+        yield
+    except CnnJaxError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not lacks_memory(error):
+            raise
+        line, _ = describe_failure(error)
+        raise (StorageError if isinstance(error, OSError) else UsageError)(line.removeprefix("error: ")) from error
+
+
+def _typed(kind: type[T], values: dict[str, Any], source: str) -> T:
+    """Return arguments as the fields of a dataclass, whose types they must have; NumPy's numbers are Python's.
+
+    Raises:
+      UsageError: naming the first that has another.
+    """
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}
+    return typed_as(kind, plain, source=source)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadOptions:
+    seed: int | None
+    data_dir: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _PredictOptions:
+    one: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +117,7 @@ class Network:
         """The name of each class."""
         return self.trained.class_names
 
+    @_documented_failures()
     def predict(
         self, pictures: str | Path | np.ndarray | Sequence[str | Path | np.ndarray], *, one: bool = False
     ) -> list[Answer]:
@@ -93,6 +133,7 @@ class Network:
           InputFileError: a file cannot be read.
           UsageError: an array is not of uint8, or of no such shape, or what is given is neither a file nor an array.
         """
+        one = _typed(_PredictOptions, {"one": one}, "predict").one
         given, own = _of_numpy(pictures), self.trained.image_shape
         several = isinstance(given, list | tuple)
         if isinstance(given, np.ndarray):
@@ -156,6 +197,7 @@ class Network:
         ]
         return Answer(as_text([reading for line in lines for reading in line], self.class_names), symbols)
 
+    @_documented_failures()
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, K), float32, of images of the network's shape, (N, height, width, channels), uint8.
 
@@ -168,6 +210,7 @@ class Network:
             raise UsageError(f"{_kind(images)} has no logits: give an array of uint8 with the shape ({expected})")
         return self.trained.logits(images)
 
+    @_documented_failures()
     def test(self) -> Evaluation:
         """Return how the network does on its data set's test images."""
         dataset = self._dataset or load_dataset("mnist", None, self._data_dir)
@@ -175,7 +218,9 @@ class Network:
 
 
 def _of_numpy(value: Any) -> Any:
-    return np.asarray(value) if isinstance(value, jax.Array) else value
+    if isinstance(value, jax.Array) and not jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return np.asarray(value)  # the keys of JAX are no numbers
+    return value
 
 
 def _kind(value: object) -> str:
@@ -202,7 +247,8 @@ class Training(NamedTuple):
         return load(self.run)
 
 
-def load(run: str | Path | None = None, *, seed: int | None = None, data_dir: Path | None = None) -> Network:
+@_documented_failures()
+def load(run: str | Path | None = None, *, seed: int | None = None, data_dir: str | Path | None = None) -> Network:
     """Load a trained network.
 
     Args:
@@ -215,13 +261,16 @@ def load(run: str | Path | None = None, *, seed: int | None = None, data_dir: Pa
     """
     if run is not None and (not isinstance(run, str | Path) or not str(run)):
         raise UsageError(f"load: {_kind(run)} is no run; give a run's folder, or its name in checkpoints")
+    options = _typed(_LoadOptions, {"seed": seed, "data_dir": data_dir}, "load")
+    seed, data_dir = options.seed, options.data_dir
     start_devices(None)
     if run is None:
-        return Network(read_trained(PACKAGED), None, data_dir)
+        return Network(load_packaged(seed), None, data_dir)
     folder = commands.CommonOptions().run_folder(str(run))
     return Network(*load_trained_run(folder, data_dir, Display().say, seed), data_dir)
 
 
+@_documented_failures()
 def train(**settings: Any) -> Training:
     """Train a network, or continue a run of the same settings, and write its folder, as the command `train` does.
 
@@ -232,12 +281,11 @@ def train(**settings: Any) -> Training:
       CnnJaxError: what ends the command with a line, such as StopSignalError after an interruption, which is saved.
     """
     unknown = sorted(settings.keys() - vars(TrainSettings).keys() - {"recipe"})
-    if unknown or settings.get("dry_run"):
+    if unknown or settings.get("dry_run", False) is not False:
         raise UsageError(
             f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; see help(TrainSettings)"
         )
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    typed = typed_as(TrainSettings, plain, source="train")
+    typed = _typed(TrainSettings, settings, "train")
     chosen = TrainSettings.of(**{name: getattr(typed, name) for name in settings})
     result = commands.train(chosen)
     assert result is not None, "only a dry run has no result"

@@ -14,7 +14,7 @@ from cnn_jax.core.evaluation import BATCH_SIZE
 from cnn_jax.data.dataset import PIXEL_MAXIMUM, Dataset, scale_pixels
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.inference.preprocess import FITTED_SIZE, SIZE
-from cnn_jax.inference.pretrained import PACKAGED, TrainedModel, load_trained_run, read_trained, write_trained
+from cnn_jax.inference.pretrained import TrainedModel, load_packaged, load_trained_run, read_trained, write_trained
 from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
@@ -85,14 +85,14 @@ def export(
     """Write a network to a file, and keep it only if the program it is meant for computes the same on all test images.
 
     Raises:
-      UsageError: the run has no such seed.
+      UsageError: the run, or the network in the package, has no such seed.
       NoCheckpointError: there is no such run.
       StorageError: the file could not be written, or its outputs differ from the network's.
     """
     start_devices(platform)
     display = Display()
     if run is None:
-        trained = read_trained(PACKAGED)
+        trained = load_packaged(seed)
         dataset = load_dataset("mnist", None, data_dir)
     else:
         trained, dataset = load_trained_run(run, data_dir, display.say, seed)

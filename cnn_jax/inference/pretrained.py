@@ -191,12 +191,26 @@ def _load_detector() -> TrainedModel:
     return read_trained(DETECTOR)
 
 
+def load_packaged(seed: int | None = None) -> TrainedModel:
+    """Load the network in the package, which has one seed.
+
+    Raises:
+      UsageError: another was asked for.
+    """
+    trained = read_trained(PACKAGED)
+    if seed not in (None, trained.training.seed):
+        raise UsageError(
+            f"--seed {seed}: the network in the package has seed {trained.training.seed} alone; leave out the seed"
+        )
+    return trained
+
+
 def load_trained(run: Path | None, data_dir: Path | None, warn: Callable[[str], None]) -> TrainedModel:
     """Load the network of a run's first seed, or the packaged one if `run` is None.
 
     The arguments and failures are those of `load_trained_run`.
     """
-    return read_trained(PACKAGED) if run is None else load_trained_run(run, data_dir, warn)[0]
+    return load_packaged() if run is None else load_trained_run(run, data_dir, warn)[0]
 
 
 def load_trained_run(

@@ -63,7 +63,7 @@ def typed_as(kind: type[T], values: dict[str, Any], *, source: str) -> T:
     """
     try:
         return msgspec.convert(values, kind, dec_hook=_to_path)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of text with half a character
         raise UsageError(f"{source}: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """From Python, the package trains and reads as its commands do."""
 
 import concurrent.futures
+import contextlib
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 import cnn_jax
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.pictures import read_picture
-from cnn_jax.runtime.errors import CnnJaxError, InputFileError, NoCheckpointError, UsageError
+from cnn_jax.runtime.errors import CnnJaxError, InputFileError, NoCheckpointError, StorageError, UsageError
 from tests.helpers import EMBEDDED, ROOT
 
 pytestmark = pytest.mark.optax_promotes
@@ -133,6 +134,65 @@ def test_images_that_are_not_the_networks_have_no_logits(shape, dtype, network):
 def test_what_names_no_run_is_refused_as_that(run):
     with pytest.raises(UsageError, match=r"^load: .* is no run; give a run's folder, or its name in checkpoints"):
         cnn_jax.load(run)
+
+
+WRONG = [
+    3,
+    -1,
+    2.5,
+    10**400,
+    b"x",
+    "a",
+    "x\0y",
+    "\ud800",
+    [1],
+    {},
+    {1},
+    object(),
+    np.zeros(3),
+    range(3),
+    Ellipsis,
+    None,
+]
+ARGUMENTS = {
+    "seed": (lambda network, value: cnn_jax.load(seed=value), (None,)),  # the package's network has but 777
+    "data_dir": (lambda network, value: cnn_jax.load(data_dir=value), ("a", "\ud800", None)),
+    "one": (lambda network, value: network.predict([], one=value), ()),
+    "pictures": (lambda network, value: network.predict(value), ()),
+    "images": (lambda network, value: network.logits(value), ()),
+    "epochs": (lambda network, value: cnn_jax.train(epochs=value, batch_size=0), ()),
+    "dry_run": (lambda network, value: cnn_jax.train(dry_run=value), ()),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_of_another_type_is_refused_as_every_failure_is(name, network):
+    call, right = ARGUMENTS[name]
+    for value in WRONG:
+        if not any(value is each for each in right):
+            with pytest.raises(CnnJaxError) as refused:
+                call(network, value)
+            assert "\n" not in str(refused.value)
+
+
+def test_numpys_numbers_are_numbers(network, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("cnn_jax.cli.commands.train", chosen.append)
+    assert [answer.text for answer in network.predict(ROOT / "docs" / "four.jpg", one=np.True_)] == ["4"]
+    with contextlib.suppress(AssertionError):  # nothing was trained
+        cnn_jax.train(seed=np.int64(3), epochs=np.float32(1.5))
+    assert (chosen[0].seed, chosen[0].epochs) == (3, 1.5)
+
+
+def test_what_the_system_refuses_is_a_documented_failure_too(network, monkeypatch):
+    for failure, kind in ((OSError(24, "Too many open files", "a.png"), StorageError), (MemoryError(), UsageError)):
+
+        def fail(file, failure=failure):
+            raise failure
+
+        monkeypatch.setattr("cnn_jax.cli.interface.read_picture", fail)
+        with pytest.raises(kind):
+            network.predict("a.png")
 
 
 def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path, command, monkeypatch):
