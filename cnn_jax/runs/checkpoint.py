@@ -26,7 +26,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from cnn_jax.core.training import TrainState
 from cnn_jax.runtime.distributed import is_process_0, on_process_0
 from cnn_jax.runtime.errors import ALLOW_LARGER, NoCheckpointError, StorageError, lacks_access, lacks_memory
-from cnn_jax.runtime.files import first_free, sync, sync_tree
+from cnn_jax.runtime.files import first_free, identity, require_in_place, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
 SCHEMA_VERSION = 3
@@ -67,6 +67,7 @@ class Checkpoints:
     ):
         self.folder = folder
         self._orbax = manager
+        self._identity = identity(folder)
         self._writing = writing
         self._warn = warn
 
@@ -97,11 +98,12 @@ class Checkpoints:
           meta: What else to record, as JSON's types.
 
         Raises:
-          StorageError: it could not be written; older checkpoints are still there.
+          StorageError: it could not be written, or the folder is no longer there; older checkpoints are still there.
         """
         on_process_0(self._save, step, {"state": state, "losses": losses}, meta)
 
     def _save(self, step: int, tree: dict, meta: dict) -> None:
+        require_in_place(self.folder, self._identity)
         meta = {"schema": SCHEMA_VERSION, "step": step, **meta}
         meta["digest"] = digest(tree, meta)
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree), META: ocp.args.JsonSave(meta)})
@@ -117,6 +119,7 @@ class Checkpoints:
                 reason = _describe(error)
                 remedy = ALLOW_LARGER if os.strerror(errno.EFBIG) in str(error) else "make room there"
             _let_orbax_end()
+        require_in_place(self.folder, self._identity)
         raise StorageError(
             f"cannot write the checkpoint of step {step} in {self.folder} ({reason}); "
             f"{remedy}, then run the same command again to continue from the one before"

@@ -20,9 +20,11 @@ from cnn_jax.runtime.files import (
     check_output_file,
     check_output_folder,
     first_free,
+    identity,
     locked,
     output_errors,
     read_file,
+    require_in_place,
     sync,
     write_atomically,
 )
@@ -183,6 +185,7 @@ class RunFolder:
         self.pictures = path / "pictures"
         self.report = path / "report.html"
         self.unwritten: str | None = None
+        self._lock: tuple[int, int] | None = None  # the identity of the file that this process has locked
 
     def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
@@ -247,14 +250,20 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         return file.is_file() and read_file(file).startswith(_lines(metrics).encode())
 
+    def _require_in_place(self) -> None:
+        if self._lock is not None:
+            require_in_place(self.path / "lock", self._lock)
+
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
         """Make metrics.jsonl hold a line for each epoch and nothing else."""
+        self._require_in_place()
         file, content = self.path / "metrics.jsonl", _lines(metrics).encode()
         if content != (read_file(file) if file.is_file() else b""):
             write_atomically(file, content)
 
     def write_result(self, result: dict) -> None:
         """Write result.json: accuracies, in [0, 1], the step, where the last process spent its time, and on what."""
+        self._require_in_place()
         write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
     def read_result(self) -> ResultRecord | None:
@@ -357,7 +366,11 @@ class RunFolder:
             for folder in (self.checkpoints, self.path / "quarantine"):
                 check_output_folder(folder, _PLACE)
             self.check_report(option=_PLACE)
-            yield
+            self._lock = identity(self.path / "lock")
+            try:
+                yield
+            finally:
+                self._lock = None
 
     def check_report(self, file: Path | None = None, *, option: str = _COPY) -> None:
         """Refuse a place for a page about the run that cannot be written: by default its own, with the pictures.

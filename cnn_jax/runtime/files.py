@@ -183,6 +183,32 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file or a folder from any other that may take its name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def require_in_place(path: Path, before: tuple[int, int] | None) -> None:
+    """Refuse to write where a file or a folder is gone or another, which may be another process's.
+
+    Args:
+      path: Of something in a run's folder.
+      before: Its `identity` when this process began.
+
+    Raises:
+      StorageError: naming it.
+    """
+    if identity(path) != before:
+        raise StorageError(
+            f"{path} is gone or another: its folder was moved, removed or replaced while it was in use; "
+            "run the same command again for where it is now"
+        )
+
+
 def first_free(paths: Iterable[Path]) -> Path:
     """Return the first path at which there is nothing."""
     return next(path for path in paths if not path.exists())

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -198,3 +199,18 @@ def test_what_the_machine_refuses_to_read_is_not_damaged(failure, expected, trai
     ):
         checkpoints.restore_latest(fail)
     assert restore(steps, trained) == (2, [])
+
+
+@pytest.mark.parametrize("then", ["moved", "removed", "replaced"])
+def test_nothing_is_saved_where_the_folder_is_gone_or_another(then, steps, trained):
+    with open_checkpoints(steps, writing=True, warn=pytest.fail) as checkpoints:
+        checkpoints.save(1, trained, LOSSES, {})
+        if then == "removed":
+            shutil.rmtree(steps)
+        else:
+            steps.rename(steps.with_name("moved"))
+        if then == "replaced":
+            steps.mkdir()
+        with pytest.raises(StorageError, match=r"steps is gone or another: .* moved, removed or replaced"):
+            checkpoints.save(2, trained, LOSSES, {})
+    assert [path.name for path in steps.parent.rglob("2")] == []

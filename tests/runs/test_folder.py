@@ -288,3 +288,16 @@ def test_settings_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(OSError, match="Input/output error") as refused:
         RunFolder(tmp_path).read_settings()
     assert refused.value.filename == str(tmp_path / "config.json")
+
+
+def test_a_run_that_another_has_taken_the_place_of_writes_nothing_there(tmp_path):
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with first.locked():
+        first.write_metrics([])
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with second.locked():
+            second.write_result({})
+            for write in (lambda: first.write_metrics([]), lambda: first.write_result({"test_accuracy": 0.5})):
+                with pytest.raises(StorageError, match="run/lock is gone or another: its folder was moved"):
+                    write()
+        assert (tmp_path / "run" / "result.json").read_text() == "{}\n"

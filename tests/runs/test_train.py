@@ -98,6 +98,45 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_run_that_is_halted_goes_on_to_the_same_bits(tmp_path, small_mnist, program, uninterrupted):
+    process = program(
+        *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 13)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    halted = sorted((tmp_path / "run").rglob("*"))
+    time.sleep(0.5)
+    assert sorted((tmp_path / "run").rglob("*")) == halted
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.count("[Epoch:")) == (0, EPOCHS), err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_that_is_moved_while_it_trains_ends_with_4_and_goes_on_where_it_is(
+    train, tmp_path, small_mnist, program, uninterrupted
+):
+    process = program(
+        *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "begun",
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "begun", 5)
+    (tmp_path / "begun").rename(tmp_path / "run")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert (
+        " is gone or another: its folder was moved, removed or replaced while it was in use; " in err.splitlines()[-1]
+    )
+    assert not (tmp_path / "begun").exists()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for name in ("run", "copy"):
+        code, _, err = train("--run-name", name)
+        assert (code, "continuing after step" in err) == (0, True), err
+        assert_same_run(tmp_path / name, uninterrupted)
+
+
 @pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize(
     ("number", "exit_code"),
