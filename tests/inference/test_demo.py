@@ -137,6 +137,42 @@ def test_a_body_that_is_no_call_for_an_answer_is_refused(body, port):
     assert request(port, "POST", guard.ANSWER, body) == (422, "this is no drawing; load the page again")
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "\xff"])
+def test_the_type_that_a_body_is_said_to_have_changes_nothing(kind, port):
+    assert send_drawing(port, in_base64(ink_of_a_one()), {"content-type": kind})[0] == 200
+    assert request(port, "POST", guard.ANSWER, b"a=b", {"content-type": kind})[0] == 422
+
+
+@pytest.mark.parametrize("sent", [0, 1, 1000])
+def test_a_body_that_ends_too_early_is_dropped_and_the_page_goes_on(sent, port):
+    body = json.dumps({"data": [in_base64(ink_of_a_one())], "fn_index": 0})
+    head = f"POST {guard.ANSWER} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall((head + body[:sent]).encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""  # no answer, and no wait for the time to be over
+    test_a_drawing_that_is_sent_is_answered(port)
+
+
+@pytest.mark.slow(seconds=15)
+def test_a_body_that_comes_byte_by_byte_is_ended_in_time_and_others_are_answered_meanwhile(port):
+    beginning = f"POST {guard.ANSWER} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-length: 30000\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(20)]
+        for each in slow:
+            each.sendall(beginning)
+        start = time.monotonic()
+        while slow and time.monotonic() < start + 3 * guard.SECONDS:
+            for each in tuple(slow):
+                try:
+                    each.sendall(b"a")
+                except ConnectionError:
+                    slow.remove(each)
+            test_a_drawing_that_is_sent_is_answered(port)
+            time.sleep(0.2)
+        assert not slow
+
+
 def test_bodies_that_are_too_large_or_do_not_say_how_large_they_are_are_refused_unread(port):
     assert send_drawing(port, "a" * guard.MAXIMUM_BODY) == (413, "more than 65,536 bytes")
     # Only the size is sent, and none of the bytes.
