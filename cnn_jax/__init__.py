@@ -3,7 +3,13 @@
 `cnn_jax.load()` returns a trained network and `cnn_jax.train()` trains one; `docs/python.md` shows both.
 """
 
+import resource
+import sys
 from typing import TYPE_CHECKING, Any
+
+# Python 3.11 keeps a module's bytecode that a limit of the size of files has cut off, and fails with it ever after.
+if 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < 2**24:
+    sys.dont_write_bytecode = True
 
 if TYPE_CHECKING:
     from cnn_jax.cli.interface import load, train

@@ -1,6 +1,7 @@
 """What the environment and the machine lack is left out, or refused in one line with 2 or 4."""
 
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -233,3 +234,17 @@ def test_accelerators_are_left_out_only_where_their_wheels_are_and_no_device_can
     installed = [SimpleNamespace(name=name) for name in plugins]
     monkeypatch.setattr(devices, "entry_points", lambda group: installed)
     assert devices.has_only_cpu() is expected
+
+
+def test_a_limit_of_the_size_of_files_leaves_no_module_cut_off(tmp_path):
+    shutil.copytree(ROOT / "cnn_jax", tmp_path / "cnn_jax", ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
+    for limit in ("8", "unlimited"):  # blocks of 512 bytes
+        started = subprocess.run(
+            ["sh", "-c", f'ulimit -f {limit}; exec "$0" -m cnn_jax --version', sys.executable],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (started.returncode, started.stdout[:7]) == (0, "cnn-jax"), started.stderr
