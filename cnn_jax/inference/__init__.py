@@ -2,10 +2,11 @@
 
 pretrained.py    loads a trained network and how it was trained, from a run or from the package, and reads with it
 torch_layout.py  converts weights to PyTorch's names and layout, and back
-pictures.py      reads picture files as arrays, and refuses bad ones
+pictures.py      reads picture files as arrays, and refuses bad ones; draws what is shown of them
 preprocess.py    lays out a picture of a digit as MNIST does
 characters.py    finds the characters in a picture, line by line
-logits.py        computes its logits of any number of images, and how far to trust their probabilities
+logits.py        computes its logits of any number of images, which pixels they come from, and how far to trust their
+                 probabilities
 predict.py       the command `predict`
 export.py        writes a network for another program, and tests the file before it is kept
 demo/            the page to draw digits on: Python, board (HTML and JavaScript), style, the answer's template, and

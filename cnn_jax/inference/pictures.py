@@ -1,4 +1,4 @@
-"""Read pictures from files as arrays, refuse every bad file with its reason, and draw boxes in a picture."""
+"""Read pictures from files as arrays, refuse every bad file with its reason, and draw boxes or saliency in them."""
 
 import contextlib
 import io
@@ -25,6 +25,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file begins
 BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", *TIFF)
 BOX_COLOUR = (30, 120, 220)
+# Of the pixels that speak for a class and of those that speak against it: red and blue, which few confuse.
+FOR, AGAINST = (209, 73, 91), (48, 99, 142)
+INK_GREY = 0.3  # how dark ink is that speaks neither for nor against, of 1 for black
 MAXIMUM_BYTES = 2**26
 BAND = 64  # rows of a large picture, made smaller, that are converted at once
 MAXIMUM_PIXELS = 50_000_000  # as many as the largest phone sensors have
@@ -240,6 +243,23 @@ def draw_boxes(picture: Picture, labelled: Sequence[tuple[Box, str]]) -> bytes:
         draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=BOX_COLOUR)
         draw.text((left, top - 3), text, fill=BOX_COLOUR, anchor="lb", font_size=14)
     return encode_png(np.asarray(image))
+
+
+def draw_saliency(image: np.ndarray, saliency: np.ndarray) -> np.ndarray:
+    """Colour each pixel of an image by what it contributes to a class: red for it, blue against it, else grey.
+
+    Args:
+      image: (H, W, C), uint8: in colour if it has three channels, else the ink in its first, 0 for none.
+      saliency: (H, W), float32; half the strongest contribution and more has full colour.
+
+    Returns:
+      (H, W, 3), uint8, ink dark on white.
+    """
+    darkness = 255 - image.mean(axis=-1) if image.shape[-1] == 3 else image[..., 0]
+    grey = 255 - INK_GREY * darkness[..., np.newaxis]
+    strength = np.minimum(2 * np.abs(saliency)[..., np.newaxis] / max(float(np.abs(saliency).max()), 1e-12), 1)
+    colour = np.where(saliency[..., np.newaxis] > 0, FOR, AGAINST)
+    return (grey + strength * (colour - grey)).round().astype(np.uint8)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
