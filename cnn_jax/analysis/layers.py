@@ -16,7 +16,7 @@ from cnn_jax.analysis import plots
 from cnn_jax.core.model import CNN, PlainCNN
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import Dataset, scale_pixels
-from cnn_jax.inference.logits import Reliability, logits, reliability
+from cnn_jax.inference.logits import Reliability, logits, reliability, saliency
 from cnn_jax.inference.logits import probabilities as probabilities_of
 from cnn_jax.inference.pretrained import temperature_of
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
@@ -26,6 +26,7 @@ from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import LAYER_TABLE, Display
 
 SHOWN_MISTAKES = 12
+NAMED_CONFUSIONS = 3  # the most frequent ones, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Mistake(NamedTuple):
       label: Its class's name.
       prediction: The name of the class of the largest logit.
       probability: The network's probability for the predicted class, in [0, 1].
+      saliency: How much each pixel contributes to the predicted class's logit, (height, width), float32.
     """
 
     image: np.ndarray
     label: str
     prediction: str
     probability: float
+    saliency: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,7 @@ def inspect_network(model: CNN, params: dict, dataset: Dataset, validation: int 
     np.add.at(confusion, (labels, predictions), 1)
     wrong = np.flatnonzero(predictions != labels)
     most_confident = wrong[np.argsort(-confidences[wrong], kind="stable")][:SHOWN_MISTAKES]
+    saliencies = saliency(model, params, dataset.test_images[most_confident], predictions[most_confident])
     return Inspection(
         image=dataset.test_images[0],
         label=names[labels[0]],
@@ -158,8 +162,8 @@ def inspect_network(model: CNN, params: dict, dataset: Dataset, validation: int 
         kernels={name: params[name]["kernel"] for name in params if name != "fc"} if plain_network(params) else {},
         confusion=confusion,
         mistakes=[
-            Mistake(dataset.test_images[i], names[labels[i]], names[predictions[i]], float(confidences[i]))
-            for i in most_confident
+            Mistake(dataset.test_images[i], names[labels[i]], names[predictions[i]], float(confidences[i]), map_)
+            for i, map_ in zip(most_confident, saliencies, strict=True)
         ],
         temperature=temperature,
         reliability=tuple(reliability(each, dataset.test_labels) for each in of_each[: 1 if validation is None else 2]),
@@ -203,16 +207,30 @@ def describe_reliability(inspection: Inspection) -> str:
     )
 
 
+def describe_confusion(inspection: Inspection) -> str:
+    """Return how many test images are classified correctly, and which classes are most often confused, in words."""
+    confusion, names = inspection.confusion, inspection.class_names
+    correct, count = int(confusion.trace()), int(confusion.sum())
+    text = f"{correct:,} of {count:,} test images are classified correctly"
+    wrong = np.where(np.eye(len(confusion), dtype=bool), 0, confusion)
+    most_frequent = np.argsort(-wrong, axis=None, kind="stable")[:NAMED_CONFUSIONS]
+    pairs = [np.unravel_index(i, wrong.shape) for i in most_frequent if wrong.flat[i]]
+    named = [f"{names[label]} as {names[prediction]} ({wrong[label, prediction]:,})" for label, prediction in pairs]
+    if not named:
+        return f"{text}."
+    return f"{text}; the others by class and predicted class, most often {', '.join(named)}."
+
+
 def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: Path) -> dict[str, Picture]:
     """Draw an inspection, and the run's epochs if it has any, to a folder; return the pictures by name."""
-    correct, count = int(inspection.confusion.trace()), int(inspection.confusion.sum())
     drawings: dict[str, tuple[str, Callable[[Path], None]]] = {
         "confusion": (
-            f"{correct:,} of {count:,} test images are classified correctly; the others by class and predicted class.",
+            describe_confusion(inspection),
             functools.partial(plots.plot_confusion, inspection.confusion, inspection.class_names),
         ),
         "mistakes": (
-            "The most confident mistakes: each image's class, the predicted class, and its probability.",
+            "The most confident mistakes: each image's class, the predicted class, and its probability. Beside each "
+            "image, the pixels that speak for the predicted class are red, and those that speak against it blue.",
             functools.partial(plots.plot_mistakes, inspection.mistakes),
         ),
     }

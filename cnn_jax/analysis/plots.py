@@ -18,6 +18,8 @@ from matplotlib.image import AxesImage, imsave
 from matplotlib.ticker import MaxNLocator
 
 from cnn_jax.inference.logits import Reliability
+from cnn_jax.inference.pictures import draw_saliency
+from cnn_jax.inference.predict import describe_probability
 from cnn_jax.runs.folder import EpochMetrics, write_atomically
 
 COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
@@ -170,24 +172,29 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path
     _save(figure, file)
 
 
-def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, str, str, float]], file: Path) -> None:
-    """Draw misclassified images: above each, its class, the predicted class, and the probability of that class.
+def plot_mistakes(mistakes: Sequence[tuple[np.ndarray, str, str, float, np.ndarray]], file: Path) -> None:
+    """Draw misclassified images, and beside each where the network looked.
 
     Args:
-      mistakes: Image (height, width, channels), uint8; label; prediction; the prediction's probability, in [0, 1].
+      mistakes: Image (height, width, channels), uint8; label; prediction; the prediction's probability, in [0, 1]; what
+        each pixel contributes to the prediction, (height, width). The words stand above the image.
       file: The picture.
     """
-    columns = 4
+    columns = 3
     rows = max(1, math.ceil(len(mistakes) / columns))
-    size = (NARROW, 1.45 * rows + 0.3)
+    size = (NARROW, 1.3 * rows + 0.3)
     figure, panels = _subplots(rows, columns, figsize=size, squeeze=False)
     figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
     for axes in panels.flat:
         axes.axis("off")
-    for axes, (image, label, prediction, probability) in zip(panels.flat, mistakes, strict=False):
-        _draw_image(axes, image)
-        title = f"{label} →{' ' if len(label + prediction) < 10 else chr(10)}{prediction}\n{100 * probability:.2f} %"
-        axes.set_title(title, fontsize=10 if len(label + prediction) < 10 else 7, parse_math=False)
+    for axes, (image, label, prediction, probability, saliency) in zip(panels.flat, mistakes, strict=False):
+        height, width = saliency.shape
+        _draw_image(axes, image, (0, width, height, 0))
+        axes.imshow(draw_saliency(image, saliency), extent=(1.1 * width, 2.1 * width, height, 0))
+        axes.set_xlim(0, 2.1 * width)
+        short = len(label + prediction) < 14
+        title = f"{label} →{' ' if short else chr(10)}{prediction}\n{describe_probability(probability)}"
+        axes.set_title(title, fontsize=10 if short else 7, parse_math=False)
     _save(figure, file)
 
 
@@ -237,12 +244,18 @@ def plot_feature_maps(image: np.ndarray, maps: dict[str, np.ndarray], file: Path
     _save(figure, file)
 
 
-def _draw_image(axes: Axes, image: np.ndarray) -> None:
-    """Draw an image (height, width, channels), uint8: in colour if it has three channels, else only the first."""
+def _draw_image(axes: Axes, image: np.ndarray, extent: tuple[float, float, float, float] | None = None) -> None:
+    """Draw an image (height, width, channels), uint8: in colour if it has three channels, else only the first.
+
+    Args:
+      axes: To draw on.
+      image: To draw.
+      extent: Its left, right, bottom and top; None for a pixel a unit.
+    """
     if image.shape[-1] == 3:
-        axes.imshow(image)
+        axes.imshow(image, extent=extent)
     else:
-        axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=255)
+        axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=255, extent=extent)
     axes.set(xticks=[], yticks=[])
 
 

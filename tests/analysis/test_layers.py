@@ -1,5 +1,6 @@
 """The layers shown are those that the network computes, and every mistake shown is one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax.analysis.layers import Inspection, draw_pictures, inspect_network, plain_network, run_layers
+from cnn_jax.analysis import plots
+from cnn_jax.analysis.layers import (
+    Inspection,
+    Mistake,
+    describe_confusion,
+    draw_pictures,
+    inspect_network,
+    plain_network,
+    run_layers,
+)
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.sharding import of_seed
@@ -88,6 +98,37 @@ def test_the_most_confident_mistakes_are_mistakes_most_confident_first(inspectio
         label, prediction = dataset.test_labels[index], logits[index].argmax()
         assert mistake.label == dataset.class_names[label] != mistake.prediction == dataset.class_names[prediction]
         assert mistake.probability == pytest.approx(probabilities[index].max(), abs=1e-5)
+        black = np.asarray(jax.jit(model.apply)({"params": params}, scale_pixels(np.zeros_like(mistake.image[None]))))
+        changed = logits[index, prediction] - black[0, prediction]
+        assert mistake.saliency.sum() == pytest.approx(changed, abs=0.15)
+
+
+def test_beside_each_mistake_is_where_the_network_looked_and_none_is_shown_as_certain(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure))
+    image, saliency = np.full((28, 28, 1), 200, np.uint8), np.ones((28, 28), np.float32)
+    mistakes = [Mistake(image, "Coat", "Shirt", probability, saliency) for probability in (1.0, 0.99996, 0.5, 0.0002)]
+    plots.plot_mistakes(mistakes, tmp_path / "mistakes.png")
+    panels = [axes for axes in figures[0].axes if axes.get_title()]
+    words = [">99.9%", ">99.9%", "50.0%", "<0.1%"]
+    assert [axes.get_title() for axes in panels] == [f"Coat → Shirt\n{each}" for each in words]
+    for axes in panels:
+        drawn, looked = axes.images
+        assert (drawn.get_array() == 200).all()
+        assert (looked.get_array() == plots.draw_saliency(image, saliency)).all()
+        assert drawn.get_extent()[1] < looked.get_extent()[0] < looked.get_extent()[1] <= axes.get_xlim()[1]
+
+
+def test_the_most_frequent_confusions_are_told_by_the_classes_names(inspection):
+    names, confusion = ["Coat", "Shirt", "猫", "bag"], np.diag([1200, 20, 3, 9])
+    confusion[1, 0], confusion[0, 1], confusion[3, 2], confusion[2, 3] = 1234, 7, 5, 1
+    of_four = dataclasses.replace(inspection, class_names=names, confusion=confusion)
+    assert describe_confusion(of_four) == (
+        "1,232 of 2,479 test images are classified correctly; the others by class and predicted class, "
+        "most often Shirt as Coat (1,234), Coat as Shirt (7), bag as 猫 (5)."
+    )
+    perfect = dataclasses.replace(of_four, confusion=np.diag([3, 4, 5, 6]))
+    assert describe_confusion(perfect).endswith("18 test images are classified correctly.")
 
 
 def test_inspect_lists_the_layers_in_80_columns_and_draws_them(run, command):

@@ -123,6 +123,16 @@ def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
     assert len(_images(page)) == 9
 
 
+def test_classes_that_have_names_are_told_by_them(trained_run):
+    names = ["T-shirt/top", "<b>", *"cdefghij"]
+    text = read(trained_run("--class-names", ",".join(names), epochs=1)).text
+    confusions = re.search(r"predicted class, most often (.*?)\. ", text)[1]
+    named = re.findall(r"(\S+) as (\S+) \(\d+\)", confusions)
+    assert len(named) == 3
+    assert {name for pair in named for name in pair} <= set(names)
+    assert re.search(rf"The first test image, of class ({'|'.join(names)}), on its way", text)
+
+
 def test_control_characters_of_a_name_are_escaped(of_three_seeds, command, tmp_path):
     folder = shutil.copytree(of_three_seeds, tmp_path / "\x1b\u202e[i]")
     code, _, err = command("report", folder)
