@@ -7,6 +7,7 @@ import functools
 import http.client
 import http.server
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import time
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
@@ -26,6 +28,8 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference import demo
 from cnn_jax.inference.demo import guard
+from cnn_jax.inference.logits import saliency
+from cnn_jax.inference.pictures import draw_saliency, encode_png
 from tests.helpers import ROOT
 
 
@@ -470,6 +474,28 @@ def test_several_digits_are_read_as_they_are_drawn_and_what_is_uncertain_is_said
     assert "not sure" in html
 
 
+def test_beside_each_answer_is_where_the_network_looked_for_it_and_beside_none_without_one(packaged):
+    ink = np.zeros((demo.BOARD, demo.BOARD), np.uint8)
+    assert 'class="saliency"' not in demo.render_answer(packaged, ink)
+    ink[40:100, 20:26] = ink[40:46, 60:100] = ink[40:100, 94:100] = 255
+    html = demo.render_answer(packaged, ink)
+    colours = 255.0 - np.pad(ink, demo.BOARD // 10)[..., np.newaxis].repeat(3, axis=-1).astype(np.float32)
+    (line,) = packaged.read(colours)
+    assert [reading.index for reading in line] == [1, 7]
+    assert html.count('class="saliency"') == 2
+    for reading in line:
+        images, classes = reading.image[np.newaxis], np.array([reading.index])
+        (looked,) = saliency(packaged.model, packaged.params, images, classes)
+        assert base64.b64encode(encode_png(draw_saliency(reading.image, looked))).decode() in html
+
+
+@pytest.mark.parametrize(("paper", "pen"), [(0, 255), (90, 220), (230, 40), (255, 0)])
+def test_a_picture_is_read_whether_its_paper_is_white_grey_or_dark(paper, pen, packaged):
+    ink = np.full((demo.BOARD, demo.BOARD), paper, np.uint8)
+    ink[40:50, 40:100] = ink[45:120, 90:100] = pen
+    assert "<output>7</output>" in demo.render_answer(packaged, ink)
+
+
 def test_a_drawing_comes_back_as_it_was_drawn():
     ink = np.random.default_rng(0).integers(0, 256, (demo.BOARD, demo.BOARD), np.uint8)
     np.testing.assert_array_equal(demo.read_drawing(in_base64(ink)), ink)
@@ -513,7 +539,8 @@ def read_answer(driver):
 
 def maps(driver):
     """Return the pictures of what the network sees and of both layers."""
-    return [image.get_attribute("src") for image in driver.find_elements("css selector", ".answer img")]
+    images = driver.find_elements("css selector", ".answer img:not(.saliency)")
+    return [image.get_attribute("src") for image in images]
 
 
 def draw(driver, moves, *, start):
@@ -535,6 +562,12 @@ def ink_on_board(driver):
         "return Array.from(colours).filter((_, i) => i % 4 == 3)"
     )
     return np.array(ink, np.uint8).reshape(demo.BOARD, demo.BOARD)
+
+
+def save_picture(driver, name):
+    """Write the page as it is to NAME.png in the folder that DEMO_PICTURES names, if it names one."""
+    if folder := os.environ.get("DEMO_PICTURES"):
+        driver.save_screenshot(f"{folder}/{name}.png")
 
 
 def release(driver):
@@ -562,12 +595,12 @@ def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(brow
     # However fast it was drawn, the last answer is of the whole drawing.
     expected = demo.render_answer(packaged, ink_on_board(browser))
     wait_until(lambda: all(picture in expected for picture in maps(browser)))
+    assert browser.find_element("css selector", ".answer .saliency").get_attribute("src") in expected
     assert len(browser.find_elements("css selector", ".answer meter")) == 10
     assert browser.find_element("css selector", ".answer .most").text.split()[0] == "7"
-    if picture := os.environ.get("DEMO_PICTURE"):
-        browser.save_screenshot(picture)
+    save_picture(browser, "demo")
 
-    browser.find_element("css selector", "#board button").click()
+    browser.find_element("css selector", "#board [name=clear]").click()
     wait_until(lambda: read_answer(browser) == "nothing yet")
     draw(browser, [(0, 0), *[(0, 10)] * 16], start=(0, -80))
     release(browser)
@@ -579,6 +612,135 @@ def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(brow
     asked = [request["request"]["url"] for request in requests if request["documentURL"].startswith(page)]
     assert any(url.endswith(guard.ANSWER) for url in asked)
     assert [url for url in asked if not url.startswith((page, "data:", "blob:"))] == []
+
+
+@pytest.mark.slow
+def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(browser):
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    browser.refresh()
+    wait_until(lambda: browser.find_elements("css selector", "#board canvas") and read_answer(browser))
+    rectangle = "const r = arguments[0].getBoundingClientRect(); return [r.left, r.top, r.width, r.height]"
+
+    def touch(selector, fractions):
+        """Put a finger at a place in an element, given as fractions of its size, move it to the others, and lift it."""
+        left, top, width, height = browser.execute_script(rectangle, browser.find_element("css selector", selector))
+        points = [[{"x": left + width * x, "y": top + height * y}] for x, y in fractions]
+        kinds = ["touchStart", *["touchMove"] * (len(points) - 1)]
+        for kind, at in [*zip(kinds, points, strict=True), ("touchEnd", [])]:
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
+
+    seven = [(0.3 + 0.04 * i, 0.2) for i in range(11)] + [(0.7 - 0.02 * i, 0.2 + 0.06 * i) for i in range(11)]
+    touch("#board canvas", seven)
+    wait_until(lambda: read_answer(browser) == "7")
+    # The finger drew, and did not scroll; a picture of what the network sees stands beside where it looked.
+    assert browser.execute_script("return window.scrollY") == 0
+    save_picture(browser, "phone")
+    sees, looked = browser.find_elements("css selector", ".answer figure img")
+    assert sees.location["y"] == looked.location["y"]
+    for width in (390, 320):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"width": width})
+        wait_until(lambda width=width: browser.execute_script("return document.documentElement.clientWidth") == width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+        ends = (
+            "return [...document.querySelectorAll('body *')].map(e => [e.getBoundingClientRect().right, e.outerHTML])"
+        )
+        assert [(end, html[:300]) for end, html in browser.execute_script(ends) if end > width] == []
+    # Several digits are no wider, and beside the board a finger scrolls.
+    touch("#board [name=clear]", [(0.5, 0.5)])
+    wait_until(lambda: read_answer(browser) == "nothing yet")
+    for x in (0.1, 0.3, 0.5, 0.7, 0.9):
+        touch("#board canvas", [(x, 0.25 + 0.05 * i) for i in range(11)])
+    wait_until(lambda: len(browser.find_elements("css selector", ".answer figure")) == 5)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 320
+    touch(".answer .maps", [(0.5, 0.9 - 0.1 * i) for i in range(9)])
+    actions = "return getComputedStyle(arguments[0]).touchAction"
+    elements = browser.find_elements("css selector", "body, body *")
+    blocked = [element for element in elements if browser.execute_script(actions, element) == "none"]
+    assert blocked == browser.find_elements("css selector", "#board canvas")
+
+
+DROP = """const [selector, content, name, type] = arguments, transfer = new DataTransfer();
+transfer.items.add(new File([Uint8Array.from(atob(content), byte => byte.charCodeAt())], name, {type}));
+for (const kind of ["dragenter", "dragover", "drop"]) {
+  const event = new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true});
+  const untouched = document.querySelector(selector).dispatchEvent(event);
+  if (kind != "dragenter" && untouched) throw new Error("the browser would open the file");
+}"""
+
+
+def drop(driver, content, name="digit.png", kind="image/png"):
+    """Drop a file, of which this is the content, on the board."""
+    driver.execute_script(DROP, "#board canvas", base64.b64encode(content).decode(), name, kind)
+
+
+def as_png(picture):
+    """Return a picture as a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.mark.slow
+def test_a_picture_is_read_that_is_dropped_on_the_board_or_chosen(browser, tmp_path, plain, real_images):
+    browser.get_log("performance")
+    drop(browser, as_png(plain.convert("RGB").resize((600, 900))))
+    wait_until(lambda: read_answer(browser) == "2")
+    browser.find_element("css selector", "#board [name=clear]").click()
+    wait_until(lambda: read_answer(browser) == "nothing yet")
+    bright = Image.fromarray(real_images[0][0])  # a 5, bright on dark, of 28x28 pixels
+    (tmp_path / "bright.png").write_bytes(as_png(bright))
+    browser.find_element("css selector", "#board input").send_keys(str(tmp_path / "bright.png"))
+    wait_until(lambda: read_answer(browser) == "5")
+    # Nothing of a file that is none reaches the board or the server, and its failure is told.
+    drop(browser, b"no picture", "notes.png")
+    alert = browser.find_element("css selector", "#board [role=alert]")
+    wait_until(lambda: alert.text == "this browser finds no picture in notes.png; choose a PNG or JPEG file")
+    assert read_answer(browser) == "5"
+    with Image.open(ROOT / "docs" / "numbers.jpg") as numbers:
+        drop(browser, as_png(numbers.crop((0, 0, numbers.width, 125))))
+    wait_until(lambda: read_answer(browser) == "0 1 8 9 2")
+    save_picture(browser, "numbers")
+    assert alert.text == ""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [each["params"]["request"] for each in events if each["method"] == "Network.requestWillBeSent"]
+    sent = {each["url"] for each in requests if each["method"] != "GET"}
+    assert {url.partition("/gradio_api")[1] + url.partition("/gradio_api")[2] for url in sent} == {guard.ANSWER}
+
+
+@pytest.mark.slow
+def test_the_keyboard_reaches_every_control_and_clears_the_board(browser):
+    from selenium.webdriver import ActionChains, Keys
+
+    def press(key):
+        ActionChains(browser).send_keys(key).perform()
+
+    names, outlines = [], []
+    for _ in range(8):
+        press(Keys.TAB)
+        focused = browser.switch_to.active_element
+        names.append(focused.get_attribute("name"))
+        outlines.append(browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", focused))
+    controls = browser.find_elements("css selector", "button, a[href], input:not([hidden]), select, textarea")
+    shown = [control.get_attribute("name") for control in controls if control.is_displayed()]
+    assert set(shown) == {"clear", "open"} <= set(names)
+    assert {outline for name, outline in zip(names, outlines, strict=True) if name in shown} == {"solid"}
+    for key, focused in ((Keys.ESCAPE, None), (Keys.SPACE, "clear"), (Keys.ENTER, "clear")):
+        draw(browser, [(0, 0), *[(0, 10)] * 16], start=(0, -80))
+        release(browser)
+        wait_until(lambda: read_answer(browser) == "1")
+        if focused:
+            browser.execute_script("document.querySelector(`#board [name=${arguments[0]}]`).focus()", focused)
+        press(key)
+        wait_until(lambda: read_answer(browser) == "nothing yet")
+        assert not ink_on_board(browser).any()
+    browser.execute_script(
+        "document.querySelector('#board input').click = () => document.title = 'a picture is chosen'"
+    )
+    browser.execute_script("document.querySelector('#board [name=open]').focus()")
+    press(Keys.ENTER)
+    wait_until(lambda: browser.title == "a picture is chosen")
 
 
 FOREIGN_SITE = """<title>busy</title><iframe name="inside"></iframe><form method="post" target="inside"></form>

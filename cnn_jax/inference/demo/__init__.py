@@ -24,7 +24,8 @@ from flax import linen as nn
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.demo.guard import BOARD, read_drawing, serve_guarded
-from cnn_jax.inference.pictures import encode_png
+from cnn_jax.inference.logits import saliency
+from cnn_jax.inference.pictures import draw_saliency, encode_png
 from cnn_jax.inference.predict import as_text, describe_probability
 from cnn_jax.inference.preprocess import SIZE, check_takes_pictures
 from cnn_jax.inference.pretrained import Reading, TrainedModel, load_trained
@@ -131,28 +132,33 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
 
 def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     """Return the network's answer to a drawing, (BOARD, BOARD), uint8, 0 for no ink, as HTML."""
-    # A margin of paper, so that ink at the board's edge counts as part of the digit and not of a frame.
-    paper = 255 - np.pad(ink, BOARD // 10).astype(np.float32)
+    # A margin of paper, so that ink at the board's edge counts as part of the digit and not of a frame. The paper of a
+    # picture may be grey, or dark.
+    paper = 255 - np.pad(ink, BOARD // 10, constant_values=np.uint8(np.median(ink))).astype(np.float32)
     lines = trained.read(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else []
     readings = [reading for line in lines for reading in line]
-    image = readings[0].image if readings else np.zeros((SIZE, SIZE, 1), np.uint8)
-    maps = run_network(trained, image)
-    probabilities = readings[0].probabilities if readings else np.zeros(len(trained.class_names))
+    blank = Reading((0, 0, 0, 0), np.zeros((SIZE, SIZE, 1), np.uint8), np.zeros(len(trained.class_names)), None)
+    shown = readings or [blank]
+    images = np.stack([each.image for each in shown])
+    classes = np.array([each.probabilities.argmax() for each in shown])
+    maps = saliency(trained.model, trained.params, images, classes)
     return TEMPLATES.get_template("answer.html").render(
         side=SIZE,
         text=printable(as_text(readings, trained.class_names)) if readings else "nothing yet",
         characters=[
             {"picture": _data_uri(each.image[..., 0]), "name": printable(as_text([each], trained.class_names)),
-             "probability": describe_probability(float(each.probabilities.max())), "certain": is_certain(each)}
-            for each in readings
-        ] or [{"picture": _data_uri(image[..., 0]), "name": "", "probability": "", "certain": True}],
-        prediction=readings[0].index if readings else None,
-        probabilities=[(each, describe_probability(each)) for each in probabilities.tolist()],
+             "saliency": _data_uri(draw_saliency(each.image, map_)) if each.index is not None else "",
+             "probability": describe_probability(float(each.probabilities.max())),
+             "certain": each is blank or is_certain(each)}
+            for each, map_ in zip(shown, maps, strict=True)
+        ],
+        prediction=shown[0].index,
+        probabilities=[(each, describe_probability(each)) for each in shown[0].probabilities.tolist()],
         class_names=[printable(name) for name in trained.class_names],
         layers=[
             {"height": layer.shape[0], "width": layer.shape[1], "features": layer.shape[2],
              "picture": _data_uri(_sheet(layer))}
-            for layer in maps
+            for layer in run_network(trained, images[0])
         ],
     )  # fmt: skip
 
@@ -192,5 +198,5 @@ def _sheet(maps: np.ndarray) -> np.ndarray:
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    """Return a grey picture, (H, W), uint8, as a data URI."""
+    """Return a picture, (H, W) or (H, W, 3), uint8, as a data URI."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
