@@ -24,7 +24,7 @@ OWNERS = {
     "sqlalchemy": ("runs/sweep.py",),
     "tensorboardX": ("runs/folder.py",),
     "matplotlib": ("analysis/plots.py",),
-    "jinja2": ("analysis/report.py", "inference/demo/"),
+    "jinja2": ("analysis/report.py", "inference/demo/", "inference/page/"),
     "gradio": ("inference/demo/",),
     "onnx": ("inference/export.py",),
     "onnxruntime": ("inference/export.py",),

@@ -227,7 +227,7 @@ def export(
     common: CommonOptions,
     run: str | None = None,
     *,
-    to: Literal["onnx", "stablehlo", "safetensors", "torch"],
+    to: Literal["onnx", "stablehlo", "safetensors", "torch", "html"],
     output: Path,
     input: Literal["uint8", "float"] | None = None,
     layout: Literal["nhwc", "nchw"] | None = None,
@@ -237,7 +237,8 @@ def export(
 
     Options:
       run ([RUN]): A run's folder, or its name in --checkpoint-dir. (default: the network in the package)
-      to (FORMAT): onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights). (required)
+      to (FORMAT): onnx or stablehlo (programs from pixels to logits), safetensors or torch (weights), html (a page
+        that reads drawn and chosen pictures in a browser, without a server). (required)
       output (FILE): The file to write. (required)
       input: The pixels that a program takes: in 0..255, which it scales itself, or floats in [0, 1]. (default: uint8)
       layout: The axes of a program's images: channels last or first. (default: nhwc)
@@ -247,10 +248,13 @@ def export(
       cnn-jax export --to onnx --output mnist.onnx
       cnn-jax export --to onnx --layout nchw --output mnist.onnx
       cnn-jax export mnist-seed777 --to torch --output model.pt
+      cnn-jax export --to html --output digits.html
     """
+    without_input = {"html": "a page, which takes any picture"}
+    without_input |= dict.fromkeys(("safetensors", "torch"), "weights, which take no images")
     for option, value in (("--input", input), ("--layout", layout)):
-        if value is not None and to in ("safetensors", "torch"):
-            raise UsageError(f"{option} {value}: --to {to} writes weights, which take no images; leave out {option}")
+        if value is not None and to in without_input:
+            raise UsageError(f"{option} {value}: --to {to} writes {without_input[to]}; leave out {option}")
     check_output(output)
     if to == "torch":
         need("torch", extra="torch")

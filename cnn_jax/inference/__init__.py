@@ -9,7 +9,8 @@ logits.py        computes its logits of any number of images, which pixels they 
                  probabilities
 predict.py       the command `predict`
 export.py        writes a network for another program, and tests the file before it is kept
-demo/            the page to draw digits on: Python, board (HTML and JavaScript), style, the answer's template, and
-                 guard.py, which says what may reach the page
+page/            the page that reads pictures in a browser without a server; its board and style, which demo shares
+demo/            the page to draw digits on that a server answers: Python, the answer's template, and guard.py, which
+                 says what may reach the page
 trained/         the packaged weights, and those that tell digits from everything else
 """

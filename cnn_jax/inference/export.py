@@ -13,6 +13,7 @@ import numpy as np
 from cnn_jax.core.evaluation import BATCH_SIZE
 from cnn_jax.data.dataset import PIXEL_MAXIMUM, Dataset, scale_pixels
 from cnn_jax.data.loading import load_dataset
+from cnn_jax.inference.page import read_page, write_page
 from cnn_jax.inference.preprocess import FITTED_SIZE, SIZE
 from cnn_jax.inference.pretrained import TrainedModel, load_packaged, load_trained_run, read_trained, write_trained
 from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
@@ -281,9 +282,19 @@ def _load_stablehlo(file: Path, trained: TrainedModel, takes: Input) -> Compute:
     return lambda images: np.asarray(compute(takes.of(images)))
 
 
+def _write_html(trained: TrainedModel, file: Path, _: Input) -> None:
+    write_page(trained, file)
+
+
+def _load_html(file: Path, trained: TrainedModel, _: Input) -> Compute:
+    # There may be no browser: what the page computes with its weights is tested with the program itself.
+    return read_page(file, trained).logits
+
+
 FORMATS = {
     "torch": Format(_write_torch, _load_torch),
     "safetensors": Format(_write_safetensors, _load_safetensors),
     "onnx": Format(_write_onnx, _load_onnx),
     "stablehlo": Format(_write_stablehlo, _load_stablehlo),
+    "html": Format(_write_html, _load_html),
 }

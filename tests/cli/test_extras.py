@@ -16,6 +16,7 @@ COMMANDS = {
         "report run --checkpoint-dir {runs}",
         "predict {runs}/run/pictures/mistakes.png",
         "export --to safetensors --output {runs}/model.safetensors",
+        "export run --checkpoint-dir {runs} --to html --output {runs}/page.html",
     ),
     "export": (
         "export --to onnx --output {runs}/model.onnx",

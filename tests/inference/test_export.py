@@ -16,7 +16,7 @@ from cnn_jax.inference.export import Input
 from cnn_jax.inference.pretrained import load_trained, read_trained
 from tests.helpers import EMBEDDED, ROOT, write_idx
 
-FORMATS = ("torch", "safetensors", "onnx", "stablehlo")
+FORMATS = ("torch", "safetensors", "onnx", "stablehlo", "html")
 INPUTS = [Input(pixels, layout) for pixels in ("uint8", "float") for layout in ("nhwc", "nchw")]
 
 
@@ -215,13 +215,20 @@ def test_the_python_on_the_page_about_networks_runs_an_exported_one(package, exp
     assert capsys.readouterr().out.strip("[]\n").isdigit()
 
 
-@pytest.mark.parametrize("to", ["torch", "safetensors"])
+@pytest.mark.parametrize(
+    ("to", "what"),
+    [
+        ("torch", "weights, which take no images"),
+        ("safetensors", "weights, which take no images"),
+        ("html", "a page, which takes any picture"),
+    ],
+)
 @pytest.mark.parametrize("option", ["--input uint8", "--layout nchw"])
-def test_weights_have_no_input_whose_pixels_or_layout_could_be_chosen(to, option, command, tmp_path):
+def test_weights_and_pages_have_no_input_whose_pixels_or_layout_could_be_chosen(to, what, option, command, tmp_path):
     code, out, err = command("export", "--to", to, "--output", tmp_path / "network", *option.split())
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
     name = option.split()[0]
-    assert err == f"error: {option}: --to {to} writes weights, which take no images; leave out {name}\n"
+    assert err == f"error: {option}: --to {to} writes {what}; leave out {name}\n"
 
 
 def test_pytorch_reads_its_file_without_executing_anything_in_it(exported, packaged):

@@ -23,8 +23,10 @@ from flax import linen as nn
 
 from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
-from cnn_jax.inference.demo.guard import BOARD, read_drawing, serve_guarded
+from cnn_jax.inference.demo.guard import read_drawing, serve_guarded
 from cnn_jax.inference.logits import saliency
+from cnn_jax.inference.page import BOARD, PEN
+from cnn_jax.inference.page import FOLDER as PAGE
 from cnn_jax.inference.pictures import draw_saliency, encode_png
 from cnn_jax.inference.predict import as_text, describe_probability
 from cnn_jax.inference.preprocess import SIZE, check_takes_pictures
@@ -44,12 +46,13 @@ import fastapi
 import gradio as gr
 
 CERTAIN = 0.9  # less probable answers are marked
-PEN = 11  # pixels wide; three in the digit that the network gets
 MAPS_PER_ROW, GAP_GREY = 16, 64
 
-FOLDER = Path(__file__).parent
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    loader=jinja2.FileSystemLoader([Path(__file__).parent, PAGE]),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
 )
 
 
@@ -88,7 +91,7 @@ def serve(
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            css=(FOLDER / "style.css").read_text(encoding="utf-8"),
+            css=(PAGE / "style.css").read_text(encoding="utf-8"),
         )
         shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)  # Gradio makes it, and this page has no files
         with listen_for_stop() as request, serve_guarded(page, listener, host):
@@ -108,7 +111,7 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
         name=printable(trained.name), accuracy=trained.test_accuracy
     )
     board_html = TEMPLATES.get_template("board.html").render(board=BOARD, pen=PEN)
-    board_js = (FOLDER / "board.js").read_text(encoding="utf-8")
+    board_js = (PAGE / "board.js").read_text(encoding="utf-8")
     blank = render_answer(trained, np.zeros((BOARD, BOARD), np.uint8))  # this also compiles the network
     with gr.Blocks(title="cnn-jax", analytics_enabled=False) as page:
         gr.HTML(heading)

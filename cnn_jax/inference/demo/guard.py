@@ -21,11 +21,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cnn_jax.inference.page import BOARD
+
 ANSWER = "/gradio_api/run/predict"
 # What a browser loads of Gradio; longer names are no file's.
 FILES = r"theme\.css|favicon\.ico|manifest\.json|(assets|static)(/\w[\w.-]{0,200}){1,8}"
 REQUESTS = re.compile(rf"(GET|HEAD) /|GET /({FILES})|POST {ANSWER}", re.ASCII)
-BOARD = 140  # pixels per side of a drawing
 MAXIMUM_BODY = 2**16  # bytes; a drawing has 26 kB
 SECONDS = 10  # for a request, from the wait for it to the last byte of its answer
 CONNECTIONS, CONNECTIONS_PER_CLIENT = 256, 32  # a browser opens 6

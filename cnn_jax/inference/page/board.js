@@ -1,4 +1,4 @@
-// Gradio runs this once, with the board's element, its properties and the function that triggers its events.
+// Gradio or page.js runs this once, with the board's element, its properties and the function that triggers its events.
 const board = element.querySelector("canvas");
 const pen = board.getContext("2d", {willReadFrequently: true});
 pen.lineWidth = board.dataset.pen;

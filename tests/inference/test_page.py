@@ -1,0 +1,355 @@
+"""The page without a server reads as `predict --one` does, asks for nothing, and shows names as nothing but text."""
+
+import dataclasses
+import json
+import re
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.data.idx import read_idx
+from cnn_jax.inference.page import EMBEDDED as EMBEDDED_JSON
+from cnn_jax.inference.page import FOLDER, write_page
+from cnn_jax.inference.pictures import read_picture
+from tests.digits import (
+    DARK_PAPERS,
+    DARK_PENS,
+    LIGHT_PAPERS,
+    LIGHT_PENS,
+    NO_DIGITS,
+    SHAPES,
+    draw_digit,
+    draw_no_digit,
+)
+from tests.helpers import EMBEDDED, ROOT
+
+CHANGE = "document.title = 'changed'"
+HOSTILE = f'</script><script>{CHANGE}</script><img src=x onerror="{CHANGE}"><!-- &amp; {{{{ 7 * 7 }}}}'
+
+
+def embedded_in(file):
+    """What the scripts of a page get from Python."""
+    (embedded,) = EMBEDDED_JSON.findall(file.read_text())
+    return json.loads(embedded)
+
+
+@pytest.fixture(scope="module")
+def page(packaged, tmp_path_factory):
+    """The page of the network in the package."""
+    file = tmp_path_factory.mktemp("page") / "digits.html"
+    write_page(packaged, file)
+    return file
+
+
+def of_other_images(packaged, image_shape, class_names):
+    """A network that takes other images and was never trained."""
+    other = dataclasses.replace(
+        packaged, image_shape=image_shape, class_names=class_names, features=(5, 7), temperature=0.5, background=20
+    )
+    images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    shapes = jax.eval_shape(other.model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    return dataclasses.replace(other, params=params)
+
+
+def test_the_page_is_one_small_file_that_loads_nothing_and_forbids_itself_to(page):
+    text = page.read_text()
+    assert page.stat().st_size < 1_000_000
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', text)
+    assert policy == ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:")
+    assert text.index(policy) < text.index("<style>") < text.index("<script")
+    assert re.findall(r'(?:src|href|action|srcset|data)="(.*?)"', text) == ["data:,"]
+    assert not re.search(r"https?:|@import|url\((?!\$\{)", text)
+
+
+def test_the_scripts_can_stand_in_a_document():
+    for script in FOLDER.glob("*.js"):
+        assert not re.search("</script|<!--", script.read_text(), re.IGNORECASE), script.name
+
+
+def test_what_names_hold_is_text_and_no_markup(packaged, page, tmp_path):
+    names = (HOSTILE, "B\u202e", "\ud800", *"DEFGHIJ")
+    write_page(dataclasses.replace(packaged, name=HOSTILE, class_names=names), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert re.findall("</?script|<img|<!--", text) == re.findall("</?script|<img|<!--", page.read_text())
+    assert embedded_in(tmp_path / "page.html")["class_names"] == [HOSTILE, r"B\u202e", r"\ud800", *"DEFGHIJ"]
+
+
+def test_a_run_of_images_with_as_many_channels_as_no_picture_has_is_refused(packaged, command, tmp_path, monkeypatch):
+    other = of_other_images(packaged, (28, 28, 4), packaged.class_names)
+    monkeypatch.setattr("cnn_jax.inference.export.read_trained", lambda file: other)
+    code, out, err = command("export", "--to", "html", "--output", tmp_path / "page.html")
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.splitlines()[-1] == (
+        "error: mnist: its network takes images of 28x28x4; pictures have 1 or 3 channels; name another run"
+    )
+
+
+def test_the_pages_tell_how_the_page_is_made_and_what_that_prints(command, tfds_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("export", "--to", "html", "--output", "digits.html", "--data-dir", tfds_folder)
+    assert code == 0
+    told = "$ python -m cnn_jax export --to html --output digits.html\n" + "".join(err.splitlines(True)[-2:])
+    assert told in (ROOT / "docs" / "using-a-network.md").read_text()
+    row = r"^\| .* \| `python -m cnn_jax export --to html .*\(docs/using-a-network.md#a-page-without-a-server\) \|$"
+    assert re.search(row, (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert (tmp_path / "digits.html").stat().st_size < 1_000_000
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """A real browser without a window, which logs its requests."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,800",
+                   f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):  # fmt: skip
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(300)
+    yield driver
+    driver.quit()
+
+
+# Reads files as the page does, and returns what it makes of each.
+READ_FILES = """
+const done = arguments[0], files = [...document.getElementById("test").files];
+(async () => {
+  const readings = [];
+  for (const file of files) {
+    const reading = read(await pictureOf(URL.createObjectURL(file)));
+    readings.push(reading ? {...reading, image: [...reading.image]} : null);
+  }
+  return readings;
+})().then(done, error => done(String(error)));
+"""
+
+
+def read_on_page(driver, file, pictures):
+    """Open a page, and return what it makes of picture files."""
+    driver.get(file.as_uri())
+    driver.execute_script(
+        "const input = document.createElement('input');"
+        "[input.type, input.multiple, input.id] = ['file', true, 'test'];"
+        "document.body.append(input);"
+    )
+    driver.find_element("id", "test").send_keys("\n".join(map(str, pictures)))
+    readings = driver.execute_async_script(READ_FILES)
+    assert isinstance(readings, list), readings
+    return readings
+
+
+def assert_same_readings(readings, trained, pictures):
+    """The page's readings are those of `predict --one`."""
+    assert len(readings) == len(pictures)
+    for reading, picture in zip(readings, pictures, strict=True):
+        expected = [each for line in trained.read(read_picture(str(picture)).colours, one=True) for each in line]
+        assert (reading is None) == (expected == []), picture
+        for each in expected:
+            image = np.reshape(reading["image"], trained.image_shape)
+            assert np.abs(image - each.image.astype(int)).max() <= 1, picture
+            assert reading["index"] == each.index, picture
+            np.testing.assert_allclose(reading["probabilities"], each.probabilities, atol=1e-4, err_msg=str(picture))
+
+
+def pasted(rng, image):
+    """A test image of MNIST, enlarged, somewhere on a larger sheet of its colour or of the other polarity."""
+    side = int(rng.integers(40, 400))
+    width, height = (int(each) for each in rng.integers(side, 2 * side, 2))
+    sheet = Image.new("L", (width, height))
+    corner = (int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1)))
+    sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), corner)
+    return Image.fromarray(255 - np.asarray(sheet)) if rng.random() < 0.5 else sheet
+
+
+def transparent(picture, colour):
+    """A digit in one colour on nothing."""
+    grey = np.asarray(picture.convert("L"))
+    layer = np.zeros((*grey.shape, 4), np.uint8)
+    # Opaque or not at all, because a browser keeps the colours of what shines through only to a few levels.
+    layer[..., :3], layer[..., 3] = colour, np.where((grey > 127) == (grey.mean() < 127), 255, 0)
+    return Image.fromarray(layer)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """200 picture files: drawn, of MNIST's test images, large, narrow, transparent, blank, and of no digit."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
+    drawn = []
+    for i in range(95):
+        pens, papers = (LIGHT_PENS, DARK_PAPERS) if i % 3 == 0 else (DARK_PENS, LIGHT_PAPERS)
+        shapes = SHAPES[i % 10]
+        strokes, pen = shapes[rng.integers(len(shapes))], pens[rng.integers(len(pens))]
+        drawn.append(draw_digit(rng, strokes, pen, papers[rng.integers(len(papers))]))
+    images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)
+    drawn += [pasted(rng, image) for image in images[:60]]
+    drawn += [drawn[i].resize(size) for i, size in enumerate([(2300, 2100), (1100, 2500), (2050, 700)])]
+    drawn += [drawn[i].resize(size) for i, size in enumerate([(60, 512), (700, 40), (8, 8), (9, 33)], start=3)]
+    drawn += [transparent(drawn[i], [(0, 0, 0), (255, 255, 255), (200, 30, 40)][i % 3]) for i in range(7)]
+    drawn += [Image.new("RGB", (120, 80), colour) for colour in ("white", "black", "teal")]
+    drawn += [draw_no_digit(rng, NO_DIGITS[i % len(NO_DIGITS)]) for i in range(28)]
+    files = [folder / f"{number}.png" for number in range(len(drawn))]
+    for file, picture in zip(files, drawn, strict=True):
+        picture.save(file)
+    return files
+
+
+@pytest.mark.slow(seconds=90)
+def test_200_pictures_are_read_as_predict_reads_them(driver, page, packaged, pictures):
+    assert len(pictures) == 200
+    readings = read_on_page(driver, page, pictures)
+    assert_same_readings(readings, packaged, pictures)
+    indices = [reading["index"] if reading else "nothing" for reading in readings]
+    assert set(indices) == {*range(10), None, "nothing"}
+
+
+@pytest.mark.slow(seconds=10)
+@pytest.mark.parametrize("image_shape", [(23, 21, 1), (16, 18, 3)])
+def test_other_images_and_classes_are_read_as_predict_reads_them_too(image_shape, driver, packaged, pictures, tmp_path):
+    names = (HOSTILE, "a bag", *(f"class {number}" for number in range(2, 12)))
+    trained = of_other_images(packaged, image_shape, names)
+    write_page(trained, tmp_path / "page.html")
+    some = [pictures[i] for i in (0, 1, 30, 100, 155, 158, 166, 170, 190)]
+    readings = read_on_page(driver, tmp_path / "page.html", some)
+    assert_same_readings(readings, trained, some)
+    assert driver.find_elements("css selector", "canvas:not(#seen)") == []  # no board to draw on
+    driver.find_element("css selector", "input").send_keys(str(some[0]))
+    wait_for(driver, names[readings[0]["index"]])
+    rows = [row.text for row in driver.find_elements("css selector", ".class b")]
+    most = sorted(np.argsort(readings[0]["probabilities"])[-10:])
+    assert rows == [names[i] for i in most]
+    assert driver.title == "mnist reads a picture"
+
+
+def wait_for(driver, answer):
+    """Wait until a page gives an answer, at most 30 seconds."""
+    end = time.monotonic() + 30
+    while driver.find_element("css selector", "output").text != answer:
+        assert time.monotonic() < end, driver.find_element("css selector", ".answer").text
+        time.sleep(0.05)
+
+
+def told_on(driver):
+    """What a page says about its answer."""
+    return driver.find_element("css selector", "#told").text
+
+
+@pytest.mark.slow(seconds=5)
+def test_what_is_no_digit_and_no_picture_is_told(driver, page, packaged, pictures, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (2000, 20), 255).save(tmp_path / "narrow.png")
+    Image.new("L", (200, 200), 255).save(tmp_path / "blank.png")
+    readings = ((file, packaged.read(read_picture(str(file)).colours, one=True)) for file in reversed(pictures))
+    shutil.copy(
+        next(file for file, lines in readings if lines and lines[0][0].index is None), tmp_path / "scribble.png"
+    )
+    driver.get(page.as_uri())
+    for name, told in {
+        "text.png": "The file is no picture that this browser can read; save it as PNG or JPEG.",
+        "narrow.png": "The picture is too small or too narrow; give one of a whole digit.",
+        "blank.png": "Nothing was found; give a picture with more contrast.",
+        "scribble.png": "This is no digit.",
+    }.items():
+        driver.find_element("css selector", "input").send_keys(str(ROOT / "docs" / "four.jpg"))
+        wait_for(driver, "4")
+        driver.find_element("css selector", "input").send_keys(str(tmp_path / name))
+        wait_for(driver, "?")
+        assert told_on(driver) == told
+        assert driver.find_elements("css selector", ".class") == []
+        assert driver.find_element("id", "seen").is_displayed() == (name == "scribble.png")
+
+
+def draw_seven(driver, kind):
+    """Draw a 7 on the board with the mouse or a finger."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+    board = driver.find_element("css selector", "#board canvas")
+    actions = ActionBuilder(driver, mouse=PointerInput(kind, kind), duration=1)
+    actions.pointer_action.move_to(board, -60, -70).pointer_down()
+    for x, y in [(-60 + 10 * i, -70) for i in range(13)] + [(60 - 5 * i, -70 + 13 * i) for i in range(12)]:
+        actions.pointer_action.move_to(board, x, y)
+    actions.pointer_action.pointer_up()
+    actions.perform()
+
+
+@pytest.mark.slow(seconds=5)
+def test_a_drawn_digit_is_read_and_no_request_leaves_the_page(driver, page):
+    driver.get(page.as_uri())
+    driver.get_log("performance")
+    driver.get(page.as_uri())
+    draw_seven(driver, "mouse")
+    wait_for(driver, "7")
+    assert len(driver.find_elements("css selector", ".class")) == 10
+    assert driver.find_element("css selector", ".class.most").text.split() == ["7", ">99.9%"]
+    driver.find_element("css selector", "input").send_keys(str(ROOT / "docs" / "four.jpg"))
+    wait_for(driver, "4")
+    # The picture has taken the drawing's place: what is drawn now is alone on the board.
+    draw_seven(driver, "mouse")
+    wait_for(driver, "7")
+    driver.find_element("css selector", "#board button").click()
+    wait_for(driver, "nothing yet")
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert page.as_uri() in asked
+    assert all(url == page.as_uri() or url.startswith(("blob:", "data:")) for url in asked)
+    refused = driver.execute_async_script(
+        "const done = arguments[0]; fetch('http://127.0.0.1:9/').then(() => done(null), error => done(error.message))"
+    )
+    assert refused == "Failed to fetch"
+    assert "Content Security Policy" in str(driver.get_log("browser"))
+
+
+@pytest.mark.slow(seconds=5)
+def test_on_a_phone_a_digit_is_drawn_by_touch_and_nothing_lies_beside_the_window(driver, page):
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        driver.get(page.as_uri())
+        for answer in ("nothing yet", "7"):
+            wait_for(driver, answer)
+            widths = driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+            assert widths == [390, 390]
+            draw_seven(driver, "touch")
+        answer = driver.find_element("css selector", "output").rect
+        assert answer["y"] + answer["height"] < 844  # it is seen while one draws
+        camera = driver.find_element("css selector", ".camera")
+        assert camera.is_displayed()
+        assert camera.find_element("css selector", "input").get_attribute("capture") == "environment"
+        for control in driver.find_elements("css selector", "button, label"):
+            assert control.rect["height"] >= 44
+    finally:
+        driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow(seconds=5)
+def test_by_keyboard_a_picture_is_chosen_and_cleared_and_the_focus_is_seen(driver, page):
+    from selenium.webdriver import ActionChains, Keys
+
+    driver.get(page.as_uri())
+    outlines = []
+    for _ in range(2):
+        ActionChains(driver).send_keys(Keys.TAB).perform()
+        outlines.append(
+            driver.execute_script(
+                "const focused = document.activeElement, seen = focused.closest('label') ?? focused;"
+                "const style = getComputedStyle(seen);"
+                "return [seen.textContent.trim(), style.outlineStyle, style.outlineWidth]"
+            )
+        )
+    assert outlines == [["Clear", "solid", "3px"], ["Choose a picture", "solid", "3px"]]
+    driver.switch_to.active_element.send_keys(str(ROOT / "docs" / "four.jpg"))
+    wait_for(driver, "4")
+    ActionChains(driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).send_keys(Keys.ENTER).perform()
+    wait_for(driver, "nothing yet")
+    assert driver.find_element("css selector", "#board canvas").value_of_css_property("background-image") == "none"
