@@ -14,7 +14,7 @@ from PIL import Image
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.page import EMBEDDED as EMBEDDED_JSON
 from cnn_jax.inference.page import FOLDER, write_page
-from cnn_jax.inference.pictures import read_picture
+from cnn_jax.inference.pictures import ORIENTATION, read_picture
 from tests.digits import (
     DARK_PAPERS,
     DARK_PENS,
@@ -136,15 +136,20 @@ const done = arguments[0], files = [...document.getElementById("test").files];
 def read_on_page(driver, file, pictures):
     """Open a page, and return what it makes of picture files."""
     driver.get(file.as_uri())
+    give_files(driver, pictures)
+    readings = driver.execute_async_script(READ_FILES)
+    assert isinstance(readings, list), readings
+    return readings
+
+
+def give_files(driver, files):
+    """Put files into an input of the test's own on a page."""
     driver.execute_script(
         "const input = document.createElement('input');"
         "[input.type, input.multiple, input.id] = ['file', true, 'test'];"
         "document.body.append(input);"
     )
-    driver.find_element("id", "test").send_keys("\n".join(map(str, pictures)))
-    readings = driver.execute_async_script(READ_FILES)
-    assert isinstance(readings, list), readings
-    return readings
+    driver.find_element("id", "test").send_keys("\n".join(map(str, files)))
 
 
 def assert_same_readings(readings, trained, pictures):
@@ -265,6 +270,41 @@ def test_what_is_no_digit_and_no_picture_is_told(driver, page, packaged, picture
         assert told_on(driver) == told
         assert driver.find_elements("css selector", ".class") == []
         assert driver.find_element("id", "seen").is_displayed() == (name == "scribble.png")
+
+
+@pytest.mark.slow(seconds=3)
+def test_a_photograph_is_turned_upright_as_its_camera_says(driver, page, tmp_path):
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    with Image.open(ROOT / "docs" / "four.jpg") as picture:
+        picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", quality=95, exif=turned)
+    driver.get(page.as_uri())
+    driver.find_element("css selector", "input").send_keys(str(tmp_path / "turned.jpg"))
+    wait_for(driver, "4")
+
+
+# Drops one file on the page and pastes another.
+GIVE_FILES = """
+const [first, second] = [...document.getElementById("test").files].map(file => {
+  const given = new DataTransfer();
+  given.items.add(file);
+  return given;
+});
+document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: first, bubbles: true, cancelable: true}));
+document.body.dispatchEvent(new ClipboardEvent("paste", {clipboardData: second, bubbles: true}));
+"""
+
+
+@pytest.mark.slow(seconds=3)
+def test_a_picture_is_dropped_or_pasted_and_the_newest_counts(driver, page, tmp_path):
+    Image.new("L", (3000, 3000), 255).save(tmp_path / "blank.png")
+    for names, answer in ((("four.jpg", "blank.png"), "?"), (("blank.png", "four.jpg"), "4")):
+        driver.get(page.as_uri())
+        give_files(driver, [ROOT / "docs" / name if name == "four.jpg" else tmp_path / name for name in names])
+        driver.execute_script(GIVE_FILES)
+        wait_for(driver, answer)
+        time.sleep(0.5)
+        wait_for(driver, answer)
 
 
 def draw_seven(driver, kind):

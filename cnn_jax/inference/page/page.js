@@ -70,7 +70,7 @@ function rowsOf({probabilities, index}) {
     const [name, meter, told] = ["b", "meter", "span"].map(tag => row.appendChild(document.createElement(tag)));
     name.textContent = embedded.class_names[i];
     meter.value = probabilities[i];
-    meter.ariaLabel = embedded.class_names[i];
+    meter.setAttribute("aria-label", embedded.class_names[i]);
     told.textContent = describeProbability(probabilities[i]);
     return row;
   });
