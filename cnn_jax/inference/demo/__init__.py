@@ -48,8 +48,9 @@ import gradio as gr
 CERTAIN = 0.9  # less probable answers are marked
 MAPS_PER_ROW, GAP_GREY = 16, 64
 
+FOLDER = Path(__file__).parent
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([Path(__file__).parent, PAGE]),
+    loader=jinja2.FileSystemLoader([FOLDER, PAGE]),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -110,8 +111,9 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
     heading = TEMPLATES.get_template("heading.html").render(
         name=printable(trained.name), accuracy=trained.test_accuracy
     )
-    board_html = TEMPLATES.get_template("board.html").render(board=BOARD, pen=PEN)
-    board_js = (PAGE / "board.js").read_text(encoding="utf-8")
+    parts = [TEMPLATES.get_template(name) for name in ("board.html", "open.html")]
+    board_html = "\n".join(part.render(board=BOARD, pen=PEN) for part in parts)
+    board_js = "".join(file.read_text(encoding="utf-8") for file in (PAGE / "board.js", FOLDER / "open.js"))
     blank = render_answer(trained, np.zeros((BOARD, BOARD), np.uint8))  # this also compiles the network
     with gr.Blocks(title="cnn-jax", analytics_enabled=False) as page:
         gr.HTML(heading)

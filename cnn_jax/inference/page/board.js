@@ -3,9 +3,6 @@ const board = element.querySelector("canvas");
 const pen = board.getContext("2d", {willReadFrequently: true});
 pen.lineWidth = board.dataset.pen;
 pen.lineCap = "round";
-pen.imageSmoothingQuality = "high";
-const input = element.querySelector("input");
-const alert = element.querySelector("p");
 let last = null;
 
 // The drawing's value is its opacity, one byte per pixel, in base64.
@@ -13,7 +10,6 @@ const send = () => {
   const colours = pen.getImageData(0, 0, board.width, board.height).data;
   let ink = "";
   for (let i = 3; i < colours.length; i += 4) ink += String.fromCharCode(colours[i]);
-  alert.textContent = "";
   props.value = btoa(ink);
   trigger("draw");
 };
@@ -30,34 +26,6 @@ const drawTo = event => {
   last = point;
   send();
 };
-// A picture becomes ink that is as opaque as the picture is dark. It is shown whole, and beside it the board is as dark
-// as most of the picture, so that the picture has no edge there.
-const show = async file => {
-  let picture;
-  try {
-    picture = await createImageBitmap(file);
-  } catch {
-    alert.textContent = `this browser finds no picture in ${file.name}; choose a PNG or JPEG file`;
-    return;
-  }
-  const scale = Math.min(board.width / picture.width, board.height / picture.height);
-  const [width, height] = [picture.width, picture.height].map(side => Math.max(1, Math.round(side * scale)));
-  const left = (board.width - width) >> 1, top = (board.height - height) >> 1;
-  pen.fillStyle = "white";  // behind what is transparent
-  pen.fillRect(0, 0, board.width, board.height);
-  pen.drawImage(picture, left, top, width, height);
-  const pixels = pen.getImageData(left, top, width, height), colours = pixels.data;
-  for (let i = 0; i < colours.length; i += 4) {
-    colours[i + 3] = 255 - (0.299 * colours[i] + 0.587 * colours[i + 1] + 0.114 * colours[i + 2]);
-    colours[i] = colours[i + 1] = colours[i + 2] = 0;
-  }
-  const darkness = colours.filter((_, i) => i % 4 == 3).sort();
-  pen.clearRect(0, 0, board.width, board.height);
-  pen.fillStyle = `rgb(0 0 0 / ${darkness[darkness.length >> 1] / 255})`;
-  pen.fillRect(0, 0, board.width, board.height);
-  pen.putImageData(pixels, left, top);
-  send();
-};
 board.addEventListener("pointerdown", event => {
   if (!event.isPrimary) return;  // a second finger
   board.setPointerCapture(event.pointerId);
@@ -67,13 +35,3 @@ board.addEventListener("pointerdown", event => {
 board.addEventListener("pointermove", event => { if (event.isPrimary && event.buttons) drawTo(event); });
 element.querySelector("[name=clear]").addEventListener("click", clear);
 document.addEventListener("keydown", event => { if (event.key == "Escape") clear(); });
-element.querySelector("[name=open]").addEventListener("click", () => input.click());
-input.addEventListener("change", () => {
-  if (input.files.length) show(input.files[0]);
-  input.value = "";  // so that the same file can be chosen again
-});
-element.addEventListener("dragover", event => event.preventDefault());  // or the browser would leave the page for the file
-element.addEventListener("drop", event => {
-  event.preventDefault();
-  if (event.dataTransfer.files.length) show(event.dataTransfer.files[0]);
-});
