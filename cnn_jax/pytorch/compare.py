@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import scipy
 
 from cnn_jax.analysis.plots import plot_comparison
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.processes import PARTS, SeedResult, ended_early, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runs.folder import RunFolder
-from cnn_jax.runs.summary import mean_interval
+from cnn_jax.runs.summary import difference_interval, mean_interval
 from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import RunLockedError
@@ -215,12 +213,13 @@ def _write(file: Path, result: SeedResult | Report | dict) -> None:
 def summarize(results: Mapping[str, Sequence[SeedResult]], agreement: AgreementSummary, *, epochs: int) -> Report:
     """Return the report of every seed's results, by framework, and of the agreement from equal weights."""
     ours, theirs = ([run.accuracy for run in results[framework]] for framework in FRAMEWORKS)
+    interval = difference_interval(ours, theirs)
     return Report(
         epochs=epochs,
         date=time.strftime("%Y-%m-%d"),
         machine=describe_machine(),
         versions=versions(*PACKAGES),
-        accuracy_difference=difference_interval(ours, theirs),
+        accuracy_difference={"mean": interval.mean, "low": interval.low, "high": interval.high},
         agreement=agreement,
         frameworks={
             framework: FrameworkResult(
@@ -306,16 +305,3 @@ def accuracy_table(report: Report) -> str:
     for part in PARTS:
         rows.append((part, *(describe_seconds(side.seconds[part]) for side in sides)))
     return markdown_table(("", *FRAMEWORKS), rows)
-
-
-def difference_interval(left: Sequence[float], right: Sequence[float]) -> dict[str, float]:
-    """Return the difference of two means, left minus right, and its 95 % interval: `mean`, `low` and `high`.
-
-    The samples, of at least two values each, are independent, and their variances may differ: the interval is Welch's
-    (Biometrika 34, 1947).
-    """
-    difference = statistics.fmean(left) - statistics.fmean(right)
-    if statistics.variance(left) == statistics.variance(right) == 0:  # SciPy divides by their sum
-        return {"mean": difference, "low": difference, "high": difference}
-    low, high = scipy.stats.ttest_ind(left, right, equal_var=False).confidence_interval()
-    return {"mean": difference, "low": float(low), "high": float(high)}

@@ -3,6 +3,7 @@
 import statistics
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -203,8 +204,41 @@ class MeanInterval(NamedTuple):
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
     """Return the mean of at least two values and its interval (Student, Biometrika 6, 1908)."""
-    mean, deviation, error = statistics.fmean(values), statistics.stdev(values), float(scipy.stats.sem(values))
-    if error == 0:  # SciPy divides by it
-        return MeanInterval(mean, deviation, error, mean, mean)
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    if deviation == 0:  # SciPy divides by it, or by what rounding makes of it
+        return MeanInterval(mean, 0.0, 0.0, mean, mean)
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
-    return MeanInterval(mean, deviation, error, float(low), float(high))
+    return MeanInterval(mean, deviation, float(scipy.stats.sem(values)), float(low), float(high))
+
+
+class Difference(NamedTuple):
+    """The difference of two means, left minus right, and how sure it is.
+
+    Attributes:
+      mean: The difference.
+      low: The lower end of its 95 % interval; the difference itself where nothing varies.
+      high: The upper end.
+      p_value: The test's that there is none; None where nothing varies, which no test can judge.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float | None
+
+
+def difference_interval(left: Sequence[float], right: Sequence[float], *, paired: bool = False) -> Difference:
+    """Return the difference of the means of at least two values each.
+
+    Pairs are tested by Student's t of their differences (Biometrika 6, 1908). Else the samples are independent, and
+    their variances may differ: the test is Welch's (Biometrika 34, 1947).
+    """
+    difference = statistics.fmean(left) - statistics.fmean(right)
+    differences = [a - b for a, b in zip(left, right, strict=True)] if paired else []
+    if not any(map(statistics.pvariance, [differences] if paired else [left, right])):  # SciPy divides by their sum
+        return Difference(difference, difference, difference, None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss")  # where one of two samples does not vary
+        test = scipy.stats.ttest_rel(left, right) if paired else scipy.stats.ttest_ind(left, right, equal_var=False)
+        low, high = test.confidence_interval()
+    return Difference(difference, float(low), float(high), float(test.pvalue))
