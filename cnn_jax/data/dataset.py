@@ -120,10 +120,10 @@ def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Images, Labels]:
     return training, dataset.train_images[kept:], dataset.train_labels[kept:]
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """Return the SHA-256, in hexadecimal, of a data set's images and labels with their shapes."""
+def fingerprint(dataset: Dataset, splits: Sequence[str] = ("train", "test")) -> str:
+    """Return the SHA-256, in hexadecimal, of the images and labels of a data set's splits, with their shapes."""
     sha256 = hashlib.sha256()
-    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+    for name in (f"{split}_{kind}" for split in splits for kind in ("images", "labels")):
         array = getattr(dataset, name)
         sha256.update(f"{name} {array.dtype} {array.shape}\n".encode())
         for part in contiguous_parts(array):

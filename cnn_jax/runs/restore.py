@@ -48,6 +48,7 @@ class TrainedRun(NamedTuple):
       states: Its states on the host; every array has one more axis in front, for the seeds.
       dataset: The data set that it was trained on.
       metrics: Those of the epochs behind it, in order.
+      meta: What its results depend on, as `describe_run` returns it; earlier programs recorded less.
     """
 
     settings: TrainSettings
@@ -55,6 +56,7 @@ class TrainedRun(NamedTuple):
     states: TrainState
     dataset: Dataset
     metrics: list[EpochMetrics]
+    meta: dict
 
     @property
     def model(self) -> CNN:
@@ -141,7 +143,8 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
         recorded = "; ".join(differences)
         raise unreadable(folder.path / "config.json", f"by its checkpoint, {recorded}", REMEDY)
     states = usable_states(folder, restored, settings, program, now)
-    return TrainedRun(settings, program, states, dataset, recorded_metrics(folder, restored.meta, warn))
+    metrics = recorded_metrics(folder, restored.meta, warn)
+    return TrainedRun(settings, program, states, dataset, metrics, restored.meta)
 
 
 def restore_latest(

@@ -113,17 +113,15 @@ class Result(NamedTuple):
     """A run at its end.
 
     Attributes:
-      run: Its settings, program, states and data.
+      run: Its settings, program, states and data, and what they depend on.
       accuracies: Each seed's accuracy on the test images, in [0, 1].
       unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None for data without a tutorial.
-      meta: What its checkpoints record beside the states.
       trained_here: Whether this process trained it, or found it finished.
     """
 
     run: TrainedRun
     accuracies: list[float]
     unscaled_accuracies: list[float] | None
-    meta: dict
     trained_here: bool
 
 
@@ -147,7 +145,7 @@ def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
     if not result.trained_here and folder.holds_result(content):
         return
     content["seconds"] = clock.seconds
-    content |= {"machine": describe_machine(), "device": describe_devices(), "versions": result.meta["versions"]}
+    content |= {"machine": describe_machine(), "device": describe_devices(), "versions": result.run.meta["versions"]}
     failure = write_failure(sys.stderr)
     lost = [f"standard error: {failure.strerror}" if failure else None, folder.unwritten]
     if any(lost):

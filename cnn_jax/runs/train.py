@@ -187,13 +187,13 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 save(checkpoints, progress, metrics, meta, clock)
                 write_scalars(metrics[-1])
                 show_epoch(display, settings, program, metrics[-1])
-    trained = TrainedRun(settings, program, to_host(progress.states), dataset, metrics)
+    trained = TrainedRun(settings, program, to_host(progress.states), dataset, metrics, meta)
     with clock.part("testing"):
         # Without a validation set, the last epoch's test was this one.
         tested = settings.validation is None and metrics
         accuracies = metrics[-1].accuracy if tested else [test.accuracy for test in evaluate_trained(trained)]
         unscaled = evaluate_as_tutorial(trained)
-    return Result(trained, accuracies, unscaled, meta, trained_here=first_step < program.last_step)
+    return Result(trained, accuracies, unscaled, trained_here=first_step < program.last_step)
 
 
 def train_epoch(
