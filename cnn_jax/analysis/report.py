@@ -4,6 +4,7 @@ import base64
 import contextlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jinja2
@@ -66,18 +67,11 @@ def write_report(
     if result is not None and result.step != step:  # it was written before the run was continued
         result = None
     seconds = {} if result is None else result.seconds
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["data_uri"] = _data_uri
     # The run itself may be one that cannot be written.
     beside = contextlib.nullcontext(folder.pictures) if file == folder.report else tempfile.TemporaryDirectory()
     with beside as place:
-        page = environment.get_template("report.html").render(
+        page = render(
+            "report.html",
             title=folder.path.resolve().name,
             subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
             which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
@@ -91,6 +85,19 @@ def write_report(
             versions=[] if result is None else [*result.versions.items(), ("device", result.device)],
         )
     write_atomically(file, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page made from a template beside this file, in which every value is text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    return environment.get_template(template).render(values)
 
 
 def _numbers(trained: TrainedRun, seconds: dict[str, float], accuracies: list[float]) -> Rows:
