@@ -231,6 +231,9 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
             "train", "--dataset-dir", small_mnist, "--run-name", name, "--recipe", recipe, "--epochs", 1, "--seeds", 2,
         )  # fmt: skip
         assert code == 0, err
+    code, out, err = command("diff", "mnist-seed777-seeds5", "mnist-seed777-seeds5-fast", "--output", "diff.html")
+    assert code == 0, err
+    assert "95 % interval" in out
     sweep = program(
         "-m", "cnn_jax", "sweep", "--dataset-dir", small_mnist, "--trials", 1, "--epochs", 1, "--validation", 500,
         "--recipe", "fast", "--batch-size", 100, "--features", 32, 64, cwd=tmp_path,

@@ -2,7 +2,8 @@
 
 layers.py   runs a trained network layer by layer, and collects its confusion matrix and mistakes
 plots.py    draws every picture
-report.py   writes the page about a run; report.html is its template
+report.py   writes the page about a run; report.html is its template, and page.html what all pages share
+diff.py     compares runs, and writes the page about that: the command `diff`; diff.html is its template
 plan.py     compiles a training for devices that need not be here: the command `plan`
 targets.py  the accelerators that can be compiled for
 hlo.py      counts what a step starts, in XLA's optimised program

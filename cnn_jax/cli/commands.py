@@ -170,6 +170,28 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
     report_run(folder, output, data_dir=common.data_dir, platform=common.platform)
 
 
+def diff(runs: tuple[str, ...], common: CommonOptions, *, output: Path | None = None, json: bool = False) -> None:
+    """Say in what runs differ, and whether their test accuracies do, each against the first.
+
+    Options:
+      runs (RUN...): Runs' folders, or their names in --checkpoint-dir; at least two.
+      output (FILE): Where to write an HTML page about it, with the runs' curves. (default: none)
+      json: Print a JSON object in place of a sentence for each comparison.
+
+    Examples:
+      cnn-jax diff mnist-seed777-seeds5 mnist-seed777-seeds5-fast
+      cnn-jax diff mnist-seed1 mnist-seed2 mnist-seed3 --output diff.html
+    """
+    if output is not None:
+        check_output(output)
+    folders = {run: common.run_folder(run) for run in runs}
+    if len(runs) < 2 or len({*map(os.path.realpath, folders.values())}) < len(runs):
+        raise UsageError(f"RUN... {' '.join(runs)}: it must be at least two runs, each of them once")
+    from cnn_jax.analysis.diff import diff
+
+    diff(folders, output=output, as_json=json, data_dir=common.data_dir, platform=common.platform)
+
+
 def predict(
     common: CommonOptions,
     images: tuple[str, ...] = (),
@@ -422,7 +444,21 @@ def plan(target: str, settings: TrainSettings, *, json: bool = False, hlo: Path 
     plan(wanted, settings, as_json=json, hlo=hlo)
 
 
-COMMANDS = (train, evaluate, inspect, report, predict, demo, export, sweep, import_torch, compare, benchmark, plan)
+COMMANDS = (
+    train,
+    evaluate,
+    inspect,
+    report,
+    diff,
+    predict,
+    demo,
+    export,
+    sweep,
+    import_torch,
+    compare,
+    benchmark,
+    plan,
+)
 
 
 def need(*packages: str, extra: str) -> None:

@@ -133,11 +133,11 @@ class Display:
             f"{describe_seconds(left)} left"
         )
 
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Show a table of names and values."""
-        table = Table(title=printable(title), show_header=False, title_justify="left")
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+    def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """Show a table of names and values: one value each, or one for each of the header's columns but the first."""
+        table = Table(title=printable(title), box=box.SQUARE, show_header=bool(header), title_justify="left")
+        for i, name in enumerate(header or ("", "")):
+            table.add_column(printable(name), no_wrap=i == 0, overflow="fold")
         for row in rows:
             table.add_row(*map(printable, row))
         with self._bar_hidden():

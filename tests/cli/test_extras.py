@@ -14,6 +14,8 @@ COMMANDS = {
         "evaluate run --checkpoint-dir {runs}",
         "inspect run --checkpoint-dir {runs}",
         "report run --checkpoint-dir {runs}",
+        TRAIN + " --run-name other --seed 1",
+        "diff run other --checkpoint-dir {runs}",
         "predict {runs}/run/pictures/mistakes.png",
         "export --to safetensors --output {runs}/model.safetensors",
         "export run --checkpoint-dir {runs} --to html --output {runs}/page.html",

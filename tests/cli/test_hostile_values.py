@@ -46,7 +46,12 @@ def hostile(tmp_path):
 def words_of(command, parameter, value, tmp_path, small_mnist):
     """A command's words with one hostile value, and sound ones for the rest."""
     sound = {"run": str(tmp_path / "no-run"), "file": str(tmp_path / "no-file"), "images": str(tmp_path / "no-image")}
-    sound |= {"to": "safetensors", "output": str(tmp_path / "written"), "data_dir": str(tmp_path / "data")}
+    sound |= {
+        "runs": str(tmp_path / "no-run"),
+        "to": "safetensors",
+        "output": str(tmp_path / "written"),
+        "data_dir": str(tmp_path / "data"),
+    }
     sound |= {"checkpoint_dir": str(tmp_path / "runs"), "dataset_dir": str(small_mnist)}
     if parameter.name == "dataset":
         del sound["dataset_dir"]
@@ -58,7 +63,7 @@ def words_of(command, parameter, value, tmp_path, small_mnist):
         if text is None or (each.kind is bool and each.name != parameter.name):
             continue
         if each.option is None:
-            words.append(text)
+            words += [text, str(tmp_path / "another")] if each.name == "runs" else [text]
         else:
             words += [f"{each.option}={text}"] if each.name != "features" else [each.option, text, "1"]
     return words

@@ -169,10 +169,11 @@ def changed(trained_run, small_mnist, tmp_path_factory):
     return run, data
 
 
-@pytest.mark.parametrize("name", ["evaluate", "inspect", "report", "export", "predict", "demo"])
+@pytest.mark.parametrize("name", ["evaluate", "inspect", "report", "diff", "export", "predict", "demo"])
 def test_every_command_compares_the_data_before_it_computes(name, command, changed, tmp_path):
     run, data = changed
     arguments = {
+        "diff": (run, shutil.copytree(run, tmp_path / "copy")),
         "export": (run, "--to", "safetensors", "--output", tmp_path / "a.safetensors"),
         "predict": (ROOT / "docs" / "four.jpg", "--run", run),
         "demo": (run, "--port", 17861),

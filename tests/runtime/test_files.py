@@ -192,6 +192,7 @@ def test_a_lock_that_is_a_link_changes_no_other_file(tmp_path):
 COMMANDS = {
     "export": ["export", "--to", "safetensors"],
     "report": ["report", "a-run"],
+    "diff": ["diff", "a-run", "another"],
     "compare": ["compare"],
     "benchmark": ["benchmark"],
 }
