@@ -175,10 +175,9 @@ def compare_runs(first: ComparedRun, other: ComparedRun) -> Comparison:
         return Comparison(other.name, f"{between}: not tested, for {alone[0]} has one seed, which shows no spread")
     by_seed, needed, what, limit = None, None, "the accuracies", ""
     if alone:
-        only_other, only_first = int((other.right & ~first.right).sum()), int((first.right & ~other.right).sum())
-        test = f"McNemar's exact test; only {other.name} is right on {only_other:,} images, only {first.name} on "
-        test += f"{only_first:,}"
-        in_images = mcnemar(only_other, only_first)
+        only = int((other.right & ~first.right).sum()), int((first.right & ~other.right).sum())
+        test = f"McNemar's exact test; {other.name} alone is right on {only[0]:,} images, {first.name} on {only[1]:,}"
+        in_images = mcnemar(*only)
         what, limit = "these two networks", "; one seed shows nothing of a recipe"
     else:
         shared = [seed for seed in other.seeds if seed in first.seeds]
@@ -284,17 +283,20 @@ def to_record(runs: Sequence[ComparedRun], comparisons: Sequence[Comparison], di
     """Return what `--json` prints."""
     records = []
     for run in runs:
-        accuracies, (step, last_step) = dict(zip(run.seeds, run.accuracies, strict=True)), run.steps
-        record = {"run": run.name, "test_accuracies": accuracies, "step": step, "last_step": last_step}
-        records.append(record | {"test_images": len(run.right[0]), "test_set": run.test_set})
+        accuracies, (step, last_step) = run.accuracies, run.steps
+        record = {"run": run.name, "step": step, "last_step": last_step, "test_images": len(run.right[0])}
+        record |= {"test_set": run.test_set, "test_accuracies": dict(zip(run.seeds, accuracies, strict=True))}
+        records.append(record | {"spread": mean_interval(accuracies)._asdict() if len(accuracies) > 1 else None})
     facts = {fact: values for fact, *values in differing[2] if any(values)}
     return {"runs": records, "differing": facts, "comparisons": [comparison._asdict() for comparison in comparisons]}
 
 
 def write_page(file: Path, runs: Sequence[ComparedRun], tables: Sequence[Table], lines: Sequence[str]) -> None:
     """Write the page: sentences, tables, and the curves of the runs laid over each other."""
-    curves = {printable(run.name): run.metrics for run in runs if run.metrics}
-    kinds = sorted({metrics[-1].tested_on for metrics in curves.values()})
+    drawn = [run for run in runs if run.metrics]
+    kinds = sorted({run.metrics[-1].tested_on for run in drawn})
+    names = [run.name + f" ({run.metrics[-1].tested_on})" * (len(kinds) > 1) for run in drawn]
+    curves = {printable(name): run.metrics for name, run in zip(names, drawn, strict=True)}
     with tempfile.TemporaryDirectory() as place:
         pictures = []
         for field, label in {"cost": "cost", "accuracy": f"{' or '.join(kinds)} accuracy"}.items() if curves else ():

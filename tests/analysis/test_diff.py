@@ -73,10 +73,12 @@ def test_the_accuracies_are_those_of_the_training_and_only_what_differs_is_liste
     answer = json.loads(out)
     assert answer["differing"] == {"--learning-rate": ["0.001", "0.002"]}
     for run in answer["runs"]:
+        result = json.loads((tmp_path / run["run"] / "result.json").read_text())
+        assert run["spread"] == pytest.approx(result["spread"])
         assert [*run["test_accuracies"].values()] == pytest.approx(results_of(tmp_path / run["run"]))
     assert row(err, "--learning-rate") == ["0.001", "0.002"]
     assert row(err, "each seed") == [" ".join(f"{a:.4f}" for a in results_of(tmp_path / name)) for name in "ab"]
-    spread = json.loads((tmp_path / "a" / "result.json").read_text())["spread"]
+    spread = answer["runs"][0]["spread"]
     assert row(err, "95 % interval", table=0)[0] == f"{spread['low']:.4f} to {spread['high']:.4f}"
 
 
@@ -125,7 +127,7 @@ def test_networks_of_one_seed_are_compared_by_mcnemars_test_on_the_images(diff, 
     only_b, only_a = int((b & ~a).sum()), int((a & ~b).sum())
     p_value = mcnemar(only_b, only_a).p_value
     assert f"{b.mean() - a.mean():+.5f}, 95 % interval " in out
-    assert f"(McNemar's exact test; only b is right on {only_b} images, only a on {only_a}; p = {p_value:.2g})" in out
+    assert f"(McNemar's exact test; b alone is right on {only_b} images, a on {only_a}; p = {p_value:.2g})" in out
     assert out.endswith("; one seed shows nothing of a recipe\n")
     assert "none, of one seed" in err
     assert row(err, "seeds to show half of it") == [""]
@@ -209,7 +211,7 @@ def test_the_curves_of_runs_lie_over_each_other(diff, monkeypatch, tmp_path):
     assert diff("--output", tmp_path / "page.html", _a=SLOW, **{"$b$": (*FAST, "--validation", 100)})[0] == 0
     for figure, field in zip(drawn, ("cost", "accuracy"), strict=True):
         (axes,) = figure.axes
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["_a", "$b$"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["_a (test)", "$b$ (validation)"]
         lines = [json.loads(line) for line in (tmp_path / "_a" / "metrics.jsonl").read_text().splitlines()]
         means = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "o"]
         key = field if field == "cost" else "test_accuracy"

@@ -29,6 +29,13 @@ def test_an_earlier_runs_averaged_weights_are_tested(recorded, command, tfds_fol
     assert "damaged" not in err
 
 
+def test_an_earlier_run_is_compared(recorded, command, tfds_folder, tmp_path):
+    copy = shutil.copytree(recorded, tmp_path / "copy")
+    code, out, err = command("diff", recorded, copy, "--data-dir", tfds_folder)
+    assert code == 0, err
+    assert "without any spread: no difference is shown" in out
+
+
 def test_an_earlier_run_continues_to_the_numbers_that_it_would_have_had(recorded, command, tfds_folder):
     expected = metrics_of(recorded)
     shutil.rmtree(recorded / "steps" / "11")
