@@ -82,7 +82,7 @@ def test_what_names_hold_is_text_and_no_markup(packaged, page, tmp_path):
 
 def test_a_run_of_images_with_as_many_channels_as_no_picture_has_is_refused(packaged, command, tmp_path, monkeypatch):
     other = of_other_images(packaged, (28, 28, 4), packaged.class_names)
-    monkeypatch.setattr("cnn_jax.inference.export.read_trained", lambda file: other)
+    monkeypatch.setattr("cnn_jax.inference.export.load_packaged", lambda seed: other)
     code, out, err = command("export", "--to", "html", "--output", tmp_path / "page.html")
     assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
     assert err.splitlines()[-1] == (
