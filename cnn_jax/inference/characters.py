@@ -43,19 +43,24 @@ SPECK = 3
 MOST_PARTS = 400
 # Parts may be of one character if one lies at most so far below the other, in heights of the taller.
 STACKED = 0.2
+# Two parts of more than this share of the tallest part's height are never of one character.
+WHOLE = 0.7
 # Parts are pieces of a line's characters if they are at least this tall, in heights of the picture's characters.
 SHORTEST = 0.25
-# A part wider and taller than this, in heights of its line, may be several characters; a character is at most so wide,
-# and consists of at most so many pieces.
-SINGLE, WIDEST, MOST_PIECES = 0.5, 1.5, 8
+# A part wider and taller than this, in heights of its line, may be several characters.
+SINGLE = 0.5
+# A character is at most so wide, so low and so tall, in heights of its line, and consists of at most so many pieces.
+WIDEST, LOWEST, TALLEST, MOST_PIECES = 1.3, 0.3, 1.5, 12
 # Another character costs so much, and a cut before it so much more, as characters seldom touch; what cannot be read at
-# all costs no more than the last. All are negative logarithms of probabilities.
-ANOTHER, CUT, NO_CHARACTER = 0.3, 0.6, 3.5
+# all costs no more than the third, and to leave a piece out the last. All are negative logarithms of probabilities.
+ANOTHER, CUT, NO_CHARACTER, LEFT_OUT = 0.2, 0.3, 5.0, 3.5
 # All that is found may be one character if the largest has this share of the box around it,
 # and if to read it costs at most this.
-ONE, READABLE = 0.7, 1.5
+ONE, READABLE = 0.7, 0.6
 # Cuts are at least this far apart, in heights of the line, and cross ink for at most this share of it.
-APART, THROUGH = 0.12, 0.45
+APART, THROUGH = 0.08, 0.45
+# Pixels around a character that may have some of its ink.
+BORDER = 2
 
 
 class Piece(NamedTuple):
@@ -101,16 +106,26 @@ def find_characters(colours: np.ndarray, cost: Cost | None) -> list[list[Charact
     else:
         ink, threshold = whole, ink_threshold(whole, faintest)
         parts = _parts(ink > max(faintest, FAINT * threshold))
-    lines = [line for line in (_read_line(line, ink, threshold, cost) for line in _lines(parts)) if line]
-    one = find_in_ink(measured, faintest) if cost is not None and lines else None
-    if one is None or cost is None:
+    in_lines = _lines(parts)
+    if cost is None:
+        lines = [[lay_out_pieces(pieces, ink, threshold) for pieces in _columns(line)] for line in in_lines]
+        return [line for line in ([each for each in line if each is not None] for line in lines) if line]
+    found = [candidates_of(line) for line in in_lines]
+    characters = [[lay_out_pieces(line.pieces[slice(*span)], ink, threshold) for span in line.spans] for line in found]
+    one = find_in_ink(measured, faintest)
+    images = [each.image for each in [*itertools.chain(*characters), one] if each is not None]
+    costs = iter(cost(np.stack(images)) if images else [])
+    lines, as_several = [], 0.0
+    for line, of_line in zip(found, characters, strict=True):
+        as_line, chosen = _best(line, [NO_CHARACTER if each is None else next(costs) for each in of_line])
+        as_several += as_line
+        lines.append([each for each in (of_line[i] for i in chosen) if each is not None])
+    lines = [line for line in lines if line]
+    if one is None:
         return lines
-    several = [character for line in lines for character in line]
-    if _area(one.box) < ONE * _area(_around([character.box for character in several])):
-        return lines
-    of_one, *of_several = cost(np.stack([character.image for character in (one, *several)]))
-    as_several = np.minimum(of_several, NO_CHARACTER).sum() + ANOTHER * (len(several) - 1)
-    return [[one]] if of_one <= min(as_several, READABLE) else lines
+    around = _area(_around([character.box for line in lines for character in line])) if lines else 0
+    whole = _area(one.box) >= ONE * around and next(costs) <= min(as_several - ANOTHER, READABLE)
+    return [[one]] if whole else lines
 
 
 def _parts(mask: np.ndarray) -> list[Piece]:
@@ -193,8 +208,9 @@ def _lines(parts: list[Piece]) -> list[list[Piece]]:
     if not parts:
         return []
     stacks: list[list[Piece]] = []
+    tallest = max(part.mask.shape[0] for part in parts)
     for part in sorted(parts, key=lambda part: part.top):
-        below = next((stack for stack in stacks if _is_below(part, stack)), None)
+        below = next((stack for stack in stacks if _is_below(part, stack, tallest)), None)
         if below is None:
             stacks.append([part])
         else:
@@ -236,9 +252,17 @@ def _area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _is_below(part: Piece, stack: list[Piece]) -> bool:
-    """Whether a part lies so close below a stack of them that both may be of one character."""
-    left, _, right, bottom = _box(stack)
+def _is_below(part: Piece, stack: list[Piece], tallest: int) -> bool:
+    """Whether a part lies so close below a stack of them that both may be of one character.
+
+    Args:
+      part: The part.
+      stack: The stack.
+      tallest: The height of the picture's tallest part.
+    """
+    left, top, right, bottom = _box(stack)
+    if min(bottom - top, part.mask.shape[0]) > WHOLE * tallest:
+        return False
     beside = min(right, part.right) - max(left, part.left)
     gap, taller = part.top - bottom, max(piece.mask.shape[0] for piece in (part, *stack))
     return beside > 0.3 * min(right - left, part.mask.shape[1]) and gap <= STACKED * taller
@@ -255,49 +279,68 @@ def _share_beside(box: Box, line: list[Box], near: float) -> float:
     return (min(bottom, lowest) - max(top, highest)) / (bottom - top)
 
 
-def _read_line(line: list[Piece], ink: np.ndarray, threshold: float, cost: Cost | None) -> list[Character]:
-    """Return the characters of the most probable way to cut and to join a line's parts."""
+class Candidates(NamedTuple):
+    """The pieces of a line's ink, from left to right, and the ways in which they may be characters.
 
-    def joined(pieces: Sequence[Piece]) -> Character | None:
-        mask = np.zeros(ink.shape, bool)
-        for piece in pieces:
-            mask[piece.top : piece.bottom, piece.left : piece.right] |= piece.mask
-        image = lay_out(trace(ink, mask, threshold))
-        return None if image is None else Character(_box(pieces), image)
+    Attributes:
+      cuts: The numbers of the pieces that were cut from the one before.
+      spans: The numbers of the first piece of a possible character and of the first after it.
+    """
 
-    if cost is None:
-        return [character for pieces in _columns(line) if (character := joined(pieces)) is not None]
-    left, top, right, bottom = _box(line)
+    pieces: list[Piece]
+    cuts: set[int]
+    spans: list[tuple[int, int]]
+
+
+def candidates_of(line: list[Piece]) -> Candidates:
+    """Cut a line's parts, and join their pieces in all ways in which they may be characters."""
+    _, top, _, bottom = _box(line)
     tallest = max(part.mask.shape[0] for part in line)
     height = min(bottom - top, tallest / 0.6)  # of a line that is level, or whose characters are not all broken
-    pieces: list[Piece] = []
-    cuts: set[int] = set()  # the numbers of the pieces that were cut from the one before
+    found = Candidates([], set(), [])
     for part in line:
         of_part = list(_cut(part, height))
-        cuts.update(range(len(pieces) + 1, len(pieces) + len(of_part)))
-        pieces += of_part
-    spans: dict[tuple[int, int], Character] = {}
-    for first, last in itertools.combinations(range(len(pieces) + 1), 2):
-        left, top, right, bottom = _box(pieces[first:last])
-        fits = last - first <= MOST_PIECES and max(right - left, bottom - top) <= WIDEST * height
-        if (fits or last - first == 1) and (character := joined(pieces[first:last])) is not None:
-            spans[first, last] = character
-    if not spans:
-        return []
-    improbable = cost(np.stack([character.image for character in spans.values()]))
-    costs = dict(zip(spans, np.minimum(improbable, NO_CHARACTER), strict=True))
-    best: list[tuple[float, list[Character]]] = [(0.0, [])]
-    for last in range(1, len(pieces) + 1):
-        ways = [
-            (
-                best[first][0] + costs[first, last] + ANOTHER + CUT * (first in cuts),
-                [*best[first][1], spans[first, last]],
-            )
-            for first in range(last)
-            if (first, last) in spans
-        ]
-        best.append(min(ways, key=lambda way: way[0]) if ways else best[-1])
-    return best[-1][1]
+        found.cuts.update(range(len(found.pieces) + 1, len(found.pieces) + len(of_part)))
+        found.pieces.extend(of_part)
+    count = len(found.pieces)
+    for first in range(count):
+        for last in range(first + 1, min(first + MOST_PIECES, count) + 1):
+            left, top, right, bottom = _box(found.pieces[first:last])
+            if right - left <= WIDEST * height and LOWEST * height <= bottom - top <= TALLEST * height:
+                found.spans.append((first, last))
+    return found
+
+
+def candidates_in(ink: np.ndarray, threshold: float) -> list[Candidates]:
+    """Return the possible characters of each line in ink, (H, W), of which a value above the threshold is ink."""
+    return [candidates_of(line) for line in _lines(_parts(ink > FAINT * threshold))]
+
+
+def lay_out_pieces(pieces: Sequence[Piece], ink: np.ndarray, threshold: float) -> Character | None:
+    """Lay pieces of the ink, (H, W), out as one character; None if nothing is left of them."""
+    left, top, right, bottom = box = _box(pieces)
+    mask = np.zeros(ink.shape, bool)
+    for piece in pieces:
+        mask[piece.top : piece.bottom, piece.left : piece.right] |= piece.mask
+    around = slice(max(0, top - BORDER), bottom + BORDER), slice(max(0, left - BORDER), right + BORDER)
+    image = lay_out(trace(ink[around], mask[around], threshold))
+    return None if image is None else Character(box, image)
+
+
+def _best(line: Candidates, costs: Sequence[float]) -> tuple[float, list[int]]:
+    """Return what the most probable way to read a line costs, and which of its spans are the characters."""
+    ending: dict[int, list[int]] = {}
+    for i, (_, last) in enumerate(line.spans):
+        ending.setdefault(last, []).append(i)
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    for last in range(1, len(line.pieces) + 1):
+        ways = [(best[-1][0] + LEFT_OUT, best[-1][1])]
+        for i in ending.get(last, []):
+            first = line.spans[i][0]
+            cost = min(costs[i], NO_CHARACTER) + ANOTHER + CUT * (first in line.cuts)
+            ways.append((best[first][0] + cost, [*best[first][1], i]))
+        best.append(min(ways, key=lambda way: way[0]))
+    return best[-1]
 
 
 def _columns(line: list[Piece]) -> list[list[Piece]]:

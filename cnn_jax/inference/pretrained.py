@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -42,7 +43,8 @@ DETECTOR = PACKAGED.with_name("detector.safetensors")
 DIGITS = numbers(10)
 # What is shown as a digit is one with at least this probability, as are 99.2 % of the 20,000 training images of MNIST
 # that the detector was not trained on.
-LEAST_PROBABILITY, LEAST_BESIDE_DIGITS = 0.27, 0.05
+LEAST_PROBABILITY, LEAST_BESIDE_DIGITS = 0.28, 0.05
+AT_ONCE = 64  # images that the networks judge together
 
 
 class Provenance(Record, frozen=True, kw_only=True):
@@ -84,6 +86,20 @@ class Reading:
     image: np.ndarray
     probabilities: np.ndarray
     index: int | None
+
+
+class _Judged(NamedTuple):
+    """What the networks make of an image.
+
+    Attributes:
+      classes: The probability of each class, (num_classes,).
+      digit: The probability that it is a digit; 1 where the classes are no digits.
+      cost: The negative logarithm of the probability that it is one digit and that both networks tell the same.
+    """
+
+    classes: np.ndarray
+    digit: float
+    cost: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +149,13 @@ class TrainedModel:
           colours: (H, W, 3), float32, in 0..255.
           one: Whether the picture shows one character.
         """
+        judged: dict[bytes, _Judged] = {}
+
+        def cost(images: np.ndarray) -> np.ndarray:
+            found = self._judge(images)
+            judged.update((image.tobytes(), each) for image, each in zip(images, found, strict=True))
+            return np.array([each.cost for each in found])
+
         if self.preparation == "resize":
             image = prepare_picture(colours, self.image_shape, self.background)
             whole = (0, 0, colours.shape[1], colours.shape[0])
@@ -141,21 +164,20 @@ class TrainedModel:
             character = find_character(colours)
             lines = [[character]] if character is not None else []
         else:
-            lines = find_characters(colours, self._improbability if self.reads_digits else None)
-        if not lines:
-            return []
-        images = np.stack([character.image for line in lines for character in line])
-        of_digits = np.exp(log_probability_of_digit(images)) if self.reads_digits else np.ones(len(images))
-        found, readings = iter(zip(self.probabilities(images), of_digits, strict=True)), []
+            lines = find_characters(colours, cost if self.reads_digits else None)
+        unseen = [each.image for line in lines for each in line if each.image.tobytes() not in judged]
+        if unseen:
+            cost(np.stack(unseen))
+        readings = []
         for line in lines:
-            of_line = [(character, *next(found)) for character in line]
+            of_line = [judged[character.image.tobytes()] for character in line]
             least = LEAST_PROBABILITY
-            if any(of_digit >= least for _, _, of_digit in of_line):
+            if any(each.digit >= least for each in of_line):
                 least = LEAST_BESIDE_DIGITS
             readings.append(
                 [
-                    Reading(*character, classes, int(classes.argmax()) if of_digit >= least else None)
-                    for character, classes, of_digit in of_line
+                    Reading(*character, each.classes, int(each.classes.argmax()) if each.digit >= least else None)
+                    for character, each in zip(line, of_line, strict=True)
                 ]
             )
         return readings
@@ -165,9 +187,18 @@ class TrainedModel:
         """Whether its classes are the digits, which can be told from everything else."""
         return self.class_names == DIGITS and self.preparation == "character"
 
-    def _improbability(self, images: np.ndarray) -> np.ndarray:
-        """Return the negative logarithm of the probability that each image is one digit, and of its class."""
-        return -log_probability_of_digit(images) - np.log(self.probabilities(images).max(axis=1))
+    def _judge(self, images: np.ndarray) -> list["_Judged"]:
+        """Judge images, (N, height, width, channels), uint8, so many at once that one size is compiled."""
+        if not self.reads_digits:
+            return [_Judged(each, 1.0, 0.0) for each in self.probabilities(images)]
+        padded = np.pad(images, ((0, -len(images) % AT_ONCE), (0, 0), (0, 0), (0, 0)))
+        parts = np.split(padded, len(padded) // AT_ONCE)
+        classes, digits = (
+            np.concatenate([judge(part) for part in parts])[: len(images)]
+            for judge in (self.probabilities, log_probabilities_of_digits)
+        )
+        costs = -(digits + np.log(np.maximum(classes, np.finfo(float).tiny))).max(axis=1)
+        return [_Judged(*each) for each in zip(classes, np.exp(digits).sum(axis=1), costs, strict=True)]
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
@@ -178,12 +209,9 @@ class TrainedModel:
         return probabilities(self.logits(images), self.temperature)
 
 
-def log_probability_of_digit(images: np.ndarray) -> np.ndarray:
-    """Return the logarithm of the probability, (N,), that each of the images (N, 28, 28, 1), uint8, is a digit."""
-    detector = _load_detector()
-    logits = detector.logits(images).astype(np.float64)
-    of_all = np.logaddexp.reduce(logits, axis=1)
-    return logits[:, detector.class_names.index("digit")] - of_all
+def log_probabilities_of_digits(images: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the probability, (N, 10), that images (N, 28, 28, 1), uint8, are each of the digits."""
+    return scipy.special.log_softmax(_load_detector().logits(images).astype(np.float64), axis=1)[:, : len(DIGITS)]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from PIL import Image
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.characters import find_characters
 from cnn_jax.inference.pictures import read_picture
-from cnn_jax.inference.pretrained import LEAST_PROBABILITY, log_probability_of_digit
+from cnn_jax.inference.pretrained import LEAST_PROBABILITY, log_probabilities_of_digits
 from tests.digits import DARK_PENS, SHAPES, draw_no_digits, draw_numbers, draw_strokes
 from tests.helpers import EMBEDDED
 
@@ -63,8 +63,9 @@ def test_most_numbers_of_all_manners_are_read_right_and_few_digits_are_invented(
         told += [f"{file.name}: {read} for {expected}"] * (read != expected)
     count = sum(total.values())
     assert count >= 200
-    assert sum(wrong.values()) <= 0.15 * count, told
-    assert wrong["touching"] <= 0.55 * total["touching"], told
+    assert sum(wrong.values()) <= 0.12 * count, told
+    assert wrong["touching"] <= 0.45 * total["touching"], told
+    assert wrong["broken"] <= 0.2 * total["broken"], told
     assert wrong["apart"] + wrong["squared"] + wrong["cells"] <= 0.03 * count, told
     assert invented <= 0.02 * count, told
 
@@ -72,7 +73,8 @@ def test_most_numbers_of_all_manners_are_read_right_and_few_digits_are_invented(
 @pytest.mark.slow(seconds=30)
 def test_most_pictures_without_a_digit_are_refused_and_mnists_own_digits_are_not(packaged, tmp_path):
     images = read_idx(EMBEDDED / "t10k-images-idx3-ubyte.xz", ndim=3)[..., np.newaxis]
-    assert (log_probability_of_digit(images) < np.log(LEAST_PROBABILITY)).mean() <= 0.01
+    of_digit = np.exp(log_probabilities_of_digits(images)).sum(axis=1)
+    assert (of_digit < LEAST_PROBABILITY).mean() <= 0.01
     files = draw_no_digits(tmp_path)
     taken = []
     for file in files:
@@ -80,7 +82,7 @@ def test_most_pictures_without_a_digit_are_refused_and_mnists_own_digits_are_not
         if any(reading.index is not None for line in readings for reading in line):
             taken.append(file.name)
     assert len(files) == 200
-    assert len(taken) <= 48, taken
+    assert len(taken) <= 40, taken
 
 
 def test_a_row_is_one_line_on_stdout_and_is_drawn_side_by_side(row, command):
@@ -151,3 +153,11 @@ def test_letters_are_found_by_their_parts_alone(row):
     for character, box in zip((four, zero, seven), row[1], strict=True):
         np.testing.assert_allclose(character.box, box, atol=6)
         assert character.image.shape == (28, 28, 1)
+
+
+def test_digits_close_below_others_are_a_line_of_their_own():
+    picture, _ = draw_row([4, 0, 7], height=60, top=50)
+    ink = np.asarray(picture)[42:118]  # the digits and 8 pixels above and below them, of which strokes cover some
+    rows = np.vstack([np.full((40, ink.shape[1]), 250, np.uint8), ink, ink, np.full((40, ink.shape[1]), 250, np.uint8)])
+    colours = np.repeat(rows[..., np.newaxis], 3, axis=-1).astype(np.float32)
+    assert [len(line) for line in find_characters(colours, None)] == [3, 3]
