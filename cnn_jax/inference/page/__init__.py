@@ -22,7 +22,7 @@ import numpy as np
 
 from cnn_jax.inference import preprocess
 from cnn_jax.inference.preprocess import check_takes_pictures
-from cnn_jax.inference.pretrained import DETECTOR, LEAST_PROBABILITY, TrainedModel, read_trained
+from cnn_jax.inference.pretrained import DETECTOR, DIGITS, LEAST_PROBABILITY, TrainedModel, read_trained
 from cnn_jax.runtime.streams import printable
 
 BOARD = 140  # pixels per side of a drawing
@@ -78,9 +78,7 @@ def _embed(trained: TrainedModel) -> dict[str, Any]:
     """Return what the page's scripts take from Python, for JSON."""
     detector = None
     if trained.reads_digits:
-        model = read_trained(DETECTOR)
-        digit = model.class_names.index("digit")
-        detector = _embed_network(model) | {"digit": digit, "least": LEAST_PROBABILITY}
+        detector = _embed_network(read_trained(DETECTOR)) | {"digits": len(DIGITS), "least": LEAST_PROBABILITY}
     return {
         "constants": {name: getattr(preprocess, name) for name in CONSTANTS},
         "network": _embed_network(trained),

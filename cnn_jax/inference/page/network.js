@@ -14,7 +14,9 @@ function read(imageData) {
     ? findCharacter(colours) : preparePicture(colours, network.image_shape, background);
   if (image === null) return null;
   const probabilities = softmax(logits(network, image), network.temperature);
-  const isDigit = detector === null || softmax(logits(detector, image), 1)[detector.digit] >= detector.least;
+  // The detector's first classes are the digits, and its last one is all else.
+  const isDigit = detector === null || softmax(logits(detector, image), 1).slice(0, detector.digits)
+    .reduce((sum, probability) => sum + probability) >= detector.least;
   return {image, probabilities, index: isDigit ? probabilities.indexOf(Math.max(...probabilities)) : null};
 }
 
