@@ -1,4 +1,4 @@
-"""What a network has learned, and what a training would do on another machine.
+"""What a network has learned, which settings learn best, and what a training would do on another machine.
 
 layers.py   runs a trained network layer by layer, and collects its confusion matrix and mistakes
 plots.py    draws every picture
@@ -7,6 +7,7 @@ diff.py     compares runs, and writes the page about that: the command `diff`; d
 plan.py     compiles a training for devices that need not be here: the command `plan`
 targets.py  the accelerators that can be compiled for
 hlo.py      counts what a step starts, in XLA's optimised program
+sweep.py    the search over settings, with Optuna
 """
 
 import logging

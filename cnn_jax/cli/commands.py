@@ -341,7 +341,7 @@ def sweep(
     check_output_folder(shared.checkpoint_dir, "--checkpoint-dir or --study")
     need("optuna", extra="sweep")
     from cnn_jax.analysis.plots import save_drawn
-    from cnn_jax.runs.sweep import SearchSpace, draw_study, run_study
+    from cnn_jax.analysis.sweep import SearchSpace, draw_study, run_study
 
     space = SearchSpace(learning_rate=learning_rate, batch_sizes=batch_size, features=pairs, recipes=recipe)
     save_drawn(draw_study(run_study(space, shared, trials)), shared.checkpoint_dir)

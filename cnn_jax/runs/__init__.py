@@ -7,5 +7,4 @@ summary.py      what a run shows and writes about itself: its task, its progress
 restore.py      a run's data by its settings, and a run as its newest checkpoint left it
 folder.py       a run's config.json, metrics.jsonl, result.json, TensorBoard's scalars and lock
 checkpoint.py   Orbax, and nowhere else
-sweep.py        the search over settings, with Optuna
 """

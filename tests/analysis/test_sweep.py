@@ -47,7 +47,7 @@ def small_data(small_mnist):
 @pytest.fixture
 def begin(small_mnist, small_data, tmp_path):
     """Begin the study `sweep` of those arguments, or of other settings, and return it."""
-    from cnn_jax.runs.sweep import SearchSpace, open_study
+    from cnn_jax.analysis.sweep import SearchSpace, open_study
 
     shared = TrainSettings(epochs=1, validation=300, dataset_dir=small_mnist, checkpoint_dir=tmp_path / "sweep")
     space = SearchSpace((0.0003, 0.03), (50, 100), ((4, 8), (8, 16)), ("tutorial",))
@@ -77,7 +77,7 @@ def begun(begin, tmp_path):
 @pytest.fixture
 def nothing_starts(monkeypatch):
     """Fail where a command goes on to start the devices and load the data."""
-    from cnn_jax.runs import sweep
+    from cnn_jax.analysis import sweep
 
     monkeypatch.setattr(sweep, "start_devices", pytest.fail)
 
@@ -390,7 +390,7 @@ def test_a_study_that_cannot_be_written_is_named_before_anything_starts(
 
 
 def test_a_study_that_is_damaged_while_a_trial_runs_is_named(command, arguments, begun, monkeypatch):
-    from cnn_jax.runs import sweep
+    from cnn_jax.analysis import sweep
 
     def score(*_):
         write(b"overwritten" * 1000)(begun)
@@ -520,7 +520,7 @@ def test_a_run_of_an_earlier_study_that_cannot_be_understood_is_named(command, a
 
 def begin_and_ask(folder, rounds, barrier):
     """Begin studies when the other process does, and return the number of the trial that each then gives."""
-    from cnn_jax.runs.sweep import SearchSpace, open_study
+    from cnn_jax.analysis.sweep import SearchSpace, open_study
 
     space = SearchSpace((0.001, 0.01), (100,), ((4, 8),), ("tutorial",))
     numbers = []
