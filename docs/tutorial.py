@@ -630,10 +630,10 @@ plt.show()
 # | PyTorch | here |
 # | --- | --- |
 # | `prediction = model(X_test)` | `logits = model.apply({"params": state.params}, pixels)` |
-# | `(prediction.argmax(1) == Y_test).float().mean()` | `evaluate(model, state.params, images, labels)` |
+# | `(prediction.argmax(1) == Y_test).float().mean()` | `evaluate(model, state.eval_variables, images, labels)` |
 
 # %%
-tested = evaluate(model, state.params, test_images, test_labels)
+tested = evaluate(model, state.eval_variables, test_images, test_labels)
 print(f"Accuracy: {tested.accuracy:.4f}")
 assert tested.count == 10_000
 assert tested.accuracy > 0.975
@@ -678,7 +678,7 @@ plt.show()
 # of them are 255 times as bright as any in training. It ought to fail, should it not?
 
 # %%
-unscaled = evaluate(model, state.params, test_images, test_labels, unscaled=True)
+unscaled = evaluate(model, state.eval_variables, test_images, test_labels, unscaled=True)
 print(f"pixels in [0, 1]:  accuracy {tested.accuracy:.4f}, loss {tested.loss:.4f}")
 print(f"pixels in 0..255:  accuracy {unscaled.accuracy:.4f}, loss {unscaled.loss:.4f}")
 assert unscaled.accuracy > 0.93
@@ -713,7 +713,7 @@ left = model.apply({"params": state.params}, 255 * pixels)
 right = 255 * model.apply({"params": small_biases}, pixels)
 np.testing.assert_allclose(left, right, rtol=1e-3, atol=0.05)  # of numbers in the thousands
 
-shrunk = evaluate(model, small_biases, test_images, test_labels)
+shrunk = evaluate(model, {"params": small_biases}, test_images, test_labels)
 print(f"pixels in [0, 1], biases / 255: accuracy {shrunk.accuracy:.4f}")
 assert abs(shrunk.correct - unscaled.correct) <= 3  # but for rounding, the same images
 

@@ -1,6 +1,7 @@
 """The scripts run and the notebooks are made from them; the statements of the pages and the cluster jobs hold."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -16,8 +17,9 @@ import yaml
 
 from cnn_jax.cli.commands import COMMANDS, train
 from cnn_jax.cli.parser import parameters_of, parse, parse_command
+from cnn_jax.runtime.display import describe_values
 from cnn_jax.runtime.errors import CnnJaxError, UsageError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, metrics_of
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
@@ -257,25 +259,23 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
         assert line in err
 
 
-@pytest.mark.slow
-def test_the_researchers_changes_fit_the_code_and_train(program, small_mnist, tmp_path):
-    shutil.copytree(ROOT / "cnn_jax", tmp_path / "cnn_jax", ignore=shutil.ignore_patterns("*.xz", "__pycache__"))
-    for block in blocks("diff"):
-        header, *lines = block.splitlines()
-        file = tmp_path / header.removeprefix("--- ")
-        before, after = ("\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-")
-        text = file.read_text()
-        assert text.count(before) == 1, f"{file.name} no longer has\n{before}"
-        file.write_text(text.replace(before, after))
-    process = program(
-        "-m", "cnn_jax", "train", "--dataset-dir", small_mnist, "--recipe", "momentum", "--epochs", 6,
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    network = re.search(r"network of [\d,]+ parameters", RESEARCH)[0]
-    assert network in err
-    assert float(re.search(r"Accuracy: (\S+)", out)[1]) > 0.7
+@pytest.mark.parametrize("example", sorted((DOCS / "examples").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.usefixtures("without_report")
+@pytest.mark.optax_promotes
+def test_an_example_is_short_says_what_it_came_to_and_trains(example, command, small_mnist, tmp_path):
+    text = example.read_text()
+    assert len(text.splitlines()) < 60
+    (line,) = re.findall("^Run: (.*)$", text, re.MULTILINE)
+    assert settings_of(line).seeds == 5
+    result = json.loads((ROOT / "benchmarks" / "runs" / "examples" / f"{example.stem}.json").read_text())
+    accuracy = describe_values([seed["test_accuracy"] for seed in result["seeds"]])
+    assert f"\nTest accuracy: {accuracy} over 5 seeds, " in text
+    assert re.search(rf"^\| \[{example.name}\]\(examples/{example.name}\) .* \| {accuracy} \|", RESEARCH, re.MULTILINE)
+    words = shlex.split(line.partition("train.py ")[2].replace("--seeds 5", "--seeds 1"))
+    where = ["--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--batch-size", 50]
+    code, _, err = command("train", *words, *where, "--epochs", 5)
+    assert code == 0, err
+    assert metrics_of(tmp_path / "run")[-1]["test_accuracy"] > 0.6
 
 
 def test_the_slurm_job_is_a_shell_script_that_starts_one_run():

@@ -18,7 +18,7 @@ OWNERS = {
     "tensorflow_datasets": ("data/tfds.py", "data/mnist/builder.py"),
     "grain": ("core/input_pipeline.py",),
     "optax": ("core/", "pytorch/"),
-    "flax": ("core/", "analysis/", "inference/", "pytorch/"),
+    "flax": ("core/", "runs/", "analysis/", "inference/", "pytorch/"),
     "orbax": ("runs/checkpoint.py",),
     "optuna": ("analysis/sweep.py",),
     "sqlalchemy": ("analysis/sweep.py",),

@@ -146,8 +146,8 @@ def measure_run(name: str, folder: RunFolder, data_dir: Path | None, display: Di
     facts |= {condition: known.get(condition, UNKNOWN) for condition in ("device", "XLA_FLAGS")}
     facts["processor"] = result.machine if result is not None and result.step == trained.step else UNKNOWN
     with display.waiting(f"testing {name}"):
-        params = [of_seed(trained.states.eval_params, i) for i in range(settings.seeds)]
-        answers = [logits(trained.model, each, dataset.test_images).argmax(axis=1) for each in params]
+        variables = [of_seed(trained.states.eval_variables, i) for i in range(settings.seeds)]
+        answers = [logits(trained.model, each, dataset.test_images).argmax(axis=1) for each in variables]
     return ComparedRun(
         name=name,
         facts={fact: _words(value) for fact, value in facts.items()},

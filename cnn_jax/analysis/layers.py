@@ -105,18 +105,19 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     display, folder = Display(), RunFolder(run)
     start_devices(platform)
     trained = restore_run(folder, data_dir, display.say)
-    params = of_seed(trained.states.eval_params, 0)
-    display.result(*tabulate(plain_network(params) or trained.model, trained.dataset).splitlines())
-    inspection = inspect_network(trained.model, params, trained.dataset, trained.settings.validation)
+    variables = of_seed(trained.states.eval_variables, 0)
+    plain = plain_network(trained.model, variables["params"])
+    display.result(*tabulate(plain or trained.model, trained.dataset).splitlines())
+    inspection = inspect_network(trained.model, variables, trained.dataset, trained.settings.validation)
     pictures = draw_pictures(inspection, trained.metrics, folder.pictures)
     which_seed = f", of seed {trained.settings.seed}" if trained.settings.seeds > 1 else ""
     display.say(f"{len(pictures)} pictures{which_seed} after {trained.step:,} steps are in {folder.path / 'pictures'}")
 
 
-def plain_network(params: dict) -> PlainCNN | None:
-    """Return the layer-by-layer network with these weights, whatever its number of blocks; None if they fit none."""
+def plain_network(model: nn.Module, params: dict) -> PlainCNN | None:
+    """Return the layer-by-layer network that computes what a `CNN` does, whatever its number of blocks, or None."""
     blocks = [f"layer{number}" for number in range(1, len(params))]
-    if set(params) != {*blocks, "fc"}:
+    if not isinstance(model, CNN) or set(params) != {*blocks, "fc"}:
         return None
     features = tuple(params[name]["kernel"].shape[-1] for name in blocks)
     return PlainCNN(features=features, num_classes=params["fc"]["kernel"].shape[-1])
@@ -133,19 +134,17 @@ def tabulate(model: nn.Module, dataset: Dataset) -> str:
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 
-def inspect_network(model: CNN, params: dict, dataset: Dataset, validation: int | None = None) -> Inspection:
+def inspect_network(model: nn.Module, variables: dict, dataset: Dataset, validation: int | None = None) -> Inspection:
     """Run a network on all test images, and on the first one layer by layer.
 
     Args:
       model: The network.
-      params: Its weights, on the host.
+      variables: Its weights, and its state if it has one, on the host.
       dataset: The data set that it was trained on.
       validation: How many of the training images were held out; they calibrate the network.
     """
-    outputs, temperature = (
-        logits(model, params, dataset.test_images),
-        temperature_of(model, params, dataset, validation),
-    )
+    params, outputs = variables["params"], logits(model, variables, dataset.test_images)
+    plain, temperature = plain_network(model, params), temperature_of(model, variables, dataset, validation)
     of_each = [probabilities_of(outputs, each) for each in (1.0, temperature)]
     probabilities = of_each[-1]
     labels, predictions, confidences = dataset.test_labels, probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -153,13 +152,13 @@ def inspect_network(model: CNN, params: dict, dataset: Dataset, validation: int 
     np.add.at(confusion, (labels, predictions), 1)
     wrong = np.flatnonzero(predictions != labels)
     most_confident = wrong[np.argsort(-confidences[wrong], kind="stable")][:SHOWN_MISTAKES]
-    saliencies = saliency(model, params, dataset.test_images[most_confident], predictions[most_confident])
+    saliencies = saliency(model, variables, dataset.test_images[most_confident], predictions[most_confident])
     return Inspection(
         image=dataset.test_images[0],
         label=names[labels[0]],
         class_names=names,
-        layers=run_layers(params, dataset.test_images[0]),
-        kernels={name: params[name]["kernel"] for name in params if name != "fc"} if plain_network(params) else {},
+        layers=run_layers(plain, params, dataset.test_images[0]) if plain else [],
+        kernels={name: params[name]["kernel"] for name in params if name != "fc"} if plain else {},
         confusion=confusion,
         mistakes=[
             Mistake(dataset.test_images[i], names[labels[i]], names[predictions[i]], float(confidences[i]), map_)
@@ -170,14 +169,8 @@ def inspect_network(model: CNN, params: dict, dataset: Dataset, validation: int 
     )
 
 
-def run_layers(params: dict, image: np.ndarray) -> list[Layer]:
-    """Return every layer's output for an image (height, width, channels), uint8, given the weights of a `CNN`.
-
-    The list is empty if the network's layers are not those of `PlainCNN`.
-    """
-    model = plain_network(params)
-    if model is None:
-        return []
+def run_layers(model: PlainCNN, params: dict, image: np.ndarray) -> list[Layer]:
+    """Return every layer's output for an image (height, width, channels), uint8."""
 
     @jax.jit
     def outputs_by_name(params: dict, pixels: jax.Array) -> Mapping[str, Any]:

@@ -60,8 +60,8 @@ def write_report(
       unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None for data without a tutorial.
     """
     settings, dataset, step = trained.settings, trained.dataset, trained.step
-    params = of_seed(trained.states.eval_params, 0)
-    inspection = inspect_network(trained.model, params, dataset, settings.validation)
+    variables = of_seed(trained.states.eval_variables, 0)
+    inspection = inspect_network(trained.model, variables, dataset, settings.validation)
     metrics = trained.metrics
     result = folder.read_result()
     if result is not None and result.step != step:  # it was written before the run was continued
@@ -73,7 +73,7 @@ def write_report(
         page = render(
             "report.html",
             title=folder.path.resolve().name,
-            subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(params))),
+            subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))),
             which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
             numbers=_numbers(trained, seconds, accuracies),
             results=result_rows(trained, accuracies, unscaled_accuracies) + _last_epoch(metrics),

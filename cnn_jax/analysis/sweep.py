@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cnn_jax.data.dataset import fingerprint
 from cnn_jax.runs.folder import RunFolder, deciding_settings
 from cnn_jax.runs.restore import load_run_data
-from cnn_jax.runs.settings import RecipeName, TrainSettings
+from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.train import open_run, train_run
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -41,7 +41,7 @@ from cnn_jax.runtime.errors import (
     UsageError,
 )
 from cnn_jax.runtime.files import check_output_file, locked, sync
-from cnn_jax.runtime.records import NonEmpty, Pair, Positive, Record, Seed, Sha256, Size, Text, convert
+from cnn_jax.runtime.records import NonEmpty, Pair, Positive, RecipeText, Record, Seed, Sha256, Size, Text, convert
 
 # The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
@@ -64,7 +64,8 @@ class StudyRecord(Record, frozen=True, kw_only=True):
     seeds: Size
     precision: Literal["float32", "bfloat16"]
     features: NonEmpty[Pair]
-    recipe: NonEmpty[RecipeName]
+    recipe: NonEmpty[RecipeText]
+    model: Text | None = None
     batch_size: NonEmpty[Size]
 
 
@@ -75,12 +76,16 @@ class SearchSpace:
     learning_rate: tuple[float, float]
     batch_sizes: tuple[int, ...]
     features: tuple[tuple[int, int], ...]
-    recipes: tuple[RecipeName, ...]
+    recipes: tuple[str, ...]
 
     def choices(self) -> dict[str, list[Any]]:
         """Return the lists as JSON's types, by the settings' names."""
         features = ["x".join(map(str, pair)) for pair in self.features]
-        return {"features": features, "recipe": list(self.recipes), "batch_size": list(self.batch_sizes)}
+        return {"features": features, "recipe": list(self.named_recipes()), "batch_size": list(self.batch_sizes)}
+
+    def named_recipes(self) -> dict[str, str]:
+        """Return the recipes by what a study records of them: of the user's own code the SHA-256, too."""
+        return {getattr(recipe, "identity", recipe): recipe for recipe in self.recipes}
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return what Optuna records of each trial, by the settings' names."""
@@ -340,7 +345,9 @@ def _differences(before: dict, now: dict) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     return "; ".join(
-        f"{name} was {words(before[name])} and is {words(now[name])}" for name in now if before[name] != now[name]
+        f"{name} was {words(before.get(name))} and is {words(now.get(name))}"
+        for name in now | before
+        if before.get(name) != now.get(name)
     )
 
 
@@ -412,7 +419,7 @@ def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Dis
     settings = dataclasses.replace(
         shared,
         run_name=f"trial-{trial.number if origin is None else origin}",
-        recipe=trial.suggest_categorical("recipe", choices["recipe"]),
+        recipe=space.named_recipes()[str(trial.suggest_categorical("recipe", choices["recipe"]))],
         learning_rate=trial.suggest_float("learning_rate", *space.learning_rate, log=True),
         batch_size=trial.suggest_categorical("batch_size", choices["batch_size"]),
         features=tuple(int(channels) for channels in features.split("x")),

@@ -22,7 +22,9 @@ from cnn_jax.runs.folder import RunFolder, check_output
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     FOLDER_NAME,
+    OWN_MODEL,
     RATE,
+    RECIPES,
     SHORT,
     Epochs,
     Must,
@@ -43,6 +45,7 @@ Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
 SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a spread")]
 StudyName = Annotated[str, FOLDER_NAME, SHORT]
 Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
+SEARCHED_FEATURES = (16, 32, 32, 64, 48, 96)
 Range = Annotated[
     tuple[float, float],
     Must(lambda ends: all(map(RATE.holds, ends)) and ends[0] <= ends[1], "two positive numbers in order", "g"),
@@ -299,11 +302,12 @@ def sweep(
     epochs: Epochs = 2,
     learning_rate: Range = (0.0003, 0.03),
     batch_size: tuple[int, ...] = (50, 100, 200, 400),
-    features: Pairs = (16, 32, 32, 64, 48, 96),
-    recipe: tuple[RecipeName, ...] = get_args(RecipeName),
+    features: Pairs = SEARCHED_FEATURES,
+    recipe: Annotated[tuple[str, ...], RECIPES] = get_args(RecipeName),
     validation: Count = 5000,
     seeds: Count = 1,
     seed: int = 777,
+    model: Annotated[str | None, OWN_MODEL] = None,
     dataset: str = "mnist",
     dataset_dir: Path | None = None,
 ) -> None:
@@ -315,7 +319,7 @@ def sweep(
       learning_rate (LOW HIGH): The range to search, on a logarithmic scale.
       batch_size (IMAGES): The batch sizes to choose from.
       features (N): The channels of both blocks to choose from, in pairs.
-      recipe (NAME): The recipes to choose from.
+      recipe (NAME): The recipes to choose from, among them your own, FILE.py:FUNCTION.
       validation (IMAGES): Training images to hold out and score the trials on; the test set is not used.
       seeds (N): Runs per trial; their mean accuracy is its score.
 
@@ -328,13 +332,17 @@ def sweep(
         validation=validation,
         seeds=seeds,
         seed=seed,
+        model=model,
         dataset=dataset,
         dataset_dir=dataset_dir,
         **vars(dataclasses.replace(common, checkpoint_dir=common.checkpoint_dir / study)),
     )
     pairs = tuple(zip(features[::2], features[1::2], strict=True))
+    if model is not None and features == SEARCHED_FEATURES:
+        pairs = (TrainSettings.features,)  # a network of the user's has widths of its own
     for size, channels in itertools.product(batch_size, pairs):
         dataclasses.replace(shared, batch_size=size, features=channels)  # refuses what a trial would refuse
+    recipes = tuple(dataclasses.replace(shared, recipe=name).recipe for name in recipe)
     train_examples = count_train_examples(dataset, dataset_dir, shared.data_dir)
     if train_examples is not None:
         check_sizes(max(batch_size), validation, train_examples)
@@ -343,7 +351,7 @@ def sweep(
     from cnn_jax.analysis.plots import save_drawn
     from cnn_jax.analysis.sweep import SearchSpace, draw_study, run_study
 
-    space = SearchSpace(learning_rate=learning_rate, batch_sizes=batch_size, features=pairs, recipes=recipe)
+    space = SearchSpace(learning_rate=learning_rate, batch_sizes=batch_size, features=pairs, recipes=recipes)
     save_drawn(draw_study(run_study(space, shared, trials)), shared.checkpoint_dir)
 
 

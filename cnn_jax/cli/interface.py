@@ -214,7 +214,7 @@ class Network:
     def test(self) -> Evaluation:
         """Return how the network does on its data set's test images."""
         dataset = self._dataset or load_dataset("mnist", None, self._data_dir)
-        return evaluate(self.trained.model, self.trained.params, dataset.test_images, dataset.test_labels)
+        return evaluate(self.trained.model, self.trained.variables, dataset.test_images, dataset.test_labels)
 
 
 def _of_numpy(value: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from cnn_jax import __version__
-from cnn_jax.runs.settings import RecipeDefaults, TrainSettings, check_values, option_name
+from cnn_jax.runs.settings import RECIPE_DEFAULTS, RecipeDefaults, TrainSettings, check_values, option_name
 from cnn_jax.runtime.errors import UsageError, suggest
 
 # A command's positional parameters are its arguments, and its keyword-only ones its options; a dataclass stands for one
@@ -105,6 +105,8 @@ def parse_command(commands: Sequence[Command], arguments: Sequence[str]) -> func
     for name, command in named.items():
         subparser = subparsers.add_parser(name, help=_sections(command)[0], **_help_of(command))
         for action in _add(subparser, parameters_of(command)):
+            if action.dest == "recipe":
+                action.choices = [*RECIPE_DEFAULTS]
             if action.metavar in ("FILE", "DIR"):
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]  # only shtab knows it
     parser.parse_args(arguments)

@@ -60,14 +60,14 @@ class Sums(NamedTuple):
 
 def evaluate(
     model: nn.Module,
-    params: PyTree,
+    variables: PyTree,
     images: UInt8[Array, "m h w c"] | UInt8[np.ndarray, "m h w c"],
     labels: Int32[Array, " m"] | Int32[np.ndarray, " m"],
     *,
     unscaled: bool = False,
 ) -> Evaluation:
     """Test a network on all images; `unscaled` feeds pixels in 0..255, as the PyTorch tutorial does when it tests."""
-    return Evaluation.of(*sum_over_images(params, images, labels, pixel_scale(unscaled=unscaled), model=model))
+    return Evaluation.of(*sum_over_images(variables, images, labels, pixel_scale(unscaled=unscaled), model=model))
 
 
 def pixel_scale(*, unscaled: bool) -> np.float32:
@@ -77,7 +77,7 @@ def pixel_scale(*, unscaled: bool) -> np.float32:
 
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"))
 def sum_over_images(
-    params: PyTree,
+    variables: PyTree,
     images: UInt8[Array, "m h w c"],
     labels: Int32[Array, " m"],
     pixel_scale: Float32[Array, ""],
@@ -88,7 +88,7 @@ def sum_over_images(
     """Return a network's sums over images.
 
     Args:
-      params: The network's weights.
+      variables: The network's weights, and its state if it has one.
       images: Their number need not be a multiple of the batch size.
       labels: Their classes; an image labelled -1 counts for nothing.
       pixel_scale: The pixel value that becomes 1.
@@ -103,7 +103,7 @@ def sum_over_images(
 
     def add_batch(sums, batch):
         batch_images, batch_labels = batch
-        logits = forward(model, params, scale_pixels(batch_images, pixel_scale))
+        logits = forward(model, variables, scale_pixels(batch_images, pixel_scale))
         is_real = batch_labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch_labels, 0))
         correct = (logits.argmax(axis=-1).astype(jnp.int32) == batch_labels) & is_real

@@ -70,7 +70,7 @@ def streamed(dataset: Dataset, mesh: Mesh) -> Feed:
         )
         for i, (images, labels, local_batches) in enumerate(read):
             start = first + i * steps
-            local = SeedEpoch(local_batches, epoch.augment_key)
+            local = SeedEpoch(local_batches, epoch.noise_key)
             yield Chunk(local, images, labels, start, min(start + steps, batches.shape[1]))
 
     return chunks

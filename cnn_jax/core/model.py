@@ -1,15 +1,16 @@
 """The tutorial's network, layer by layer and then with fast blocks, and the distributions of its initial weights."""
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from cnn_jax.core.conv_block import Pool, conv_block
 
@@ -139,9 +140,18 @@ def _add_products_backward(residuals, cotangent):
 _add_products.defvjp(lambda *arguments: (_add_products(*arguments), arguments[:2]), _add_products_backward)
 
 
-def forward(model: nn.Module, params: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:
-    """Return a network's logits of images with pixels in [0, 1]."""
-    return cast(Array, model.apply({"params": params}, pixels))  # Flax returns a tuple only if asked for more
+def forward(model: nn.Module, variables: PyTree, pixels: Float[Array, "n h w c"]) -> Float[Array, "n k"]:
+    """Return a network's logits of images with pixels in [0, 1]; `variables` are its weights and state, as in Flax."""
+    return cast(Array, model.apply(variables, pixels))  # Flax returns a tuple only if asked for more
+
+
+def forward_in_training(
+    model: nn.Module, variables: PyTree, pixels: Float[Array, "n h w c"], dropout_key: Key[Array, ""] | None
+) -> tuple[Float[Array, "n k"], PyTree]:
+    """Return the logits and the network's new state; a `__call__` that takes `train` is told that it is training."""
+    told: dict[str, Any] = {"train": True} if "train" in inspect.signature(type(model).__call__).parameters else {}
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return model.apply(variables, pixels, mutable=sorted({*variables} - {"params"}), rngs=rngs, **told)
 
 
 def torch_uniform(fan_in: int) -> Callable[..., jax.Array]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +48,6 @@ class Recipe:
     elementwise: bool = False
 
 
-def make_recipe(name: Literal["tutorial", "fast", "accurate"], learning_rate: float, steps: int) -> Recipe:
-    """Return a recipe by its name, for so many steps, with its learning rate or the peak of its schedule."""
-    match name:
-        case "tutorial":
-            return tutorial(learning_rate)
-        case "fast":
-            return fast(learning_rate, steps)
-        case "accurate":
-            return accurate(learning_rate, steps)
-
-
 def tutorial(learning_rate: float) -> Recipe:
     """Adam with the tutorial's constants, from the first step to the last."""
     return Recipe(optimizer=optax.adam(learning_rate), elementwise=True)
@@ -103,7 +91,7 @@ def shift_turn_and_scale(
     degrees: float = 12.0,
     scale: float = 0.1,
 ) -> Pixels:
-    """Move, turn and scale each image about its centre by uniformly drawn amounts; pixels from outside are 0.
+    """Move, turn and scale each image about its centre by uniform draws, linearly interpolated; pixels outside are 0.
 
     Args:
       keys: One key per image.
@@ -111,9 +99,6 @@ def shift_turn_and_scale(
       pixels: Largest shift along each axis, either way.
       degrees: Largest turn, either way.
       scale: Largest change of the size, either way, as a fraction.
-
-    Returns:
-      As many images, interpolated linearly between pixels.
     """
     draws = jax.vmap(lambda key: jax.random.uniform(key, (4,), jnp.float32, minval=-1, maxval=1))(keys)
     height, width = images.shape[1:3]

@@ -88,7 +88,7 @@ def seeds_epoch(
     batch_size: int,
     shares: int,
 ) -> SeedEpoch:
-    """Return the seeds' parts of an epoch: batches (S, steps, N), int32, and augmentation keys (S,).
+    """Return the seeds' parts of an epoch: batches (S, steps, N), int32, and noise keys (S,).
 
     N is `batch_size`, filled up with -1 to a multiple of `shares`, the number of devices that share a batch: the mean
     over a batch does not depend on it.
@@ -97,7 +97,7 @@ def seeds_epoch(
     def of_one(seed):
         keys = make_keys(seed)
         batches = batch_indices(keys.order_key, epoch, num_examples=num_examples, batch_size=batch_size)
-        return SeedEpoch(jnp.pad(batches, ((0, 0), (0, -batch_size % shares)), constant_values=-1), keys.augment_key)
+        return SeedEpoch(jnp.pad(batches, ((0, 0), (0, -batch_size % shares)), constant_values=-1), keys.noise_key)
 
     return jax.vmap(of_one)(seeds)
 
@@ -134,7 +134,7 @@ def run_seeds(
 
 
 def sum_seeds(
-    params: PyTree,
+    variables: PyTree,
     images: UInt8[Array, "m h w c"],
     labels: Int32[Array, " m"],
     pixel_scale: Float32[Array, ""],
@@ -143,7 +143,7 @@ def sum_seeds(
 ) -> Sums:
     """Return the `sum_over_images` of every seed that this device has, added over the devices that share the images."""
     # One seed after the other: a batch of a test is large enough to keep a device busy.
-    return lax.psum(lax.map(lambda seed: sum_over_images(seed, images, labels, pixel_scale, model=model), params), DATA)
+    return lax.psum(lax.map(lambda of: sum_over_images(of, images, labels, pixel_scale, model=model), variables), DATA)
 
 
 def jit_over_mesh(

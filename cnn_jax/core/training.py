@@ -12,7 +12,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float32, Int32, Key, PyTree, UInt8, UInt32
 
-from cnn_jax.core.model import forward
+from cnn_jax.core.model import forward_in_training
 from cnn_jax.core.recipes import Recipe
 from cnn_jax.data.dataset import scale_pixels
 
@@ -27,17 +27,19 @@ class TrainState(NamedTuple):
       params: The network's weights.
       opt_state: The optimiser's state.
       ema_params: The weights averaged over the steps, where the recipe averages them.
+      model_state: What the network keeps beside its weights, such as statistics of its batches; the tutorial's nothing.
     """
 
     step: Int32[Array, ""]
     params: PyTree
     opt_state: PyTree
     ema_params: PyTree | None
+    model_state: dict[str, PyTree] = {}  # noqa: RUF012 - never changed
 
     @property
-    def eval_params(self) -> PyTree:
-        """The weights that the network is tested with."""
-        return self.params if self.ema_params is None else self.ema_params
+    def eval_variables(self) -> dict[str, PyTree]:
+        """What the network is tested with: its weights, or their average where there is one, and its state."""
+        return {"params": self.params if self.ema_params is None else self.ema_params, **self.model_state}
 
 
 class SeedEpoch(NamedTuple):
@@ -45,11 +47,11 @@ class SeedEpoch(NamedTuple):
 
     Attributes:
       batches: The indices of the images in each step's batch; -1 is no image.
-      augment_key: The key of all augmentation in the run, if the recipe augments.
+      noise_key: The key of all augmentation and dropout in the run; None if there is none.
     """
 
     batches: Int32[Array, "*seeds steps n"]
-    augment_key: Key[Array, "*seeds"] | None = None
+    noise_key: Key[Array, "*seeds"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))
@@ -99,7 +101,7 @@ def run_steps(
         state, losses = carry
         rows = epoch.batches[i]
         batch_labels = jnp.where(rows >= 0, labels[rows], -1)
-        state, loss = step(state, images[rows], batch_labels, epoch.augment_key)
+        state, loss = step(state, images[rows], batch_labels, epoch.noise_key)
         return state, losses.at[i].set(loss)
 
     def take_step_until_stop(i, carry):
@@ -137,7 +139,7 @@ def train_step(
     state: TrainState,
     images: UInt8[Array, "n h w c"],
     labels: Int32[Array, " n"],
-    augment_key: Key[Array, ""] | None = None,
+    noise_key: Key[Array, ""] | None = None,
     *,
     model: nn.Module,
     recipe: Recipe,
@@ -151,7 +153,7 @@ def train_step(
       state: The state before the step.
       images: The batch; inside `jax.shard_map`, this device's share of it.
       labels: Their labels; an image labelled -1 fills the batch up and counts for nothing.
-      augment_key: The key of all augmentation in the run, if the recipe augments.
+      noise_key: The key of all augmentation and dropout in the run; None if there is none.
       model: The network.
       recipe: How it is trained.
       axis: Inside `jax.shard_map`, the mesh axis that divides the batch over devices.
@@ -163,21 +165,25 @@ def train_step(
       The state after the step, and the batch's mean loss before it.
     """
     pixels = scale_pixels(images)
+    keys = None if noise_key is None else _image_keys(noise_key, state.step, len(labels), axis)
     if recipe.augment is not None:
-        assert augment_key is not None, "a recipe that augments needs a key"
-        pixels = recipe.augment(_image_keys(augment_key, state.step, len(labels), axis), pixels)
+        assert keys is not None, "a recipe that augments needs a key"
+        pixels = recipe.augment(keys, pixels)
 
-    def loss_fn(params, pixels, labels):
-        logits = forward(model, params if unravel is None else unravel(params), pixels)  # (N, num_classes)
+    def loss_fn(params, model_state, pixels, labels, keys):
+        variables = {"params": params if unravel is None else unravel(params), **model_state}
+        dropout_key = None if keys is None else jax.random.fold_in(keys[0], 1)
+        logits, model_state = forward_in_training(model, variables, pixels, dropout_key)  # (N, num_classes)
         losses = recipe.loss(logits, jnp.maximum(labels, 0))
-        return jnp.where(labels >= 0, losses, 0).sum()
+        return jnp.where(labels >= 0, losses, 0).sum(), model_state
 
-    def add_part(sums, part):
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_fn)(state.params, *part)), None
+    def add_part(carry, part):
+        (loss, model_state), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, carry[1], *part)
+        return (jax.tree.map(jnp.add, carry[0], (loss, gradients)), model_state), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-    batch = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (pixels, labels))
-    (loss, gradients), _ = lax.scan(add_part, zeros, batch)
+    batch = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (pixels, labels, keys))
+    ((loss, gradients), model_state), _ = lax.scan(add_part, (zeros, state.model_state), batch)
     # Sums over all parts and devices, divided once: the mean does not depend on how the batch was divided.
     sums = (loss, gradients, (labels >= 0).sum(dtype=jnp.float32))
     loss, gradients, count = sums if axis is None else lax.psum(sums, axis)
@@ -187,13 +193,14 @@ def train_step(
     ema_params = None
     if recipe.ema_decay is not None:
         ema_params = _average(state.ema_params, params, state.step + 1, recipe.ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema_params), loss / count
+    model_state = model_state if axis is None else lax.pmean(model_state, axis)
+    return TrainState(state.step + 1, params, opt_state, ema_params, model_state), loss / count
 
 
-def _image_keys(augment_key: Key[Array, ""], step: Int32[Array, ""], images: int, axis: str | None) -> Key[Array, " n"]:
+def _image_keys(noise_key: Key[Array, ""], step: Int32[Array, ""], images: int, axis: str | None) -> Key[Array, " n"]:
     """Return a key for each image of a step: the same, however many devices the batch is divided over."""
     first = 0 if axis is None else lax.axis_index(axis) * images
-    step_key = jax.random.fold_in(augment_key, step)
+    step_key = jax.random.fold_in(noise_key, step)
     return jax.vmap(functools.partial(jax.random.fold_in, step_key))(first + jnp.arange(images))
 
 
@@ -206,11 +213,11 @@ def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], most: f
 
 
 class Keys(NamedTuple):
-    """The keys of all randomness in a run: of its initial weights, its batches and its augmentation."""
+    """The keys of all randomness in a run: of its initial weights, its batches, and its augmentation and dropout."""
 
     init_key: Key[Array, ""]
     order_key: Key[Array, ""]
-    augment_key: Key[Array, ""]
+    noise_key: Key[Array, ""]
 
 
 def make_keys(seed: UInt32[Array, ""] | int) -> Keys:
@@ -222,20 +229,18 @@ def make_keys(seed: UInt32[Array, ""] | int) -> Keys:
 def create_train_state(
     init_key: Key[Array, ""], model: nn.Module, image_shape: tuple[int, int, int], recipe: Recipe
 ) -> TrainState:
-    """Draw the initial weights and set up the recipe's optimiser.
+    """Draw the initial weights, set up the recipe's optimiser, and return the state before step 0.
 
     Args:
       init_key: The key of the initial weights.
       model: The network.
       image_shape: (height, width, channels).
       recipe: How it will be trained.
-
-    Returns:
-      The state before step 0.
     """
-    params = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
+    model_state = dict(model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32)))
+    params = model_state.pop("params")
     ema_params = params if recipe.ema_decay is not None else None
-    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), ema_params)
+    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), ema_params, model_state)
 
 
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
@@ -244,14 +249,13 @@ def batch_indices(
 ) -> Int32[Array, "steps n"]:
     """Return the indices of the images in each batch of an epoch: a function of the seed and the epoch alone.
 
+    They are a permutation, one row per step; the last incomplete batch is dropped.
+
     Args:
       order_key: The key of all batches of a run.
       epoch: The epoch, from 0.
       num_examples: Size of the training set.
       batch_size: Images per batch.
-
-    Returns:
-      The first rows of a permutation, one row per step; the last incomplete batch is dropped.
     """
     steps = num_examples // batch_size
     permutation = jax.random.permutation(jax.random.fold_in(order_key, epoch), num_examples)

@@ -20,7 +20,7 @@ from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.errors import StorageError, UsageError
 from cnn_jax.runtime.files import output_errors, replaced
 
 # A file's logits may differ from ours by the absolute tolerance, or by the relative one times the largest logit if that
@@ -97,6 +97,11 @@ def export(
         dataset = load_dataset("mnist", None, data_dir)
     else:
         trained, dataset = load_trained_run(run, data_dir, display.say, seed)
+        if trained.own_model is not None and to != "stablehlo":
+            name = type(trained.own_model).__name__
+            raise UsageError(
+                f"--to {to}: it has a form for the tutorial's network, not for {name}; give --to stablehlo"
+            )
     with output_errors(output, "--output"), replaced(output) as new:
         FORMATS[to].write(trained, new, takes)
         display.say(check(to, new, trained, dataset, takes, name=output))
@@ -263,16 +268,23 @@ def _load_onnx(file: Path, trained: TrainedModel, takes: Input) -> Compute:
 
 def _write_stablehlo(trained: TrainedModel, file: Path, takes: Input) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
-    params = jax.tree.map(jnp.asarray, trained.params)
+    variables = jax.tree.map(jnp.asarray, trained.variables)
 
     @jax.jit
     def apply(images: jax.Array) -> Any:
         images = images if takes.layout == "nhwc" else images.transpose(0, 2, 3, 1)
-        return trained.model.apply({"params": params}, scale_pixels(images) if takes.pixels == "uint8" else images)
+        return trained.model.apply(variables, scale_pixels(images) if takes.pixels == "uint8" else images)
 
-    exported = jax.export.export(apply, platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((batch, *takes.shape(trained.image_shape)), takes.dtype)
-    )
+    images = jax.ShapeDtypeStruct((batch, *takes.shape(trained.image_shape)), takes.dtype)
+    try:
+        exported = jax.export.export(apply, platforms=PLATFORMS)(images)
+    except Exception as error:
+        if trained.own_model is None:
+            raise
+        raise UsageError(
+            f"--to stablehlo: {type(trained.own_model).__name__} fails on a batch of any size "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); write x.shape[0] in place of len(x)"
+        ) from error
     file.write_bytes(exported.serialize())
 
 

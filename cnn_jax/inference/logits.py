@@ -18,7 +18,7 @@ from cnn_jax.data.dataset import scale_pixels
 PATH_STEPS = 32  # from black to an image; the packaged network's saliencies then sum to the difference within 0.15
 
 
-def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"]) -> Float32[np.ndarray, "m k"]:
+def logits(model: nn.Module, variables: PyTree, images: UInt8[np.ndarray, "m h w c"]) -> Float32[np.ndarray, "m k"]:
     """Return a network's logits of any number of images, none included.
 
     The last batch is filled up to a power of two, so that few sizes are ever compiled and a handful of images does not
@@ -26,7 +26,7 @@ def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"
 
     Args:
       model: The network.
-      params: Its weights.
+      variables: Its weights, and its state if it has one.
       images: The images.
     """
     whole, rest = len(images) // BATCH_SIZE, len(images) % BATCH_SIZE
@@ -35,18 +35,18 @@ def logits(model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "m h w c"
     parts = [images[: whole * BATCH_SIZE].reshape(whole, BATCH_SIZE, *images.shape[1:])] if whole else []
     parts += [last[np.newaxis]] if rest or not whole else []
     # In one loop the batches' intermediate values are allocated once: 10,000 images in 40 calls take 1 s longer.
-    outputs = jax.device_get([batch_logits(params, part, model=model) for part in parts])
+    outputs = jax.device_get([batch_logits(variables, part, model=model) for part in parts])
     return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])[: len(images)]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def batch_logits(params: PyTree, batches: UInt8[Array, "b n h w c"], *, model: nn.Module) -> Float32[Array, "b n k"]:
+def batch_logits(variables: PyTree, batches: UInt8[Array, "b n h w c"], *, model: nn.Module) -> Float32[Array, "b n k"]:
     """Return the logits of batches, one after the other."""
-    return lax.map(lambda images: forward(model, params, scale_pixels(images)), batches)
+    return lax.map(lambda images: forward(model, variables, scale_pixels(images)), batches)
 
 
 def saliency(
-    model: nn.Module, params: PyTree, images: UInt8[np.ndarray, "n h w c"], classes: Integer[np.ndarray, " n"]
+    model: nn.Module, variables: PyTree, images: UInt8[np.ndarray, "n h w c"], classes: Integer[np.ndarray, " n"]
 ) -> Float32[np.ndarray, "n h w"]:
     """Return how much each pixel contributes to the logit of its image's class, by integrated gradients.
 
@@ -56,24 +56,26 @@ def saliency(
 
     Args:
       model: The network.
-      params: Its weights.
+      variables: Its weights, and its state if it has one.
       images: The images.
       classes: The class of which each is explained.
     """
     # One by one, so that one size is compiled, and however many images there are they take no more memory.
-    maps = [image_saliency(params, *each, model=model) for each in zip(images, classes.astype(np.int32), strict=True)]
+    maps = [
+        image_saliency(variables, *each, model=model) for each in zip(images, classes.astype(np.int32), strict=True)
+    ]
     return np.asarray(jax.device_get(maps), np.float32).reshape(images.shape[:-1])
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def image_saliency(
-    params: PyTree, image: UInt8[Array, "h w c"], index: Int[Array, ""], *, model: nn.Module
+    variables: PyTree, image: UInt8[Array, "h w c"], index: Int[Array, ""], *, model: nn.Module
 ) -> Float32[Array, "h w"]:
     """Return the same of one image; the points on the way are a batch."""
     pixels = scale_pixels(image)[jnp.newaxis]
     middles = (jnp.arange(PATH_STEPS, dtype=jnp.float32) + 0.5) / PATH_STEPS
     way = middles[:, jnp.newaxis, jnp.newaxis, jnp.newaxis] * pixels
-    gradients = jax.grad(lambda way: forward(model, params, way)[:, index].sum())(way)
+    gradients = jax.grad(lambda way: forward(model, variables, way)[:, index].sum())(way)
     return (pixels[0] * gradients.mean(axis=0)).sum(axis=-1)
 
 

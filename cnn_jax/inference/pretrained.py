@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 import scipy.special
+from flax import linen as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -108,7 +109,7 @@ class TrainedModel:
 
     Attributes:
       name: The name of the run or of the file.
-      params: The weights of a `CNN`, float32.
+      params: The weights, float32.
       features: Channels after the first and the second block.
       class_names: The name of each class.
       background: The median of the pixels at the edges of the training images, in 0..255.
@@ -118,6 +119,8 @@ class TrainedModel:
       dataset: The data set that the network was trained on.
       test_accuracy: The accuracy on that data set's test images, in [0, 1]; None if it was not measured.
       training: How it was trained.
+      own_model: A network of the user's; None for a `CNN`.
+      model_state: What that keeps beside its weights.
     """
 
     name: str
@@ -130,11 +133,18 @@ class TrainedModel:
     dataset: str
     test_accuracy: float | None
     training: Provenance
+    own_model: nn.Module | None = None
+    model_state: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def model(self) -> CNN:
+    def model(self) -> nn.Module:
         """The network's architecture."""
-        return CNN(features=self.features, num_classes=len(self.class_names))
+        return self.own_model or CNN(features=self.features, num_classes=len(self.class_names))
+
+    @property
+    def variables(self) -> dict:
+        """The weights and what the network keeps beside them, as Flax takes them."""
+        return {"params": self.params, **self.model_state}
 
     @property
     def preparation(self) -> Literal["character", "resize"]:
@@ -202,7 +212,7 @@ class TrainedModel:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Return the logits, (N, num_classes), float32, of images (N, height, width, channels), uint8."""
-        return logits(self.model, self.params, images)
+        return logits(self.model, self.variables, images)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return the probability of each class, (N, num_classes), float64, of images as for `logits`."""
@@ -272,14 +282,17 @@ def load_trained_run(
     result = folder.read_result()
     if result is not None and result.step == restored.step:  # where images were held out, the only test
         accuracies.append(result.test_accuracy if result.seeds is None else result.seeds[i].test_accuracy)
-    params = jax.tree.map(np.asarray, of_seed(restored.states.eval_params, i))
+    variables = jax.tree.map(np.asarray, of_seed(restored.states.eval_variables, i))
+    temperature = temperature_of(restored.model, variables, dataset, settings.validation)
     trained = TrainedModel(
         name=folder.path.name,
-        params=params,
+        params=variables.pop("params"),
+        model_state=variables,
+        own_model=restored.model if settings.model else None,
         features=settings.features,
         class_names=dataset.class_names,
         background=background_of(dataset.train_images[:BACKGROUND_IMAGES]),
-        temperature=temperature_of(restored.model, params, dataset, settings.validation),
+        temperature=temperature,
         image_shape=dataset.train_images.shape[1:],
         dataset=dataset.name,
         test_accuracy=accuracies[-1] if accuracies else None,
@@ -288,12 +301,12 @@ def load_trained_run(
     return trained, dataset
 
 
-def temperature_of(model: CNN, params: dict, dataset: Dataset, validation: int | None) -> float:
+def temperature_of(model: nn.Module, variables: dict, dataset: Dataset, validation: int | None) -> float:
     """Return what calibrates a network, fitted on the training images held out for validation; 1 if none were."""
     if validation is None:
         return 1.0
     _, images, labels = hold_out(dataset, validation)
-    return fit_temperature(logits(model, params, images), labels)
+    return fit_temperature(logits(model, variables, images), labels)
 
 
 def write_trained(trained: TrainedModel, file: Path) -> None:
@@ -302,7 +315,8 @@ def write_trained(trained: TrainedModel, file: Path) -> None:
     Raises:
       OSError: it could not be written.
     """
-    recorded = {name: value for name, value in vars(trained).items() if name not in ("name", "params")}
+    unrecorded = ("name", "params", "own_model", "model_state")
+    recorded = {name: value for name, value in vars(trained).items() if name not in unrecorded}
     count = len(trained.class_names)
     record = NetworkRecord(**recorded, num_classes=count, versions=versions("cnn-jax", "jax", "jaxlib", "flax"))
     # Everything goes under one key, because safetensors writes several keys in an order that varies.

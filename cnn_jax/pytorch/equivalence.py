@@ -83,7 +83,7 @@ def _logits_and_gradients(
     @jax.jit
     def forward_and_backward(params: dict, images: jax.Array, labels: jax.Array) -> tuple[dict, jax.Array]:
         def loss_fn(params: dict) -> tuple[jax.Array, jax.Array]:
-            logits = forward(CNN(), params, scale_pixels(images))
+            logits = forward(CNN(), {"params": params}, scale_pixels(images))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
         return jax.grad(loss_fn, has_aux=True)(params)

@@ -125,7 +125,7 @@ def make_flax_step(model: "nn.Module", optimizer: "optax.GradientTransformation"
     @jax.jit
     def step(params, opt_state, pixels, labels):
         def loss_fn(params):
-            logits = forward(model, params, pixels)
+            logits = forward(model, {"params": params}, pixels)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, gradients = jax.value_and_grad(loss_fn)(params)

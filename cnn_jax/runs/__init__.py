@@ -1,5 +1,6 @@
 """A run on disk and in time.
 
+own_code.py     a network or a recipe in a Python file of the user's
 settings.py     every setting of a training: its default, its meaning, the values that it may have
 program.py      a run's compiled functions, from its settings and the sizes of its data
 train.py        train_run and train_epoch: a run from its data to its result

@@ -1,5 +1,6 @@
 """Checkpoints of a run's training state, each with a digest of itself; the only file that knows Orbax."""
 
+import collections
 import contextlib
 import errno
 import gc
@@ -25,11 +26,11 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from cnn_jax.core.training import TrainState
 from cnn_jax.runtime.distributed import is_process_0, on_process_0
-from cnn_jax.runtime.errors import ALLOW_LARGER, NoCheckpointError, StorageError, lacks_access, lacks_memory
+from cnn_jax.runtime.errors import ALLOW_LARGER, NoCheckpointError, StorageError, UsageError, lacks_access, lacks_memory
 from cnn_jax.runtime.files import first_free, identity, require_in_place, sync, sync_tree
 
 KEPT_CHECKPOINTS = 3
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # The losses of an epoch, of every seed.
 Losses = Float32[np.ndarray, "s steps"]
 STATE, META = "state", "meta"  # the two items of a checkpoint
@@ -137,6 +138,7 @@ class Checkpoints:
 
         Raises:
           NoCheckpointError: not one is sound.
+          UsageError: `structure` raises it.
           StorageError: the machine refuses to read it, which is no damage.
         """
         return on_process_0(self._restore_latest, structure)
@@ -146,6 +148,8 @@ class Checkpoints:
             with _quiet_orbax():
                 try:
                     return self._read(step, structure)
+                except UsageError:
+                    raise
                 except Exception as error:  # Orbax raises ValueError, KeyError, FileNotFoundError and bare Exception
                     if lacks_memory(error):
                         raise
@@ -169,11 +173,12 @@ class Checkpoints:
             if not path.is_file() and not path.is_dir():  # to open a pipe would wait for ever
                 raise ValueError(f"{path.name} is no file")
         meta = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
-        if meta["schema"] not in (2, SCHEMA_VERSION):
+        if meta["schema"] not in (*EARLIER_STATES, SCHEMA_VERSION):
             raise ValueError(f"it has version {meta['schema']} of the format, not {SCHEMA_VERSION}")
         template = {"state": structure(meta), "losses": jax.ShapeDtypeStruct((), np.float32)}
-        if meta["schema"] == 2:
-            template["state"] = _TrainState2(*template["state"])
+        earlier = EARLIER_STATES.get(meta["schema"])
+        if earlier is not None:
+            template["state"] = earlier(*template["state"][: len(earlier._fields)])
         # Orbax converts another dtype in silence, so each array is asked for as it was saved.
         saved = _abstract(self._manager.item_metadata(step)[STATE].tree)
         wanted, form = jax.tree_util.tree_flatten_with_path(template)
@@ -185,7 +190,7 @@ class Checkpoints:
         right = meta.pop("digest")
         if meta["step"] != step or digest(tree, meta) != right:
             raise ValueError("its bytes are not those that were saved")
-        state = TrainState(*tree["state"]) if meta["schema"] == 2 else tree["state"]
+        state = TrainState(*tree["state"])
         state, losses = jax.device_get((state, tree["losses"]))
         return Restored(state, losses, meta)
 
@@ -201,13 +206,11 @@ class Checkpoints:
         self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is now {aside}")
 
 
-class _TrainState2(NamedTuple):
-    """The training state as format 2 named its fields, which the paths in a digest are made of."""
-
-    step: jax.Array
-    params: dict
-    opt_state: object
-    average: dict | None
+# The training state as earlier formats named its fields, which the paths in a digest are made of.
+EARLIER_STATES = {
+    2: collections.namedtuple("TrainState2", "step params opt_state average"),
+    3: collections.namedtuple("TrainState3", "step params opt_state ema_params"),
+}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.data.loading import is_of_dataset
+from cnn_jax.runs.own_code import FORM, OwnCode
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
 from cnn_jax.runtime.files import (
@@ -38,9 +39,12 @@ DECIDING_FIELDS = (
 
 # What a run or a study is read back from, and what SQLite writes beside it: no other file may take its place.
 STATE_FILES = (
-    "config.json", "metrics.jsonl", "result.json", "lock", "steps", "quarantine",
+    "config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py", "lock", "steps", "quarantine",
     "study.db", "study.db-journal", "study.db-wal", "study.db-shm", "study.db.new",
 )  # fmt: skip
+
+# The settings that may name a file of the user's, which the run keeps a copy of under the setting's name.
+OWN_CODE = ("model", "recipe")
 
 # What config.json held once and no longer does.
 FORMER_FIELDS = {"debug"}
@@ -52,10 +56,14 @@ MEASURED_FIELDS = ("seconds", "examples_per_second", "step_milliseconds", "compi
 def deciding_settings(settings: TrainSettings) -> dict:
     """Return the settings that a run's results depend on, as JSON's types."""
     values = {name: getattr(settings, name) for name in DECIDING_FIELDS}
-    return {name: _as_json(value) for name, value in values.items()}
+    if settings.model is not None:  # which earlier programs do not record
+        values["model"] = settings.model
+    return {name: value.identity if isinstance(value, OwnCode) else _as_json(value) for name, value in values.items()}
 
 
 def _as_json(value: object) -> object:
+    if isinstance(value, OwnCode):
+        return f"{value.file.resolve()}:{value.name}"
     if isinstance(value, Path):
         return str(value.resolve())
     return list(value) if isinstance(value, tuple) else value
@@ -210,6 +218,9 @@ class RunFolder:
             raise unreadable(file, f"there is no setting {', '.join(map(repr, sorted(unknown)))}", remedy)
         if data_dir is not None:
             values["data_dir"] = str(data_dir)
+        for name in OWN_CODE:
+            if code := FORM.fullmatch(str(values.get(name))):
+                values[name] = f"{self.path / name}.py:{code[2]}"
         given = {name: values[name] for name in names if name in values}
         try:
             return convert(given, TrainSettings, source=file, remedy=remedy)
@@ -224,9 +235,21 @@ class RunFolder:
         return suggest(self.path.name, runs) or f"there are {', '.join(runs[:5])}{' ...' * (len(runs) > 5)}"
 
     def write_settings(self, settings: TrainSettings) -> None:
-        """Record the settings of this start."""
+        """Record the settings of this start, and keep the user's own code that they name."""
+        for name in OWN_CODE:
+            if isinstance(code := getattr(settings, name), OwnCode):
+                write_atomically(self.path / f"{name}.py", code.source)
         values = {name: _as_json(value) for name, value in vars(settings).items()}
         write_atomically(self.path / "config.json", json.dumps(values, indent=2) + "\n")
+
+    def describe_change(self, settings: TrainSettings) -> str:
+        """Return how the user's code differs from the run's copies of it, to be added to a failure's line."""
+        changes = ""
+        for name in OWN_CODE:
+            code, copy = getattr(settings, name), self.path / f"{name}.py"
+            if isinstance(code, OwnCode) and copy.is_file() and (before := read_file(copy)) != code.source:
+                changes += f" ({code.file}: {code.describe_change(before)})"
+        return changes
 
     def read_metrics(self) -> list[EpochMetrics]:
         """Return what metrics.jsonl holds of the epochs that are done, in order.
@@ -361,7 +384,7 @@ class RunFolder:
                     f"process {error.holder} is writing the run {self.path}; "
                     "wait for it, stop it, or give another --run-name"
                 ) from error
-            for name in ("config.json", "metrics.jsonl", "result.json"):
+            for name in ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py"):
                 check_output_file(self.path / name, _PLACE)
             for folder in (self.checkpoints, self.path / "quarantine"):
                 check_output_folder(folder, _PLACE)

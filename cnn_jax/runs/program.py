@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32, UInt8
 
+from cnn_jax.core import recipes
 from cnn_jax.core.evaluation import Evaluation, pixel_scale
 from cnn_jax.core.input_pipeline import RESIDENT, STREAMED, Chunk
 from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import make_recipe
+from cnn_jax.core.recipes import Recipe
 from cnn_jax.core.sharding import (
     DATA,
     EPOCH,
@@ -35,7 +38,8 @@ from cnn_jax.core.sharding import (
 )
 from cnn_jax.core.training import SeedEpoch, TrainState, run_steps
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.runs.settings import TrainSettings, require
+from cnn_jax.runs.own_code import OwnCode
+from cnn_jax.runs.settings import TrainSettings, recipe_defaults, require
 from cnn_jax.runtime.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -96,11 +100,12 @@ class Program(NamedTuple):
       epoch: Returns what the seeds decide of an epoch, by its number from 0.
       run_steps: Takes states (whose memory it reuses), epochs, images, labels, and two rows of the epochs' batches;
         returns the states after the steps from one row to before the other, and their losses, (S, steps).
-      sum_images: Takes weights, a test set's images and labels and the pixel value that becomes 1; returns `Sums`.
+      sum_images: Takes `eval_variables`, a test set's images and labels, and the pixel value that becomes 1; returns
+        `Sums`.
     """
 
     mesh: Mesh
-    model: CNN
+    model: nn.Module
     streams: bool
     steps_per_epoch: int
     last_step: int
@@ -150,8 +155,9 @@ def make_program(
     """
     steps_per_epoch = sizes.train_examples // settings.batch_size
     last_step = max(1, round(settings.epochs * steps_per_epoch))
-    model = CNN(features=settings.features, num_classes=sizes.num_classes, dtype=jnp.dtype(settings.precision).type)
-    recipe = make_recipe(settings.recipe, settings.learning_rate, last_step)
+    model = make_model(settings, sizes)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *sizes.image_shape), np.float32))
+    recipe = make_recipe(settings, last_step)
     seeds = np.arange(settings.seed, settings.seed + settings.seeds, dtype=np.uint32)
     start = functools.partial(start_seeds, model=model, image_shape=sizes.image_shape, recipe=recipe)
     epoch = functools.partial(
@@ -164,7 +170,8 @@ def make_program(
             model=model,
             recipe=recipe,
             axis=DATA,
-            parts=count_parts(mesh, settings.batch_size),
+            # What a network computes of its batch, it computes of all of it.
+            parts=count_parts(mesh, settings.batch_size) if {*variables} == {"params"} else 1,
             platform=mesh.devices.flat[0].platform,
         ),
         seeds_at_once=seeds_at_once,
@@ -188,6 +195,65 @@ def make_program(
     )
 
 
+def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
+    """Return the network that a run trains: the tutorial's, or the user's own, with what it takes of the settings.
+
+    Raises:
+      UsageError: the user's is no network from such images to logits of such classes, or fails.
+    """
+    dtype, code = jnp.dtype(settings.precision).type, settings.model
+    if not isinstance(code, OwnCode):
+        return CNN(features=settings.features, num_classes=sizes.num_classes, dtype=dtype)
+    made = code.load("--model")
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise UsageError(f"--model {code}: it must be a class that inherits from flax.linen.Module")
+    fields = {field.name for field in dataclasses.fields(made)}
+    given: dict[str, object] = {"num_classes": sizes.num_classes} if "num_classes" in fields else {}
+    shown = " ".join(map(str, settings.features))
+    for option, text, field, value in (
+        ("features", shown, "features", settings.features),
+        ("precision", settings.precision, "dtype", dtype),
+    ):
+        if getattr(settings, option) != getattr(TrainSettings, option):
+            require(field in fields, f"--{option}", text, f"left out: {code} has no field {field}")
+            given[field] = value
+    images = jax.ShapeDtypeStruct((2, *sizes.image_shape), np.float32)
+    with code.failures_named("--model"):
+        model = made(**given)
+        hash(model)  # JAX compiles for each network anew, by its fields
+        logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    found = f"{logits.dtype} {logits.shape}" if isinstance(logits, jax.ShapeDtypeStruct) else type(logits).__name__
+    wanted = f"float32 {(2, sizes.num_classes)}"
+    if found != wanted:
+        raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
+    return model
+
+
+def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
+    """Return how a run of so many steps is trained: by a function in `core/recipes.py`, or by the user's own.
+
+    Raises:
+      UsageError: the user's function makes no recipe, or fails.
+    """
+    code, rate = settings.recipe, settings.learning_rate
+    if not isinstance(code, OwnCode):
+        function = getattr(recipes, code)
+        return function(rate) if code == "tutorial" else function(rate, steps)
+    function = code.load("--recipe")
+    with code.failures_named("--recipe"):
+        takes = inspect.signature(function).parameters
+        if "learning_rate" not in takes:
+            usual = recipe_defaults(code).learning_rate
+            require(rate == usual, "--learning-rate", rate, f"left out: {code} has no argument learning_rate")
+        offered = {"learning_rate": rate, "steps": steps}
+        recipe = function(**{name: value for name, value in offered.items() if name in takes})
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"--recipe {code}: it returns {type(recipe).__name__}, and should a cnn_jax.core.recipes.Recipe"
+        )
+    return recipe
+
+
 def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_bytes: int) -> None:
     """Refuse, before anything is compiled, a run that cannot end well.
 
@@ -206,6 +272,8 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
     steps = settings.epochs * (sizes.train_examples // settings.batch_size)
     require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"fewer, for less than {2**31:,} steps")
     height, width, channels = sizes.image_shape
+    if settings.model is not None:  # of which nothing is known before it is compiled
+        return
     first, second = settings.features
     weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes
     images = settings.batch_size // (mesh.shape[DATA] * count_parts(mesh, settings.batch_size))
@@ -274,7 +342,7 @@ def compile_program(
         program = of_all._replace(epoch=program.epoch)
         log.info("seeds trained at once: %d", seeds_at_once)
     program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()
-    program.sum_images.lower(states.eval_params, *test_set, pixel_scale(unscaled=False)).compile()
+    program.sum_images.lower(states.eval_variables, *test_set, pixel_scale(unscaled=False)).compile()
     return program
 
 
@@ -324,5 +392,5 @@ def evaluate_seeds(
       test_set: On its devices.
       unscaled: Feed pixels in 0..255, as the PyTorch tutorial does when it tests, in place of [0, 1].
     """
-    sums = to_host(program.sum_images(states.eval_params, *test_set, pixel_scale(unscaled=unscaled)))
+    sums = to_host(program.sum_images(states.eval_variables, *test_set, pixel_scale(unscaled=unscaled)))
     return [Evaluation.of(*of_seed) for of_seed in zip(*sums, strict=True)]

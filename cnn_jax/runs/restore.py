@@ -1,6 +1,7 @@
 """A run's data by its settings, and a run as its newest checkpoint left it."""
 
 import dataclasses
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from cnn_jax.core.evaluation import Evaluation
-from cnn_jax.core.model import CNN
 from cnn_jax.core.sharding import SEEDS, make_mesh, shard, to_host
 from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
@@ -27,7 +28,7 @@ from cnn_jax.runs.program import (
     shard_test_set,
     start_states,
 )
-from cnn_jax.runs.settings import Platform, TrainSettings, require
+from cnn_jax.runs.settings import RECIPE_DEFAULTS, Platform, TrainSettings, require
 from cnn_jax.runtime.devices import compiler_flags, device_bytes, start_devices, versions
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import InputFileError, NoCheckpointError, UsageError
@@ -59,7 +60,7 @@ class TrainedRun(NamedTuple):
     meta: dict
 
     @property
-    def model(self) -> CNN:
+    def model(self) -> nn.Module:
         """The network."""
         return self.program.model
 
@@ -135,7 +136,10 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
                 raise
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
         program = make_program(settings, sizes, mesh)
-        restored = restore_latest(checkpoints, settings, sizes, program)
+        try:
+            restored = restore_latest(checkpoints, settings, sizes, program)
+        except UsageError as error:
+            raise unreadable(folder.path / "config.json", error, REMEDY) from error
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
     now = describe_run(settings, dataset)
@@ -150,13 +154,21 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
 def restore_latest(
     checkpoints: Checkpoints, settings: TrainSettings, sizes: Sizes, program: Program
 ) -> Restored | None:
-    """Return a run's newest sound checkpoint, of whatever settings it is."""
+    """Return a run's newest sound checkpoint, of whatever settings it is.
+
+    Raises:
+      UsageError: it is of other code of the user's, without which it cannot be read.
+    """
+    now = deciding_settings(settings)
 
     def structure(meta: dict) -> TrainState:
-        recipe = meta["settings"]["recipe"]
-        if recipe == settings.recipe:
+        saved = meta["settings"]
+        if saved["recipe"] == now["recipe"] and saved.get("model") == now.get("model"):
             return jax.eval_shape(program.start)
-        return jax.eval_shape(make_program(dataclasses.replace(settings, recipe=recipe), sizes, program.mesh).start)
+        if saved.get("model") != now.get("model") or saved["recipe"] not in RECIPE_DEFAULTS:
+            raise UsageError("; ".join(_differences(saved, now)))
+        its_own = dataclasses.replace(settings, recipe=saved["recipe"])
+        return jax.eval_shape(make_program(its_own, sizes, program.mesh).start)
 
     return checkpoints.restore_latest(structure)
 
@@ -170,13 +182,23 @@ def differing_settings(saved: dict, now: dict) -> list[str]:
     """
     if saved["step"] == 0:
         return []
-    before, after = saved["settings"], now["settings"]
-    differences = [f"{name} was {before[name]} and is {after[name]}" for name in after if before[name] != after[name]]
+    after, differences = now["settings"], _differences(saved["settings"], now["settings"])
     # The tutorial's steps are the same however many follow; a schedule's are not. Earlier programs record no epochs.
     epochs = saved.get("epochs", now["epochs"])
     if now["epochs"] < epochs or (now["epochs"] != epochs and after["recipe"] != "tutorial"):
         differences.append(f"epochs was {epochs:g} and is {now['epochs']:g}")
     return differences
+
+
+def _differences(before: dict, after: dict) -> list[str]:
+    def shown(value: object) -> str:
+        return re.sub(r"(SHA-256 \w{12})\w{52}", r"\1...", str(value))
+
+    return [
+        f"{name} was {shown(before.get(name))} and is {shown(after.get(name))}"
+        for name in after | before
+        if before.get(name) != after.get(name)
+    ]
 
 
 def usable_states(

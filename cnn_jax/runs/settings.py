@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+from cnn_jax.runs.own_code import FORM, OwnCode
 from cnn_jax.runtime.errors import UsageError
 
 RecipeName = Literal["tutorial", "fast", "accurate"]
@@ -35,6 +36,11 @@ RECIPE_DEFAULTS: dict[RecipeName, RecipeDefaults] = {
     "fast": RecipeDefaults(1.25, 100, 0.01),
     "accurate": RecipeDefaults(30, 100, 0.003),
 }
+
+
+def recipe_defaults(recipe: str) -> RecipeDefaults:
+    """Return what a recipe trains with by default; one of the user's with what the tutorial does."""
+    return RECIPE_DEFAULTS.get(recipe, RECIPE_DEFAULTS["tutorial"])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 class Must(NamedTuple):
@@ -69,6 +75,10 @@ FOLDER_NAME = Must(
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
 TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8, as Orbax needs it")
+OWN_MODEL = Must(FORM.fullmatch, "a class in a Python file, FILE.py:CLASS")
+NAMED_OR_OWN = f"one of {', '.join(sorted(RECIPE_DEFAULTS))}, or a function in a Python file, FILE.py:FUNCTION"
+RECIPE = Must(lambda recipe: recipe in RECIPE_DEFAULTS or FORM.fullmatch(recipe), NAMED_OR_OWN)
+RECIPES = Must(lambda recipes: all(map(RECIPE.holds, recipes)), f"{NAMED_OR_OWN}, each")
 SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
 CLASS_NAMES = Must(
@@ -86,7 +96,8 @@ class TrainSettings:
     """What a training is started with: the command line's options, and what config.json records.
 
     Options:
-      recipe (NAME): How to train: tutorial, fast (99 % in the least time) or accurate.
+      recipe (NAME): How to train: tutorial, fast, accurate, or your own, FILE.py:FUNCTION.
+      model (FILE): Your own Flax network, FILE.py:CLASS.
       epochs (N): Passes over the training set; 1.5 is one and a half.
       batch_size (N): Images per step.
       learning_rate (RATE): Adam's step size, or the peak of its schedule.
@@ -126,7 +137,8 @@ class TrainSettings:
       UsageError: naming the option, its value and what it must be.
     """
 
-    recipe: RecipeName = "tutorial"
+    recipe: Annotated[str, RECIPE] = "tutorial"
+    model: Annotated[str | None, OWN_MODEL] = None
     epochs: Epochs = RECIPE_DEFAULTS["tutorial"].epochs
     batch_size: Annotated[int, AT_LEAST_1] = RECIPE_DEFAULTS["tutorial"].batch_size
     learning_rate: Annotated[float, RATE] = RECIPE_DEFAULTS["tutorial"].learning_rate
@@ -156,7 +168,7 @@ class TrainSettings:
     platform: Platform | None = None
 
     @classmethod
-    def of(cls, recipe: RecipeName = "tutorial", **given: Any) -> Self:
+    def of(cls, recipe: str = "tutorial", **given: Any) -> Self:
         """Return the settings that are given, and for the rest the recipe's defaults.
 
         Raises:
@@ -165,10 +177,16 @@ class TrainSettings:
         dataset, folder = given.get("dataset", cls.dataset), given.get("dataset_dir")
         if folder is not None:
             require(dataset == cls.dataset, "--dataset", dataset, f"left out, or else --dataset-dir {folder}")
-        return cls(recipe=recipe, **RECIPE_DEFAULTS[recipe]._asdict() | given)
+        return cls(recipe=recipe, **recipe_defaults(recipe)._asdict() | given)
 
     def __post_init__(self) -> None:
         check_values(vars(self), type(self).__annotations__)
+        for name in ("recipe", "model"):
+            if getattr(self, name) not in (None, *RECIPE_DEFAULTS):
+                try:
+                    object.__setattr__(self, name, OwnCode(getattr(self, name)))
+                except UsageError as error:
+                    raise UsageError(f"{option_name(name)} {error}") from error
         require(self.seeds <= 2**32, "--seeds", self.seeds, f"at most {2**32:,}")
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
         if self.transposed and self.dataset_dir is None:
@@ -195,14 +213,15 @@ class TrainSettings:
         source = self.dataset if self.dataset_dir is None else self.dataset_dir.resolve().name
         words = {
             "seeds": f"seeds{self.seeds}",
-            "recipe": self.recipe,
+            "model": getattr(self.model, "name", ""),
+            "recipe": getattr(self.recipe, "name", self.recipe),
             "batch_size": f"batch{self.batch_size}",
             "learning_rate": f"lr{self.learning_rate:g}",
             "features": "features" + "x".join(map(str, self.features)),
             "precision": self.precision,
             "validation": f"validation{self.validation}",
         }
-        usual = vars(TrainSettings) | RECIPE_DEFAULTS[self.recipe]._asdict()
+        usual = vars(TrainSettings) | recipe_defaults(self.recipe)._asdict()
         unusual = [word for name, word in words.items() if getattr(self, name) != usual[name]]
         return "-".join([re.sub(r"[^\w.+-]", "-", source), f"seed{self.seed}", *unusual])
 

@@ -34,7 +34,7 @@ def introduce(settings: TrainSettings, dataset: Dataset, program: Program, displ
         display.say(
             f"warning: no training image has the class {textwrap.shorten(', '.join(missing), 60, placeholder=' ...')}"
         )
-    how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, peak"
+    how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, learning rate"
     held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
     display.say(
         f"{settings.run_folder}: {settings.epochs:g} epochs of {program.steps_per_epoch:,} steps, "

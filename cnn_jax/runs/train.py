@@ -22,7 +22,7 @@ from cnn_jax.core.sharding import SEEDS, make_mesh, shard, to_host
 from cnn_jax.core.training import loop_steps
 from cnn_jax.data.dataset import Dataset, hold_out
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
-from cnn_jax.runs.folder import EpochMetrics, RunFolder
+from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings
 from cnn_jax.runs.program import (
     Program,
     Progress,
@@ -97,7 +97,8 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
         with clock.part("loading"):
             held.enter_context(joined(settings.coordinator, settings.num_processes, settings.process_id))
             start_devices(settings.platform, keep_compiled=not settings.dry_run)
-        require_agreement({name: value for name, value in vars(settings).items() if name not in OWN}, "settings")
+        decided = {**vars(settings), **deciding_settings(settings)}
+        require_agreement({name: value for name, value in decided.items() if name not in OWN}, "settings")
         display = Display(shown=shown and is_process_0())
         if not settings.dry_run:
             on_process_0(_take_over, folder, settings.fresh, held, display)
@@ -320,7 +321,12 @@ def restore_saved(
       InputFileError: the data have changed since.
       NoCheckpointError: there are checkpoints, and none is sound.
     """
-    saved = None if checkpoints is None else restore_latest(checkpoints, settings, sizes, program)
+    folder, remedy = run.folder.path, "give them as they were, another --run-name, or --fresh"
+    try:
+        saved = None if checkpoints is None else restore_latest(checkpoints, settings, sizes, program)
+    except UsageError as error:
+        changed = on_process_0(run.folder.describe_change, settings)
+        raise UsageError(f"the run {folder} has other settings: {error}{changed}; {remedy}") from error
     if saved is None:
         return None
     recorded = saved.meta
@@ -328,10 +334,7 @@ def restore_saved(
         recorded = recorded | {"epochs": on_process_0(run.folder.read_settings).epochs}
     differences = differing_settings(recorded, meta)
     if differences:
-        raise UsageError(
-            f"the run {run.folder.path} has other settings: {'; '.join(differences)}; "
-            "give them as they were, another --run-name, or --fresh"
-        )
+        raise UsageError(f"the run {folder} has other settings: {'; '.join(differences)}; {remedy}")
     return saved._replace(state=usable_states(run.folder, saved, settings, program, meta))
 
 

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 from cnn_jax.analysis import plots
@@ -38,12 +39,13 @@ def run(trained_run):
 def trained(run):
     """The run's network, its weights and the data set."""
     restored = restore_run(RunFolder(run), None, print)
-    return restored.model, of_seed(restored.states.eval_params, 0), restored.dataset
+    return restored.model, of_seed(restored.states.eval_variables, 0)["params"], restored.dataset
 
 
 @pytest.fixture(scope="module")
 def inspection(trained):
-    return inspect_network(*trained)
+    model, params, dataset = trained
+    return inspect_network(model, {"params": params}, dataset)
 
 
 def initial_params(model, image):
@@ -57,7 +59,7 @@ def test_the_feature_maps_end_in_what_the_network_computes(shape):
     params = initial_params(model, image)
     apply = functools.partial(model.apply, capture_intermediates=True, mutable="intermediates")
     logits, kept = jax.jit(apply)({"params": params}, scale_pixels(image[np.newaxis]))
-    layers = {layer.name: layer.output for layer in run_layers(params, image)}
+    layers = {layer.name: layer.output for layer in run_layers(plain_network(model, params), params, image)}
     for block in (1, 2):
         (computed,) = kept["intermediates"][f"layer{block}"]["__call__"]
         np.testing.assert_allclose(layers[f"pool{block}"], computed[0], atol=1e-6)
@@ -82,7 +84,7 @@ def test_the_layers_have_the_shapes_and_the_parameters_of_the_tutorials(inspecti
 def test_the_confusion_matrix_counts_every_test_image(inspection, trained):
     model, params, dataset = trained
     np.testing.assert_array_equal(inspection.confusion.sum(axis=1), np.bincount(dataset.test_labels, minlength=10))
-    tested = evaluate(model, params, dataset.test_images, dataset.test_labels)
+    tested = evaluate(model, {"params": params}, dataset.test_images, dataset.test_labels)
     assert inspection.confusion.trace() == tested.correct < tested.count == inspection.confusion.sum() == 260
 
 
@@ -159,10 +161,11 @@ def test_inspect_names_the_pictures_where_they_cannot_be_written_and_needs_no_pa
 
 def test_a_network_of_any_size_without_mistakes_or_epochs_is_drawn(tmp_path):
     image = np.random.default_rng(3).integers(0, 256, (9, 7, 3), np.uint8)
-    params = initial_params(CNN(features=(5, 33), num_classes=30), image)
+    model = CNN(features=(5, 33), num_classes=30)
+    params = initial_params(model, image)
     kernels = {name: params[name]["kernel"] for name in ("layer1", "layer2")}
     names = ["$", "猫", "a name that is too long for its place", *map(str, range(27))]
-    layers = run_layers(params, image)
+    layers = run_layers(plain_network(model, params), params, image)
     perfect = Inspection(image, "2", names, layers, kernels, np.eye(30, dtype=int), mistakes=[])
     pictures = draw_pictures(perfect, [], tmp_path / "pictures")
     assert set(pictures) == {"confusion", "mistakes", "kernels1", "kernels2", "maps1", "maps2"}
@@ -178,7 +181,8 @@ def test_a_folder_that_is_not_a_run_is_refused(name, command, tmp_path):
 
 def test_a_network_of_another_kind_is_drawn_without_its_layers(tmp_path):
     params = {"Dense_0": {"kernel": np.zeros((784, 10), np.float32)}}
-    assert plain_network(params) is None
-    assert run_layers(params, np.zeros((28, 28, 1), np.uint8)) == []
+    assert plain_network(CNN(), params) is None
     three_blocks = {f"layer{number}": {"kernel": np.zeros((3, 3, 1, 2 * number))} for number in (1, 2, 3)}
-    assert plain_network(three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}).features == (2, 4, 6)
+    params = three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}
+    assert plain_network(CNN(), params).features == (2, 4, 6)
+    assert plain_network(nn.Dense(10), params) is None  # the same names need not be the same layers'

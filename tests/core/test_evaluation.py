@@ -31,7 +31,9 @@ def initial_state():
 def test_all_10_000_images_count_also_when_they_do_not_divide_into_batches(test_set):
     state = initial_state()
     sums = {
-        batch_size: sum_over_images(state.params, *test_set, jnp.float32(255), model=MODEL, batch_size=batch_size)
+        batch_size: sum_over_images(
+            state.eval_variables, *test_set, jnp.float32(255), model=MODEL, batch_size=batch_size
+        )
         for batch_size in (250, 999)
     }
     logits = jax.lax.map(
@@ -44,16 +46,16 @@ def test_all_10_000_images_count_also_when_they_do_not_divide_into_batches(test_
         assert int(count) == 10_000
         assert int(correct) == (logits.argmax(axis=1) == labels).sum()
         assert float(loss_sum) == pytest.approx(losses.sum(), rel=1e-5)
-    assert evaluate(MODEL, state.params, *test_set).count == 10_000
+    assert evaluate(MODEL, state.eval_variables, *test_set).count == 10_000
 
 
 def test_unscaled_means_pixels_up_to_255(test_set):
     images, labels = test_set[0][:300], test_set[1][:300]
     state = initial_state()
     logits = MODEL.apply({"params": state.params}, images.astype(jnp.float32))
-    result = evaluate(MODEL, state.params, images, labels, unscaled=True)
+    result = evaluate(MODEL, state.eval_variables, images, labels, unscaled=True)
     assert result.correct == int((logits.argmax(axis=1) == labels).sum())
-    assert result.loss > 10 * evaluate(MODEL, state.params, images, labels).loss
+    assert result.loss > 10 * evaluate(MODEL, state.eval_variables, images, labels).loss
 
 
 def test_evaluating_between_steps_never_changes_training(test_set):
@@ -68,7 +70,7 @@ def test_evaluating_between_steps_never_changes_training(test_set):
             )
             losses.append(some_losses[step])
             if evaluating:
-                evaluate(MODEL, state.params, images, labels)
+                evaluate(MODEL, state.eval_variables, images, labels)
         return jax.tree.leaves((state, losses))
 
     for quiet, evaluated in zip(train(evaluating=False), train(evaluating=True), strict=True):

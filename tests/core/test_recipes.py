@@ -12,13 +12,13 @@ from cnn_jax.core.recipes import (
     accurate,
     cross_entropy,
     fast,
-    make_recipe,
     shift_turn_and_scale,
     smoothed,
     tutorial,
 )
 from cnn_jax.core.training import create_train_state, make_keys, train_step
-from cnn_jax.runs.settings import RECIPE_DEFAULTS
+from cnn_jax.runs.program import make_recipe
+from cnn_jax.runs.settings import RECIPE_DEFAULTS, TrainSettings
 from tests.helpers import metrics_of
 
 pytestmark = pytest.mark.optax_promotes
@@ -97,8 +97,8 @@ def test_the_weights_that_are_tested_are_an_average_over_the_steps(batch):
         state, _ = train_step(state, *batch, model=model, recipe=recipe)
         decay = min(0.5, (2 + step) / (11 + step))
         expected = decay * expected + (1 - decay) * state.params["fc"]["bias"]
-    np.testing.assert_allclose(state.eval_params["fc"]["bias"], expected, rtol=1e-5)
-    assert not np.allclose(state.eval_params["fc"]["bias"], state.params["fc"]["bias"])
+    np.testing.assert_allclose(state.eval_variables["params"]["fc"]["bias"], expected, rtol=1e-5)
+    assert not np.allclose(state.eval_variables["params"]["fc"]["bias"], state.params["fc"]["bias"])
 
 
 @pytest.mark.parametrize("recipe", [fast, accurate])
@@ -117,8 +117,8 @@ def test_a_schedule_rises_to_the_learning_rate_and_ends_with_the_last_step(recip
 
 def test_every_recipe_that_can_be_named_can_be_made():
     assert set(RECIPE_DEFAULTS) == {"tutorial", "fast", "accurate"}
-    for name, (_, _, learning_rate) in RECIPE_DEFAULTS.items():
-        assert isinstance(make_recipe(name, learning_rate, 100), Recipe)
+    for name in RECIPE_DEFAULTS:
+        assert isinstance(make_recipe(TrainSettings.of(recipe=name), 100), Recipe)
 
 
 @pytest.mark.usefixtures("without_report")

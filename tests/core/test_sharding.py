@@ -87,7 +87,7 @@ def test_every_seed_is_tested_on_every_image(train_set):
     images, labels = train_set[0][:333], train_set[1][:333]
     results = evaluate_seeds(program, states, shard_test_set(images, labels, program.mesh))
     for i, result in enumerate(results):
-        alone = evaluate(program.model, of_seed(states.params, i), images, labels)
+        alone = evaluate(program.model, of_seed(states.eval_variables, i), images, labels)
         assert (result.count, result.correct) == (333, alone.correct)
         assert result.loss == pytest.approx(alone.loss, rel=1e-6)
 

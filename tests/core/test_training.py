@@ -10,7 +10,7 @@ import pytest
 
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import Recipe, make_recipe, tutorial
+from cnn_jax.core.recipes import Recipe, accurate, fast, tutorial
 from cnn_jax.core.training import SeedEpoch, batch_indices, create_train_state, loop_steps, make_keys
 from cnn_jax.core.training import run_steps as run_any_steps
 from cnn_jax.core.training import train_step as take_any_step
@@ -127,9 +127,9 @@ def test_the_length_of_the_segments_changes_no_bit(train_set, platform):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("name", ["tutorial", "fast", "accurate"])
 def test_the_loop_of_an_accelerator_trains_as_a_cpus_does(train_set, name, platform):
-    recipe = make_recipe(name, 0.001, 10)
+    recipe = {"tutorial": lambda rate, _: tutorial(rate), "fast": fast, "accurate": accurate}[name](0.001, 10)
     state = create_train_state(make_keys(7).init_key, MODEL, (28, 28, 1), recipe)
-    seed = state, SeedEpoch(order_of(0)[:4], make_keys(7).augment_key)
+    seed = state, SeedEpoch(order_of(0)[:4], make_keys(7).noise_key)
     run = functools.partial(run_any_steps, seed, *train_set, 1, 4, model=MODEL, recipe=recipe)
     expected, losses = run()
     found, found_losses = run(platform=platform)
@@ -162,7 +162,7 @@ def test_three_epochs_on_a_subset_of_mnist_learn(train_set, real_images):
     images, labels = real_images
     test_images, test_labels = images[2000:3000, :, :, np.newaxis], labels[2000:3000].astype(np.int32)
     untrained = initial_state()
-    before = evaluate(MODEL, untrained.params, test_images, test_labels).accuracy
-    after = evaluate(MODEL, state.params, test_images, test_labels).accuracy
+    before = evaluate(MODEL, untrained.eval_variables, test_images, test_labels).accuracy
+    after = evaluate(MODEL, state.eval_variables, test_images, test_labels).accuracy
     assert before < 0.3
     assert after > 0.75

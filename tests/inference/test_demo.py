@@ -485,7 +485,7 @@ def test_beside_each_answer_is_where_the_network_looked_for_it_and_beside_none_w
     assert html.count('class="saliency"') == 2
     for reading in line:
         images, classes = reading.image[np.newaxis], np.array([reading.index])
-        (looked,) = saliency(packaged.model, packaged.params, images, classes)
+        (looked,) = saliency(packaged.model, packaged.variables, images, classes)
         assert base64.b64encode(encode_png(draw_saliency(reading.image, looked))).decode() in html
 
 

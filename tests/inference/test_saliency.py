@@ -12,7 +12,7 @@ from cnn_jax.inference.pictures import AGAINST, FOR, draw_saliency
 def test_the_contributions_of_an_images_pixels_sum_to_what_it_changes_of_the_logit(packaged, real_images):
     images, labels = real_images[0][:20, ..., np.newaxis], real_images[1][:20]
     for classes in (labels, (labels + 1) % 10):
-        maps = saliency(packaged.model, packaged.params, images, classes)
+        maps = saliency(packaged.model, packaged.variables, images, classes)
         assert (maps.shape, maps.dtype) == ((20, 28, 28), np.float32)
         with_ink, without = packaged.logits(images), packaged.logits(np.zeros_like(images))
         changed = (with_ink - without)[np.arange(20), classes]
@@ -25,7 +25,7 @@ def test_without_its_most_salient_ink_a_digit_loses_more_of_its_logit_than_witho
     packaged, real_images
 ):
     images, labels = real_images[0][:50, ..., np.newaxis], real_images[1][:50]
-    maps = saliency(packaged.model, packaged.params, images, labels)
+    maps = saliency(packaged.model, packaged.variables, images, labels)
 
     def mean_logit(order):
         """Of the images without the 20 inked pixels that come first in this order."""
@@ -42,10 +42,10 @@ def test_without_its_most_salient_ink_a_digit_loses_more_of_its_logit_than_witho
 def test_any_number_of_images_of_any_channels_have_a_saliency(shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     model = CNN(features=(3, 4), num_classes=5)
-    params = model.init(jax.random.key(0), jax.numpy.zeros((1, *shape[1:])))["params"]
-    maps = saliency(model, params, images, np.arange(len(images)))
+    variables = model.init(jax.random.key(0), jax.numpy.zeros((1, *shape[1:])))
+    maps = saliency(model, variables, images, np.arange(len(images)))
     assert maps.shape == shape[:-1]
-    differences = logits(model, params, images) - logits(model, params, np.zeros_like(images))
+    differences = logits(model, variables, images) - logits(model, variables, np.zeros_like(images))
     of_classes = differences[np.arange(len(images)), np.arange(len(images))]
     np.testing.assert_allclose(maps.sum(axis=(1, 2)), of_classes, atol=0.01)
 

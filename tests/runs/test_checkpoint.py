@@ -62,7 +62,7 @@ def test_what_was_saved_comes_back_with_the_same_bits(trained, steps):
     # Six weights, the step, Adam's count and two moments of each weight.
     assert len(jax.tree.leaves(restored.state)) == 6 + 1 + 1 + 12
     assert_same_bits((restored.state, restored.losses), (trained, LOSSES))
-    assert restored.meta == {"schema": 3, "step": 1, "note": 1}
+    assert restored.meta == {"schema": 4, "step": 1, "note": 1}
 
 
 def test_the_newest_three_are_kept(trained, steps):

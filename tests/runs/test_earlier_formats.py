@@ -1,4 +1,4 @@
-"""A run that an earlier version recorded, with checkpoints of format 2, is tested and continued by this one."""
+"""Runs that earlier versions recorded, with checkpoints of formats 2 and 3, are tested and continued by this one."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ OPTIONS = ("--recipe", "fast", "--features", 2, 4, "--seeds", 2, "--epochs", 0.0
 TEST_ACCURACY = 0.16245
 
 
-@pytest.fixture
+@pytest.fixture(params=[2, 3])
 def recorded(request, tmp_path):
-    shutil.unpack_archive(request.path.with_name("format_2_run.zip"), tmp_path)
+    shutil.unpack_archive(request.path.with_name(f"format_{request.param}_run.zip"), tmp_path)
     return tmp_path / "run"
 
 
@@ -47,4 +47,4 @@ def test_an_earlier_run_continues_to_the_numbers_that_it_would_have_had(recorded
     assert epoch["seeds"]["cost"] == pytest.approx(before["seeds"]["cost"], rel=1e-4)
     assert epoch["seeds"]["validation_loss"] == pytest.approx(before["seeds"]["validation_loss"], rel=1e-4)
     meta = json.loads((recorded / "steps" / "11" / "meta" / "metadata").read_text())
-    assert meta["schema"] == 3
+    assert meta["schema"] == 4

@@ -146,7 +146,7 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     shown = readings or [blank]
     images = np.stack([each.image for each in shown])
     classes = np.array([each.probabilities.argmax() for each in shown])
-    maps = saliency(trained.model, trained.params, images, classes)
+    maps = saliency(trained.model, trained.variables, images, classes)
     return TEMPLATES.get_template("answer.html").render(
         side=SIZE,
         text=printable(as_text(readings, trained.class_names)) if readings else "nothing yet",
@@ -174,23 +174,23 @@ def is_certain(reading: Reading) -> bool:
 
 
 def run_network(trained: TrainedModel, image: np.ndarray) -> list[np.ndarray]:
-    """Return both blocks' outputs, (height, width, features).
+    """Return the blocks' outputs, (height, width, features); a network of the user's may have none.
 
     Args:
       trained: The network.
       image: (28, 28, 1), uint8.
     """
-    blocks = jax.device_get(_blocks(trained.params, image[np.newaxis], model=trained.model))
-    return [blocks[name]["__call__"][0][0] for name in ("layer1", "layer2")]
+    blocks = jax.device_get(_blocks(trained.variables, image[np.newaxis], model=trained.model))
+    return [block["__call__"][0][0] for block in blocks.values() if "__call__" in block]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _blocks(params: dict, images: jax.Array, *, model: nn.Module) -> Mapping[str, Any]:
+def _blocks(variables: dict, images: jax.Array, *, model: nn.Module) -> Mapping[str, Any]:
     def is_block(module: nn.Module, method: str) -> bool:
         return isinstance(module, ConvBlock)
 
-    _, kept = model.apply({"params": params}, scale_pixels(images), capture_intermediates=is_block)
-    return kept["intermediates"]
+    _, kept = model.apply(variables, scale_pixels(images), capture_intermediates=is_block)
+    return dict(kept).get("intermediates", {})
 
 
 def _sheet(maps: np.ndarray) -> np.ndarray:

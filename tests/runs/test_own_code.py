@@ -1,0 +1,205 @@
+"""A network or a recipe in a file of the user's trains, continues, is tested, and is known by its content."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax.core.sharding import of_seed
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.restore import restore_run
+from tests.helpers import ROOT, metrics_of
+
+pytestmark = [pytest.mark.optax_promotes, pytest.mark.usefixtures("without_report")]
+
+EXAMPLES = ROOT / "docs" / "examples"
+
+# Batch statistics beside the weights, and dropout: all that a network may need in training and not in a test.
+NOISY = """
+from flax import linen as nn
+
+
+class Noisy(nn.Module):
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        x = nn.relu(nn.Dense(8)(images.reshape(images.shape[0], -1)))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        x = nn.Dropout(0.25, deterministic=not train)(x)
+        return nn.Dense(self.num_classes)(x)
+"""
+MOMENTUM = """
+import optax
+
+from cnn_jax.core.recipes import Recipe
+
+
+def momentum(learning_rate, steps):
+    return Recipe(optax.sgd(optax.linear_schedule(learning_rate, 0.0, steps), momentum=0.9), ema_decay=0.9)
+"""
+
+
+@pytest.fixture
+def train(command, small_mnist, tmp_path):
+    """Train with the files idea.py, as NOISY, and way.py, as MOMENTUM, in the run `run`."""
+    (tmp_path / "idea.py").write_text(NOISY)
+    (tmp_path / "way.py").write_text(MOMENTUM)
+
+    def run(*options, model=f"{tmp_path / 'idea.py'}:Noisy", epochs=1):
+        arguments = ["--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run"]
+        return command("train", *arguments, "--epochs", epochs, "--model", model, *options)
+
+    return run
+
+
+def states_of(folder):
+    return restore_run(RunFolder(folder), None, pytest.fail).states
+
+
+def test_a_networks_state_and_dropout_are_trained_tested_and_continued_to_the_same_bits(train, command, tmp_path):
+    assert train("--seeds", 2, epochs=2)[0] == 0
+    whole, metrics = states_of(tmp_path / "run"), metrics_of(tmp_path / "run")
+    mean = whole.model_state["batch_stats"]["BatchNorm_0"]["mean"]
+    assert mean.shape == (2, 8)
+    assert np.abs(mean).min() > 0  # it was 0 before the first step
+    code, out, _ = command("evaluate", tmp_path / "run")
+    assert code == 0
+    assert metrics[-1]["test_accuracy"] == pytest.approx(float(out.split()[-1]), abs=5e-5)
+    shutil.rmtree(tmp_path / "run")
+    assert train("--seeds", 2, epochs=1)[0] == train("--seeds", 2, epochs=2)[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, states_of(tmp_path / "run"), whole)
+    shutil.rmtree(tmp_path / "run")
+    assert train("--seed", 778, epochs=2)[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, of_seed(states_of(tmp_path / "run"), 0), of_seed(whole, 1))
+
+
+def test_dropout_and_statistics_are_those_of_training_alone(train, command, tmp_path):
+    assert train(epochs=0.1)[0] == 0
+    network = restore_run(RunFolder(tmp_path / "run"), None, pytest.fail)
+    variables = of_seed(network.states.eval_variables, 0)
+    images = network.dataset.test_images[:4] / np.float32(255)
+    once, again = (network.model.apply(variables, images) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    alone = network.model.apply(variables, images[:1])
+    np.testing.assert_allclose(alone, once[:1], atol=1e-5)  # however many images a batch has
+
+
+def test_another_recipe_of_the_users_trains_and_averages(train, tmp_path):
+    assert train("--recipe", f"{tmp_path / 'way.py'}:momentum", "--learning-rate", 0.05)[0] == 0
+    states = states_of(tmp_path / "run")
+    averaged, last = states.ema_params["Dense_1"]["bias"], states.params["Dense_1"]["bias"]
+    assert not np.array_equal(averaged, last)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["recipe"] == f"{tmp_path / 'way.py'}:momentum"
+    assert (tmp_path / "run" / "recipe.py").read_text() == MOMENTUM
+
+
+def test_a_run_keeps_its_code_and_needs_the_users_file_no_more(train, command, tmp_path):
+    assert train("--recipe", f"{tmp_path / 'way.py'}:momentum", "--learning-rate", 0.05)[0] == 0
+    (tmp_path / "idea.py").unlink()
+    (tmp_path / "way.py").unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert command("evaluate", tmp_path / "moved")[0] == 0
+    assert command("report", tmp_path / "moved", "--output", tmp_path / "page.html")[0] == 0
+    assert command("inspect", tmp_path / "moved")[0] == 0
+
+
+def test_changed_code_is_refused_with_what_changed_and_trains_under_another_name(train, tmp_path):
+    assert train(epochs=1)[0] == 0
+    steps = sorted((tmp_path / "run" / "steps").iterdir())
+    (tmp_path / "idea.py").write_text(NOISY.replace("nn.relu", "nn.gelu"))
+    code, out, err = train(epochs=2)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "model was Noisy, SHA-256 " in err
+    assert (
+        "idea.py: line 10 was 'x = nn.relu(nn.Dense(8)(images.reshape(images.shape[0], -1)))' and is 'x = nn.gelu("
+        in err
+    )
+    assert err.endswith("give them as they were, another --run-name, or --fresh\n")
+    assert steps == sorted((tmp_path / "run" / "steps").iterdir())  # nothing was taken for damage
+    assert not (tmp_path / "run" / "quarantine").exists()
+    assert train("--run-name", "gelu", epochs=1)[0] == 0
+    # The same content elsewhere is the same code.
+    (tmp_path / "elsewhere.py").write_text(NOISY)
+    assert train(model=f"{tmp_path / 'elsewhere.py'}:Noisy", epochs=2)[0] == 0
+
+
+def test_a_run_is_not_taken_for_one_of_another_network(train, command, small_mnist, tmp_path):
+    assert train(epochs=0.1)[0] == 0
+    plain = ["train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 1]
+    code, _, err = command(*plain)
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.search("model was Noisy, SHA-256 [0-9a-f]{12}... and is None", err)
+    (tmp_path / "run" / "model.py").write_text(NOISY + "\n# edited\n")
+    code, _, err = command("evaluate", tmp_path / "run")
+    assert (code, err.count("\n")) == (65, 1)
+    assert re.search("config.json .*model was Noisy", err)
+    (tmp_path / "run" / "model.py").unlink()
+    code, _, err = command("evaluate", tmp_path / "run")
+    assert (code, err.count("\n")) == (65, 1)
+    assert "model.py" in err
+
+
+WRONG_MODELS = {
+    "import nothing_that_exists": "line 1: ModuleNotFoundError: No module named 'nothing_that_exists'",
+    "class Idea:": "line 1: ",
+    "x = 1": "the file defines no Idea",
+    "Idea = 3": "it must be a class that inherits from flax.linen.Module",
+    "raise SystemExit(0)": "line 1: SystemExit: 0",
+    "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return 1 / 0":
+        "line 4: ZeroDivisionError: division by zero",
+    "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x":
+        "of images (2, 28, 28, 1) it makes float32 (2, 28, 28, 1), and logits would be float32 (2, 10)",
+    "from flax import linen as nn\nclass Idea(nn.Module):\n    n: int\n    def __call__(self, x):\n        return x":
+        "TypeError: ",
+    "from flax import linen as nn\nclass Idea(nn.Module):\n    n: tuple = ([],)":
+        "TypeError: Failed to hash Flax Module.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", WRONG_MODELS)
+def test_code_that_is_no_network_is_refused_in_a_line_that_names_it(source, train, tmp_path):
+    (tmp_path / "wrong.py").write_text(source)
+    code, out, err = train(model=f"{tmp_path / 'wrong.py'}:Idea")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--model {tmp_path / 'wrong.py'}:Idea: {WRONG_MODELS[source]}" in err
+    assert not (tmp_path / "run" / "steps").exists() or not list((tmp_path / "run" / "steps").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--model", "idea.py"], "--model idea.py: it must be a class in a Python file, FILE.py:CLASS"),
+        (["--model", "missing.py:Idea"], "--model missing.py:Idea: the file cannot be read"),
+        (["--model", ".:Idea"], "--model .:Idea: it must be a class in a Python file"),
+        (["--recipe", "missing.py:way"], "--recipe missing.py:way: the file cannot be read"),
+        (["--recipe", "slow"], "--recipe slow: it must be one of accurate, fast, tutorial, or a function in a Python"),
+        (["--features", 4, 8], "--features 4 8: it must be left out: "),
+        (["--precision", "bfloat16"], "--precision bfloat16: it must be left out: "),
+        (["--recipe", f"{EXAMPLES / 'mlp.py'}:MLP"], "it returns MLP, and should a cnn_jax.core.recipes.Recipe"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(options, complaint, train, tmp_path):
+    code, out, err = train(*options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert complaint in err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_network_that_is_not_the_tutorials_goes_to_stablehlo_alone(train, command, tmp_path):
+    assert train(epochs=0.1)[0] == 0
+    for to in ("onnx", "torch", "safetensors"):
+        code, _, err = command("export", tmp_path / "run", "--to", to, "--output", tmp_path / "file")
+        assert (code, err) == (
+            2, f"error: --to {to}: it has a form for the tutorial's network, not for Noisy; give --to stablehlo\n",
+        )  # fmt: skip
+    assert command("export", tmp_path / "run", "--to", "stablehlo", "--output", tmp_path / "file")[0] == 0
+    (tmp_path / "idea.py").write_text(NOISY.replace("images.shape[0]", "len(images)"))
+    assert train("--fresh", epochs=0.1)[0] == 0
+    code, _, err = command("export", tmp_path / "run", "--to", "stablehlo", "--output", tmp_path / "file")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Noisy fails on a batch of any size (TypeError: " in err
