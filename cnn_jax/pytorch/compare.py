@@ -18,7 +18,7 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.processes import PARTS, SeedResult, ended_early, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runs.folder import RunFolder
-from cnn_jax.runs.summary import difference_interval, mean_interval
+from cnn_jax.runs.summary import difference_interval, equivalence_p, mean_interval
 from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import RunLockedError
@@ -28,6 +28,7 @@ from cnn_jax.runtime.signals import ending_together
 
 FRAMEWORKS = ("cnn-jax", "PyTorch")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "python")
+MARGIN = 0.0015  # accuracies that differ by less are equivalent: 15 of 10,000 images
 STEPS, FLOAT64_STEPS = 600, 100  # over which the agreement from equal weights is measured: an epoch, and its beginning
 # `python -m cnn_jax`, which ends with the process whose number is the first argument.
 COMMAND = """
@@ -258,14 +259,17 @@ def to_markdown(report: Report) -> str:
     """Return the report as Markdown, with its finding in the first sentence."""
     interval, agreement, machine = report.accuracy_difference, report.agreement, escape_markdown(report.machine)
     finding = "differ" if interval["low"] > 0 or interval["high"] < 0 else "do not differ measurably"
-    count = len(report.frameworks["PyTorch"].runs)
+    accuracies = [[run.accuracy for run in report.frameworks[framework].runs] for framework in FRAMEWORKS]
+    count, p = len(accuracies[0]), equivalence_p(*accuracies, MARGIN)
+    equivalence = "that is shown" if p < 0.05 else "more seeds would be needed to show that"
     package_versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(
         [
             "# cnn-jax and PyTorch on the tutorial",
             "",
             f"Over {count} seeds of {report.epochs} epochs the test accuracies {finding}: cnn-jax minus PyTorch is "
-            f"{interval['mean']:+.4f}, with a 95 % interval from {interval['low']:+.4f} to {interval['high']:+.4f}.",
+            f"{interval['mean']:+.4f}, with a 95 % interval from {interval['low']:+.4f} to {interval['high']:+.4f}. "
+            f"The two one-sided tests that they differ by less than {MARGIN} give p = {p:.2g}: {equivalence}.",
             "",
             accuracy_table(report),
             "",

@@ -240,3 +240,18 @@ def difference_interval(left: Sequence[float], right: Sequence[float], *, paired
         test = scipy.stats.ttest_rel(left, right) if paired else scipy.stats.ttest_ind(left, right, equal_var=False)
         low, high = test.confidence_interval()
     return Difference(difference, float(low), float(high), float(test.pvalue))
+
+
+def equivalence_p(left: Sequence[float], right: Sequence[float], margin: float) -> float:
+    """Return the p-value of the two one-sided tests that the means differ by less than a margin.
+
+    The samples are independent and each test is Welch's; the larger p-value counts (Schuirmann, Journal of
+    Pharmacokinetics and Biopharmaceutics 15, 1987).
+    """
+    if not any(map(statistics.pvariance, [left, right])):
+        return float(abs(statistics.fmean(left) - statistics.fmean(right)) >= margin)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss")  # where one of two samples does not vary
+        above = scipy.stats.ttest_ind(np.add(left, margin), right, equal_var=False, alternative="greater")
+        below = scipy.stats.ttest_ind(np.subtract(left, margin), right, equal_var=False, alternative="less")
+    return float(max(above.pvalue, below.pvalue))

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from cnn_jax.runs.summary import difference_interval, mean_interval
+from cnn_jax.runs.summary import difference_interval, equivalence_p, mean_interval
 
 LEFT, RIGHT = [0.989, 0.9902, 0.9911], [0.9895, 0.9907, 0.99, 0.9889]
 
@@ -47,3 +47,15 @@ def test_a_sample_may_be_the_only_one_that_varies():
     interval = difference_interval([2.0, 2.0, 2.0], [0.0, 1.0, 2.0])  # one sample against a number
     half, t = 4.302653 / math.sqrt(3), math.sqrt(3)
     assert interval == pytest.approx((1, 1 - half, 1 + half, 1 - t / math.sqrt(2 + t**2)))
+
+
+def test_equivalence_is_two_one_sided_tests_of_which_the_worse_counts():
+    parts = [stats.tvar(values) / len(values) for values in (LEFT, RIGHT)]
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (LEFT, RIGHT), strict=True))
+    error, mean = math.sqrt(sum(parts)), sum(LEFT) / 3 - sum(RIGHT) / 4
+    for margin in (0.0005, 0.0015, 0.01):
+        expected = stats.t.sf((margin - abs(mean)) / error, freedom)
+        assert equivalence_p(LEFT, RIGHT, margin) == pytest.approx(expected)
+        assert equivalence_p(RIGHT, LEFT, margin) == pytest.approx(expected)
+    assert equivalence_p([0.5, 0.5], [0.5, 0.5], 0.1) == 0
+    assert equivalence_p([0.5, 0.5], [0.7, 0.7], 0.1) == 1
