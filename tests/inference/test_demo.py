@@ -577,6 +577,15 @@ def release(driver):
     ActionChains(driver).release().perform()
 
 
+def test_ink_that_is_no_digit_is_told_so_and_shown_as_the_network_sees_it(packaged):
+    ink = np.zeros((demo.BOARD, demo.BOARD), np.uint8)
+    ink[20:31, 10:130] = 255  # the first stroke of a 7
+    blank, bar = (demo.render_answer(packaged, each) for each in (np.zeros_like(ink), ink))
+    assert "<output>?</output>" in bar
+    seen = [html.partition('src="')[2].partition('"')[0] for html in (blank, bar)]
+    assert seen[0] != seen[1]
+
+
 @pytest.mark.slow
 def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(browser, port, packaged):
     assert read_answer(browser) == "nothing yet"
@@ -631,6 +640,13 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
         for kind, at in [*zip(kinds, points, strict=True), ("touchEnd", [])]:
             browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
 
+    def touched():
+        touch("#board canvas", [(0.4, 0.5), (0.5, 0.5), (0.6, 0.5)])
+        return ink_on_board(browser).any()
+
+    wait_until(touched)  # the page is there before its script is
+    browser.find_element("css selector", "#board [name=clear]").click()
+    wait_until(lambda: not ink_on_board(browser).any())
     seven = [(0.3 + 0.04 * i, 0.2) for i in range(11)] + [(0.7 - 0.02 * i, 0.2 + 0.06 * i) for i in range(11)]
     touch("#board canvas", seven)
     wait_until(lambda: read_answer(browser) == "7")
@@ -648,7 +664,7 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
         )
         assert [(end, html[:300]) for end, html in browser.execute_script(ends) if end > width] == []
     # Several digits are no wider, and beside the board a finger scrolls.
-    touch("#board [name=clear]", [(0.5, 0.5)])
+    browser.find_element("css selector", "#board [name=clear]").click()
     wait_until(lambda: read_answer(browser) == "nothing yet")
     for x in (0.1, 0.3, 0.5, 0.7, 0.9):
         touch("#board canvas", [(x, 0.25 + 0.05 * i) for i in range(11)])

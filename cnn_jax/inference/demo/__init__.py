@@ -140,7 +140,9 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     # A margin of paper, so that ink at the board's edge counts as part of the digit and not of a frame. The paper of a
     # picture may be grey, or dark.
     paper = 255 - np.pad(ink, BOARD // 10, constant_values=np.uint8(np.median(ink))).astype(np.float32)
-    lines = trained.read(np.repeat(paper[..., np.newaxis], 3, axis=-1)) if ink.any() else []
+    colours = np.repeat(paper[..., np.newaxis], 3, axis=-1)
+    # What holds no digit is shown as the network sees all of it.
+    lines = (trained.read(colours) or trained.read(colours, one=True)) if ink.any() else []
     readings = [reading for line in lines for reading in line]
     blank = Reading((0, 0, 0, 0), np.zeros((SIZE, SIZE, 1), np.uint8), np.zeros(len(trained.class_names)), None)
     shown = readings or [blank]
