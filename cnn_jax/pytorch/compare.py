@@ -259,8 +259,8 @@ def to_markdown(report: Report) -> str:
     """Return the report as Markdown, with its finding in the first sentence."""
     interval, agreement, machine = report.accuracy_difference, report.agreement, escape_markdown(report.machine)
     finding = "differ" if interval["low"] > 0 or interval["high"] < 0 else "do not differ measurably"
-    accuracies = [[run.accuracy for run in report.frameworks[framework].runs] for framework in FRAMEWORKS]
-    count, p = len(accuracies[0]), equivalence_p(*accuracies, MARGIN)
+    ours, theirs = ([run.accuracy for run in report.frameworks[framework].runs] for framework in FRAMEWORKS)
+    count, p = len(ours), equivalence_p(ours, theirs, MARGIN)
     equivalence = "that is shown" if p < 0.05 else "more seeds would be needed to show that"
     package_versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(
