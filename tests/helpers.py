@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from cnn_jax.data.idx import idx_header, read_idx
 from cnn_jax.inference.pictures import read_picture
@@ -26,6 +28,25 @@ def start_python(*arguments, **options):
     """Start `python ...` in a process of its own, from the repository's root."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
+
+
+def start_browser(folder, *options, logs):
+    """Start a real browser without a window, or skip the test where there is none.
+
+    Args:
+      folder: Where it keeps what it remembers.
+      options: More of its options.
+      logs: What it logs: `performance`, which has its requests, or `browser`, the page's messages.
+    """
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    wanted = selenium.ChromeOptions()
+    wanted.binary_location = shutil.which("chromium")
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={folder}", *options):
+        wanted.add_argument(option)
+    wanted.set_capability("goog:loggingPrefs", dict.fromkeys(logs, "ALL"))
+    return selenium.Chrome(wanted, selenium.ChromeService(shutil.which("chromedriver")))
 
 
 def read_digit(file):

@@ -14,7 +14,7 @@ from typing import Any
 
 from cnn_jax.data.loading import is_of_dataset
 from cnn_jax.runs.own_code import FORM, OwnCode
-from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runs.settings import OWN_CODE, TrainSettings
 from cnn_jax.runtime.errors import NoCheckpointError, RunLockedError, StorageError, UsageError, suggest
 from cnn_jax.runtime.files import (
     AlreadyLockedError,
@@ -42,9 +42,6 @@ STATE_FILES = (
     "config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py", "lock", "steps", "quarantine",
     "study.db", "study.db-journal", "study.db-wal", "study.db-shm", "study.db.new",
 )  # fmt: skip
-
-# The settings that may name a file of the user's, which the run keeps a copy of under the setting's name.
-OWN_CODE = ("model", "recipe")
 
 # What config.json held once and no longer does.
 FORMER_FIELDS = {"debug"}

@@ -156,7 +156,8 @@ def make_program(
     steps_per_epoch = sizes.train_examples // settings.batch_size
     last_step = max(1, round(settings.epochs * steps_per_epoch))
     model = make_model(settings, sizes)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *sizes.image_shape), np.float32))
+    # What a network computes of its batch, it computes of all of it; the tutorial's computes nothing.
+    of_batch = settings.model is not None and keeps_state(model, sizes)
     recipe = make_recipe(settings, last_step)
     seeds = np.arange(settings.seed, settings.seed + settings.seeds, dtype=np.uint32)
     start = functools.partial(start_seeds, model=model, image_shape=sizes.image_shape, recipe=recipe)
@@ -170,8 +171,7 @@ def make_program(
             model=model,
             recipe=recipe,
             axis=DATA,
-            # What a network computes of its batch, it computes of all of it.
-            parts=count_parts(mesh, settings.batch_size) if {*variables} == {"params"} else 1,
+            parts=1 if of_batch else count_parts(mesh, settings.batch_size),
             platform=mesh.devices.flat[0].platform,
         ),
         seeds_at_once=seeds_at_once,
@@ -229,6 +229,12 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
     return model
 
 
+def keeps_state(model: nn.Module, sizes: Sizes) -> bool:
+    """Whether a network keeps anything beside its weights, such as statistics of its batches."""
+    images = jax.ShapeDtypeStruct((1, *sizes.image_shape), np.float32)
+    return {*jax.eval_shape(model.init, jax.random.key(0), images)} != {"params"}
+
+
 def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
     """Return how a run of so many steps is trained: by a function in `core/recipes.py`, or by the user's own.
 
@@ -236,11 +242,9 @@ def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
       UsageError: the user's function makes no recipe, or fails.
     """
     code, rate = settings.recipe, settings.learning_rate
-    if not isinstance(code, OwnCode):
-        function = getattr(recipes, code)
-        return function(rate) if code == "tutorial" else function(rate, steps)
-    function = code.load("--recipe")
-    with code.failures_named("--recipe"):
+    is_own = isinstance(code, OwnCode)
+    function = code.load("--recipe") if is_own else getattr(recipes, code)
+    with code.failures_named("--recipe") if is_own else contextlib.nullcontext():
         takes = inspect.signature(function).parameters
         if "learning_rate" not in takes:
             usual = recipe_defaults(code).learning_rate

@@ -86,6 +86,8 @@ CLASS_NAMES = Must(
     "a name of its own for each class, with commas between them",
 )
 
+# The settings that may name a file of the user's, which a run keeps a copy of under the setting's name.
+OWN_CODE = ("model", "recipe")
 HOSTS = ("coordinator", "num_processes", "process_id")
 
 Epochs = Annotated[float, Must(lambda number: 0 < number < math.inf, "a positive number", "g")]
@@ -181,7 +183,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_values(vars(self), type(self).__annotations__)
-        for name in ("recipe", "model"):
+        for name in OWN_CODE:
             if getattr(self, name) not in (None, *RECIPE_DEFAULTS):
                 try:
                     object.__setattr__(self, name, OwnCode(getattr(self, name)))

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from cnn_jax.inference import demo
 from cnn_jax.inference.demo import guard
 from cnn_jax.inference.logits import saliency
 from cnn_jax.inference.pictures import draw_saliency, encode_png
-from tests.helpers import ROOT
+from tests.helpers import ROOT, start_browser
 
 
 def free_port():
@@ -506,16 +505,8 @@ def test_a_drawing_comes_back_as_it_was_drawn():
 @pytest.fixture
 def browser(tmp_path, port):
     """A real browser without a window that has loaded the page and logs its requests."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,940",
-                   f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP evil.example 127.0.0.1"):  # fmt: skip
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    elsewhere = "--host-resolver-rules=MAP evil.example 127.0.0.1"
+    driver = start_browser(tmp_path, "--window-size=1200,940", elsewhere, logs=("performance",))
     try:
         driver.get(f"http://127.0.0.1:{port}")
         wait_until(lambda: driver.find_elements("css selector", "#board canvas") and read_answer(driver))

@@ -25,7 +25,7 @@ from tests.digits import (
     draw_digit,
     draw_no_digit,
 )
-from tests.helpers import EMBEDDED, ROOT
+from tests.helpers import EMBEDDED, ROOT, start_browser
 
 CHANGE = "document.title = 'changed'"
 HOSTILE = f'</script><script>{CHANGE}</script><img src=x onerror="{CHANGE}"><!-- &amp; {{{{ 7 * 7 }}}}'
@@ -104,16 +104,9 @@ def test_the_pages_tell_how_the_page_is_made_and_what_that_prints(command, tfds_
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     """A real browser without a window, which logs its requests."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,800",
-                   f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):  # fmt: skip
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    driver = start_browser(
+        tmp_path_factory.mktemp("browser"), "--window-size=1000,800", logs=("performance", "browser")
+    )
     driver.set_script_timeout(60)
     yield driver
     driver.quit()
