@@ -5,6 +5,8 @@ import dataclasses
 import math
 import os
 import sqlite3
+import statistics
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+import scipy  # whose stats, which take half a second to import, come when they are first used
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -19,6 +22,7 @@ from optuna.distributions import (
     check_distribution_compatibility,
 )
 from optuna.exceptions import StorageInternalError
+from optuna.pruners import BasePruner
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -26,10 +30,11 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from cnn_jax.data.dataset import fingerprint
-from cnn_jax.runs.folder import RunFolder, deciding_settings
+from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings
 from cnn_jax.runs.restore import load_run_data
 from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runs.train import open_run, train_run
+from cnn_jax.runs.summary import mean_interval
+from cnn_jax.runs.train import train_together
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import (
@@ -46,10 +51,13 @@ from cnn_jax.runtime.records import NonEmpty, Pair, Positive, RecipeText, Record
 # The next process to start takes over a trial whose process has been silent for so long, from its checkpoint.
 HEARTBEAT_SECONDS, SILENT_SECONDS = 5, 20
 SHOWN_TRIALS = 10
+# A trial is compared with at least so many others.
+PEERS = 3
 
 # SQLite's codes for a file that is no sound database with the tables of a study; its others are about access.
 DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SEARCHED = ("features", "recipe", "learning_rate", "batch_size")
+SHAPING = ("features", "recipe", "batch_size")  # what trials that train together have in common
 
 
 class StudyRecord(Record, frozen=True, kw_only=True):
@@ -90,16 +98,56 @@ class SearchSpace:
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return what Optuna records of each trial, by the settings' names."""
         choices = {name: CategoricalDistribution(values) for name, values in self.choices().items()}
-        return {**choices, "learning_rate": FloatDistribution(*self.learning_rate, log=True)}
+        found = {**choices, "learning_rate": FloatDistribution(*self.learning_rate, log=True)}
+        return {name: found[name] for name in SEARCHED}
 
 
-def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.Study:
+class SeedsPruner(BasePruner):
+    """Ends a trial whose accuracy after an epoch, as good as its seeds allow it to be, is below its peers' median.
+
+    Optuna's MedianPruner takes the one number of a trial for exact, and waits for trials that are complete; its
+    WilcoxonPruner does know of seeds, but compares them with the best complete trial's and needs four of them.
+
+    Peers are the trials of the same recipe that have come as far: other schedules rise and fall at other times.
+    """
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        epoch = trial.last_step
+        accuracies = [
+            other.intermediate_values[epoch]
+            for other in study.get_trials(deepcopy=False)
+            if other.state != TrialState.FAIL  # which another trial takes up
+            and other.number != trial.number
+            and other.params.get("recipe") == trial.params["recipe"]
+            and epoch in other.intermediate_values
+        ]
+        return len(accuracies) >= PEERS and trial.user_attrs["highest"] < statistics.median(accuracies)
+
+
+def highest(accuracies: Sequence[float], images: int) -> float:
+    """Return the upper end of the 95 % interval of an accuracy in [0, 1].
+
+    It is Student's of the mean of several seeds. Of one seed, it is that of a share of the tested images (Wilson,
+    Journal of the American Statistical Association 22, 1927).
+    """
+    if len(accuracies) > 1:
+        return mean_interval(accuracies).high
+    right = round(accuracies[0] * images)
+    return float(scipy.stats.binomtest(right, images).proportion_ci(method="wilson").high)
+
+
+def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: int = 1) -> optuna.Study:
     """Run trials until the study has as many as it is to have, and list the best.
+
+    Trials that train together have their features, recipe and batch size in common, as Optuna chose them for the first,
+    and other learning rates, chosen before any of them has a score. So the search learns from scores less often, and
+    tries fewer of those choices.
 
     Args:
       space: Where to search.
       shared: The settings that all trials share; their checkpoint_dir is the study's folder.
       trials: How many are to be there in the end, by however many processes.
+      together: How many to train together.
 
     Raises:
       UsageError: the study has other settings.
@@ -111,8 +159,10 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.
     file = folder / "study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings(), _failures_named(file):
-        # What is marked as experimental: heartbeats and what retries their trials, and `constant_liar`.
+        # What is marked as experimental: heartbeats, what retries their trials, `constant_liar`, PartialFixedSampler.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # They are told to be alive, though this is not `Study.optimize`.
+        warnings.filterwarnings("ignore", "Heartbeat of storage")
         # A trial that is taken up again keeps its learning rate, wherever the range now is.
         warnings.filterwarnings("ignore", "Fixed parameter learning_rate")
         if os.path.lexists(file):
@@ -121,11 +171,16 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int) -> optuna.
         start_devices(shared.platform)
         dataset = load_run_data(dataclasses.replace(shared, batch_size=max(space.batch_sizes)))
         study = open_study(space, shared, fingerprint(dataset))
-        while len(_ended(study)) < trials:
-            # One a call: between two, other processes may have ended the study.
-            study.optimize(lambda trial: _score(trial, space, shared, display), n_trials=1)
-    best = sorted(_scored(study), key=lambda scored: -scored[0])[:SHOWN_TRIALS]
+        while missing := max(0, trials - len(_ended(study))):
+            with _asked(study, space, min(together, missing)) as asked:
+                for group in asked:
+                    _score(study, group, space, shared, display)
+    best, pruned = (
+        sorted(of_state, key=lambda scored: -scored[0])[:SHOWN_TRIALS]
+        for of_state in (_scored(study), _scored(study, TrialState.PRUNED))
+    )
     rows = [(f"trial {trial.number}: {score:.4f}", _describe(trial)) for score, trial in best]
+    rows += [(f"trial {trial.number}: {score:.4f}", f"ended early; {_describe(trial)}") for score, trial in pruned]
     display.table(f"The best of {len(_ended(study))} trials, by validation accuracy", rows)
     if len(best) > 1:
         display.say(f"the study is in {file}, its plots beside it")
@@ -227,7 +282,7 @@ def _read_study(file: Path) -> optuna.Study:
         )
     # A process takes the unfinished trials of the others for bad ones, so that they try different things.
     sampler = optuna.samplers.TPESampler(constant_liar=True)
-    study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+    study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=SeedsPruner())
     if study.directions != [StudyDirection.MAXIMIZE]:
         raise ValueError("it does not maximize one score")
     return study
@@ -384,10 +439,11 @@ def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[
         origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
         if origin is not None and origin not in range(trial.number):
             raise ValueError(f"trial {trial.number} takes up trial {origin}")
-        if trial.state == TrialState.COMPLETE and not 0 <= trial.values[0] <= 1:
-            raise ValueError(f"trial {trial.number} has the score {trial.values[0]}")
+        score = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
+        if score is not None and not 0 <= score <= 1:
+            raise ValueError(f"trial {trial.number} has the score {score}")
         run = runs.get(trial.number if origin is None else origin)
-        if trial.state == TrialState.COMPLETE and run is not None:
+        if score is not None and run is not None:
             _check_against_run(trial, run)
 
 
@@ -411,43 +467,111 @@ def _lock_before_reading(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _score(trial: Trial, space: SearchSpace, shared: TrainSettings, display: Display) -> float:
-    """Train what a trial suggests, and return its accuracy on the held-out images: the mean over its seeds."""
-    choices = space.choices()
-    features = str(trial.suggest_categorical("features", choices["features"]))
+@contextlib.contextmanager
+def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list[list[Trial]]]:
+    """Ask for trials, in groups that can train together, and tell that they are alive until the block ends.
+
+    What is left of them where the program is stopped, or the disk fails, is queued: the next process goes on with it
+    from its checkpoint. Where anything else fails they have failed.
+    """
+    optuna.storages.fail_stale_trials(study)  # of processes that have died; others are queued for them
+    trials: list[Trial] = []
+    ended = threading.Event()
+
+    def tell_alive() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            for trial in list(trials):
+                study._storage.record_heartbeat(trial._trial_id)  # pyright: ignore[reportAttributeAccessIssue]
+
+    thread = threading.Thread(target=tell_alive, daemon=True)
+    thread.start()
+    sampler, groups = study.sampler, {}
+    try:
+        for _ in range(count):
+            trial = study.ask(space.distributions())
+            study._storage.record_heartbeat(trial._trial_id)  # pyright: ignore[reportAttributeAccessIssue]
+            trials.append(trial)
+            shape = {name: trial.params[name] for name in SHAPING}
+            study.sampler = optuna.samplers.PartialFixedSampler(shape, sampler)
+            # One that was queued may be of another shape.
+            groups.setdefault(tuple(shape.values()), []).append(trial)
+        yield list(groups.values())
+    except BaseException as error:
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            if trial.number in (own.number for own in trials):
+                if isinstance(error, StopSignalError | StorageError):
+                    RetryHeartbeatStaleTrialCallback()(study, trial)
+                study.tell(trial.number, state=TrialState.FAIL)
+        raise
+    finally:
+        study.sampler = sampler
+        ended.set()
+        thread.join()
+
+
+def _score(
+    study: optuna.Study, trials: Sequence[Trial], space: SearchSpace, shared: TrainSettings, display: Display
+) -> None:
+    """Train what trials suggest, and tell each one's accuracy on the held-out images: the mean over its seeds."""
+
+    def report(trial: Trial, epochs: Sequence[EpochMetrics]) -> None:
+        done = study.trials[trial.number].intermediate_values
+        for metrics in epochs:
+            if metrics.epoch not in done:
+                trial.report(float(np.mean(metrics.accuracy)), metrics.epoch)
+
+    def judge(epochs: dict[int, list[EpochMetrics]]) -> list[int]:
+        assert shared.validation is not None, "every study holds images out"
+        for place, metrics in epochs.items():
+            report(trials[place], metrics)
+            trials[place].set_user_attr("highest", highest(metrics[-1].accuracy, shared.validation))
+        lost = [place for place in epochs if trials[place].should_prune()]
+        for place in lost:
+            last = epochs[place][-1]
+            display.say(
+                f"trial {trials[place].number}: ended after epoch {last.epoch} with validation accuracy "
+                f"{np.mean(last.accuracy):.4f}; {_describe(trials[place])}"
+            )
+            study.tell(trials[place], state=TrialState.PRUNED)
+        return [place for place in epochs if place not in lost]
+
+    if len(trials) > 1:
+        display.say(f"trials {', '.join(str(trial.number) for trial in trials)}: training together")
+    elif not trials[0].number:
+        display.say("trial 0: training")  # each later trial begins when the one before it is reported
+    results = train_together([_settings_of(trial, space, shared) for trial in trials], judge)
+    for trial, result in zip(trials, results, strict=True):
+        if study.trials[trial.number].state != TrialState.RUNNING:
+            continue  # ended early
+        if isinstance(result, NonFiniteLossError):
+            display.say(f"trial {trial.number}: the loss is not finite; {_describe(trial)}")
+            study.tell(trial, state=TrialState.PRUNED)
+            continue
+        report(trial, result)
+        accuracy = float(np.mean(result[-1].accuracy))
+        study.tell(trial, accuracy)
+        display.say(f"trial {trial.number}: validation accuracy {accuracy:.4f}; {_describe(trial)}")
+
+
+def _settings_of(trial: Trial, space: SearchSpace, shared: TrainSettings) -> TrainSettings:
     origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
-    settings = dataclasses.replace(
+    return dataclasses.replace(
         shared,
         run_name=f"trial-{trial.number if origin is None else origin}",
-        recipe=space.named_recipes()[str(trial.suggest_categorical("recipe", choices["recipe"]))],
-        learning_rate=trial.suggest_float("learning_rate", *space.learning_rate, log=True),
-        batch_size=trial.suggest_categorical("batch_size", choices["batch_size"]),
-        features=tuple(int(channels) for channels in features.split("x")),
+        recipe=space.named_recipes()[str(trial.params["recipe"])],
+        learning_rate=trial.params["learning_rate"],
+        batch_size=trial.params["batch_size"],
+        features=tuple(int(channels) for channels in trial.params["features"].split("x")),
     )
-    if not trial.number:
-        display.say("trial 0: training")  # each later trial begins when the one before it is reported
-    try:
-        with open_run(settings, shown=False) as run:
-            result = train_run(settings, run)
-        assert result is not None, "no trial is a dry run"
-        accuracy = float(np.mean(result.run.metrics[-1].accuracy))
-    except StopSignalError:
-        # The next process goes on with this trial from its checkpoint.
-        RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])
-        raise
-    except NonFiniteLossError as error:
-        display.say(f"trial {trial.number}: the loss is not finite; {_describe(trial)}")
-        raise optuna.TrialPruned(str(error)) from error
-    display.say(f"trial {trial.number}: validation accuracy {accuracy:.4f}; {_describe(trial)}")
-    return accuracy
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def _scored(study: optuna.Study) -> list[tuple[float, FrozenTrial]]:
-    return [(trial.value, trial) for trial in _ended(study) if trial.value is not None]
+def _scored(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[tuple[float, FrozenTrial]]:
+    trials = study.get_trials(deepcopy=False, states=(state,))
+    return [(trial.value, trial) for trial in trials if trial.value is not None]
 
 
 def _describe(trial: Trial | FrozenTrial) -> str:

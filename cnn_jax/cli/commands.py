@@ -31,6 +31,7 @@ from cnn_jax.runs.settings import (
     Platform,
     RecipeName,
     TrainSettings,
+    require,
 )
 from cnn_jax.runtime.display import Display, describe_seconds
 from cnn_jax.runtime.errors import TargetAccuracyError, UsageError, one_line_failures
@@ -299,6 +300,7 @@ def sweep(
     *,
     study: StudyName = "sweep",
     trials: Count = 30,
+    together: Count = 1,
     epochs: Epochs = 2,
     learning_rate: Range = (0.0003, 0.03),
     batch_size: tuple[int, ...] = (50, 100, 200, 400),
@@ -316,6 +318,7 @@ def sweep(
     Options:
       study (NAME): The search's folder in --checkpoint-dir: its trials, SQLite file and plots.
       trials (N): Trials in all, counted over every process that shares the search.
+      together (N): Trials that differ in nothing but the learning rate, trained together: on an accelerator at once.
       learning_rate (LOW HIGH): The range to search, on a logarithmic scale.
       batch_size (IMAGES): The batch sizes to choose from.
       features (N): The channels of both blocks to choose from, in pairs.
@@ -326,7 +329,9 @@ def sweep(
     Examples:
       cnn-jax sweep --trials 30
       cnn-jax sweep --study wide --features 64 128 96 192 --recipe fast
+      cnn-jax sweep --trials 64 --together 16 --seeds 3
     """
+    require(together <= trials, "--together", together, f"at most --trials {trials}")
     shared = TrainSettings.of(
         epochs=epochs,
         validation=validation,
@@ -352,7 +357,7 @@ def sweep(
     from cnn_jax.analysis.sweep import SearchSpace, draw_study, run_study
 
     space = SearchSpace(learning_rate=learning_rate, batch_sizes=batch_size, features=pairs, recipes=recipes)
-    save_drawn(draw_study(run_study(space, shared, trials)), shared.checkpoint_dir)
+    save_drawn(draw_study(run_study(space, shared, trials, together)), shared.checkpoint_dir)
 
 
 def import_torch(

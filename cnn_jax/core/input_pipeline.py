@@ -68,10 +68,9 @@ def streamed(dataset: Dataset, mesh: Mesh) -> Feed:
         read = grain.MapDataset.source(source).to_iter_dataset(
             grain.ReadOptions(num_threads=PREFETCH, prefetch_buffer_size=PREFETCH)
         )
-        for i, (images, labels, local_batches) in enumerate(read):
+        for i, (images, labels, local) in enumerate(read):
             start = first + i * steps
-            local = SeedEpoch(local_batches, epoch.noise_key)
-            yield Chunk(local, images, labels, start, min(start + steps, batches.shape[1]))
+            yield Chunk(epoch._replace(batches=local), images, labels, start, min(start + steps, batches.shape[1]))
 
     return chunks
 

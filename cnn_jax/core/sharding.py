@@ -26,7 +26,7 @@ from cnn_jax.core.training import SeedEpoch, TrainState, batch_indices, create_t
 
 SEEDS, DATA = "seeds", "data"
 # How a `SeedEpoch` is divided over the mesh.
-EPOCH = SeedEpoch._make((P(SEEDS, None, DATA), P(SEEDS)))
+EPOCH = SeedEpoch._make((P(SEEDS, None, DATA), P(SEEDS), P(SEEDS)))
 # On a CPU the gradients of a batch are computed in parts of at least this many images, one after the other, and added:
 # a part's intermediate values stay in the cache. A step on a batch of 100 takes 18 ms that way, and 23 all at once.
 CPU_PART_IMAGES = 25

@@ -48,10 +48,12 @@ class SeedEpoch(NamedTuple):
     Attributes:
       batches: The indices of the images in each step's batch; -1 is no image.
       noise_key: The key of all augmentation and dropout in the run; None if there is none.
+      learning_rate: The seed's own, where runs of several train together; None leaves it to the recipe.
     """
 
     batches: Int32[Array, "*seeds steps n"]
     noise_key: Key[Array, "*seeds"] | None = None
+    learning_rate: Float32[Array, "*seeds"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))
@@ -190,9 +192,8 @@ def train_step(
     gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema_params = None
-    if recipe.ema_decay is not None:
-        ema_params = _average(state.ema_params, params, state.step + 1, recipe.ema_decay)
+    decay = recipe.ema_decay
+    ema_params = None if decay is None else _average(state.ema_params, params, state.step + 1, decay)
     model_state = model_state if axis is None else lax.pmean(model_state, axis)
     return TrainState(state.step + 1, params, opt_state, ema_params, model_state), loss / count
 

@@ -142,7 +142,13 @@ class Progress(NamedTuple):
 
 
 def make_program(
-    settings: TrainSettings, sizes: Sizes, mesh: Mesh, *, streams: bool = False, seeds_at_once: int | None = None
+    settings: TrainSettings,
+    sizes: Sizes,
+    mesh: Mesh,
+    *,
+    streams: bool = False,
+    seeds_at_once: int | None = None,
+    learning_rates: tuple[float, ...] | None = None,
 ) -> Program:
     """Return a run's program; nothing is compiled yet.
 
@@ -152,6 +158,8 @@ def make_program(
       mesh: A mesh from `make_mesh`.
       streams: Whether the images reach the devices in chunks.
       seeds_at_once: As for `sharding.run_seeds`.
+      learning_rates: Those of several runs to train together, each with all of the settings' seeds. They are arguments
+        of the compiled functions. None compiles the settings' own into them.
     """
     steps_per_epoch = sizes.train_examples // settings.batch_size
     last_step = max(1, round(settings.epochs * steps_per_epoch))
@@ -164,18 +172,19 @@ def make_program(
     epoch = functools.partial(
         seeds_epoch, num_examples=sizes.train_examples, batch_size=settings.batch_size, shares=mesh.shape[DATA]
     )
-    train = functools.partial(
-        run_seeds,
-        run=functools.partial(
-            run_steps,
-            model=model,
-            recipe=recipe,
-            axis=DATA,
-            parts=1 if of_batch else count_parts(mesh, settings.batch_size),
-            platform=mesh.devices.flat[0].platform,
-        ),
-        seeds_at_once=seeds_at_once,
+    run = functools.partial(
+        run_steps,
+        model=model,
+        recipe=recipe,
+        axis=DATA,
+        parts=1 if of_batch else count_parts(mesh, settings.batch_size),
+        platform=mesh.devices.flat[0].platform,
     )
+    rows: tuple[np.ndarray, ...] = (seeds,)
+    if learning_rates is not None:
+        rows = np.tile(seeds, len(learning_rates)), np.repeat(np.asarray(learning_rates, np.float32), len(seeds))
+        start, epoch, run = _with_rates(start, epoch, run, functools.partial(make_recipe, settings, last_step))
+    train = functools.partial(run_seeds, run=run, seeds_at_once=seeds_at_once)
     data = STREAMED if streams else RESIDENT
     return Program(
         mesh=mesh,
@@ -184,8 +193,8 @@ def make_program(
         steps_per_epoch=steps_per_epoch,
         last_step=last_step,
         seeds_at_once=seeds_at_once,
-        start=functools.partial(jax.jit(start, out_shardings=shardings(mesh, P(SEEDS))), seeds),
-        epoch=functools.partial(jax.jit(epoch, out_shardings=shardings(mesh, EPOCH)), seeds),
+        start=functools.partial(jax.jit(start, out_shardings=shardings(mesh, P(SEEDS))), *rows),
+        epoch=functools.partial(jax.jit(epoch, out_shardings=shardings(mesh, EPOCH)), *rows),
         run_steps=jit_over_mesh(
             train, mesh, (P(SEEDS), EPOCH, data, data, P(), P()), (P(SEEDS), P(SEEDS)), donate_argnums=0
         ),
@@ -193,6 +202,26 @@ def make_program(
             functools.partial(sum_seeds, model=model), mesh, (P(SEEDS), P(DATA), P(DATA), P()), P(SEEDS)
         ),
     )
+
+
+def _with_rates(
+    start: Callable[..., TrainState], epoch: Callable[..., SeedEpoch], run: Callable, recipe_of: Callable
+) -> tuple[Callable, Callable, Callable]:
+    """Return a program's parts with a learning rate for each seed, of which a recipe is made where they are traced."""
+
+    def start_one(seed, rate):
+        return jax.tree.map(lambda leaf: leaf[0], start(seed[np.newaxis], recipe=recipe_of(rate)))
+
+    def start_all(seeds, rates):
+        return jax.vmap(start_one)(seeds, rates)
+
+    def epoch_of_all(seeds, rates, number):
+        return epoch(seeds, number)._replace(learning_rate=rates)
+
+    def run_one(seed, **arguments):
+        return run(seed, recipe=recipe_of(seed[1].learning_rate), **arguments)
+
+    return start_all, epoch_of_all, run_one
 
 
 def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
@@ -235,13 +264,18 @@ def keeps_state(model: nn.Module, sizes: Sizes) -> bool:
     return {*jax.eval_shape(model.init, jax.random.key(0), images)} != {"params"}
 
 
-def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
+def make_recipe(settings: TrainSettings, steps: int, rate: float | Float32[Array, ""] | None = None) -> Recipe:
     """Return how a run of so many steps is trained: by a function in `core/recipes.py`, or by the user's own.
+
+    Args:
+      settings: The run's.
+      steps: How many it has.
+      rate: The learning rate; None for the settings' own.
 
     Raises:
       UsageError: the user's function makes no recipe, or fails.
     """
-    code, rate = settings.recipe, settings.learning_rate
+    code, rate = settings.recipe, settings.learning_rate if rate is None else rate
     is_own = isinstance(code, OwnCode)
     function = code.load("--recipe") if is_own else getattr(recipes, code)
     with code.failures_named("--recipe") if is_own else contextlib.nullcontext():
@@ -258,7 +292,21 @@ def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
     return recipe
 
 
-def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_bytes: int) -> None:
+def takes_any_rate(settings: TrainSettings, steps: int) -> bool:
+    """Whether a recipe can be made of a learning rate that is known only when the program runs."""
+
+    def update(rate):
+        optimizer = make_recipe(settings, steps, rate).optimizer
+        return optimizer.update(rate, optimizer.init(rate), rate)
+
+    try:
+        jax.eval_shape(update, jax.ShapeDtypeStruct((), np.float32))
+    except Exception:  # of whatever type: one that asks `if learning_rate > 0.1`, for example
+        return False
+    return True
+
+
+def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_bytes: int, *, together: int = 1) -> None:
     """Refuse, before anything is compiled, a run that cannot end well.
 
     What a run needs is taken for less than it is: every seed's weights with Adam's two moments, and for one seed the
@@ -269,6 +317,7 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
       sizes: The sizes of its data.
       mesh: A mesh from `make_mesh`.
       device_bytes: The memory of each of its devices.
+      together: How many such runs train together.
 
     Raises:
       UsageError: that does not fit a device's memory, or the steps are too many to be counted in an int32.
@@ -281,12 +330,13 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
     first, second = settings.features
     weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes
     images = settings.batch_size // (mesh.shape[DATA] * count_parts(mesh, settings.batch_size))
-    seeds_here = settings.seeds // mesh.shape[SEEDS]
+    seeds_here = together * settings.seeds // mesh.shape[SEEDS]
     needed = 4 * ((3 * seeds_here + 1) * weights + images * height * width * first)
     if needed > device_bytes:
         there = device_bytes / 2**30
         raise UsageError(
-            f"--features {first} {second} with --seeds {settings.seeds} and --batch-size {settings.batch_size}: "
+            f"--features {first} {second} with --seeds {settings.seeds}{f', --together {together}' * (together > 1)} "
+            f"and --batch-size {settings.batch_size}: "
             f"training needs more than {min(needed >> 30, 10**9):,} GiB of memory and there are {there:,.1f}; "
             "make them smaller"
         )
@@ -320,6 +370,7 @@ def compile_program(
     chunk: Chunk,
     test_set: TestSet,
     device_bytes: int,
+    learning_rates: tuple[float, ...] | None = None,
 ) -> Program:
     """Compile a program for its states, a chunk of its images and a test set: arrays, or their shapes.
 
@@ -331,18 +382,26 @@ def compile_program(
       chunk: A chunk of its images.
       test_set: What it is tested on after each epoch.
       device_bytes: The memory of each of its devices.
+      learning_rates: As for `make_program`.
 
     Returns:
       The program, which trains as many seeds at once as fit the memory of an accelerator.
     """
-    seeds_here = settings.seeds // program.mesh.shape[SEEDS]
+    seeds_here = states.step.shape[0] // program.mesh.shape[SEEDS]
     if seeds_here > 1 and program.mesh.devices.flat[0].platform != "cpu":
         one_each = dataclasses.replace(settings, seeds=program.mesh.shape[SEEDS])
         of_one = make_program(one_each, sizes, program.mesh, streams=program.streams)
         its_states, its_epoch = jax.eval_shape(of_one.start), jax.eval_shape(of_one.epoch, np.int32(0))
         steps = of_one.run_steps.lower(its_states, its_epoch, *chunk[1:3], np.int32(0), np.int32(0)).compile()
         seeds_at_once = count_seeds_at_once(seeds_here, memory_of(steps).temporaries, device_bytes)
-        of_all = make_program(settings, sizes, program.mesh, streams=program.streams, seeds_at_once=seeds_at_once)
+        of_all = make_program(
+            settings,
+            sizes,
+            program.mesh,
+            streams=program.streams,
+            seeds_at_once=seeds_at_once,
+            learning_rates=learning_rates,
+        )
         program = of_all._replace(epoch=program.epoch)
         log.info("seeds trained at once: %d", seeds_at_once)
     program.run_steps.lower(states, *chunk[:3], np.int32(0), np.int32(0)).compile()

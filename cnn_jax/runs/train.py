@@ -1,19 +1,20 @@
 """A run: load, compile, restore, then train epoch by epoch, test and save; read it downwards."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float32
 
 from cnn_jax import __version__
 from cnn_jax.core.evaluation import Evaluation
@@ -35,6 +36,7 @@ from cnn_jax.runs.program import (
     make_program,
     shard_test_set,
     start_states,
+    takes_any_rate,
 )
 from cnn_jax.runs.restore import (
     TrainedRun,
@@ -172,6 +174,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 begin, end, seconds = progress.step, program.end_of_epoch(progress.step), 0.0
                 for segment in train_epoch(program, feed, progress, stop, save_every):
                     progress, seconds = segment.progress, seconds + segment.seconds
+                    require_finite(program, progress)
                     show_segment(display, settings, program, progress, begin, seconds)
                     if save_every is not None and progress.step % save_every == 0 and progress.step < end:
                         save(checkpoints, progress, metrics, meta, clock)
@@ -180,7 +183,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 clock.seconds["training"] += seconds
                 with clock.part("testing"):
                     tests = evaluate_seeds(program, progress.states, epoch_test_set)
-                    require_finite_tests(tests, progress.step)
+                    require_finite(program, progress, tests)
                 compile_seconds = clock.seconds["compiling"] if begin == first_step else 0.0
                 metrics.append(epoch_metrics(settings, program, progress, tests, begin, seconds, compile_seconds))
                 with clock.part("saving"):
@@ -197,6 +200,170 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     return Result(trained, accuracies, unscaled, trained_here=first_step < program.last_step)
 
 
+@dataclasses.dataclass(eq=False)
+class Member:
+    """One of several runs that train together.
+
+    Attributes:
+      settings: Its own.
+      run: Its folder.
+      program: What trains it alone.
+      checkpoints: Its own.
+      meta: What they record.
+      progress: How far it has come, its states on the host.
+      metrics: Those of the epochs behind it.
+      trains: Whether it is to train further.
+      failure: Why it cannot.
+    """
+
+    settings: TrainSettings
+    run: Run
+    program: Program
+    checkpoints: Checkpoints
+    meta: dict
+    progress: Progress
+    metrics: list[EpochMetrics]
+    trains: bool = True
+    failure: NonFiniteLossError | None = None
+
+
+def train_together(
+    every: Sequence[TrainSettings], judge: Callable[[dict[int, list[EpochMetrics]]], Collection[int]]
+) -> list[list[EpochMetrics] | NonFiniteLossError]:
+    """Train runs that differ in their learning rates alone, epoch by epoch: at once on an accelerator, else in turn.
+
+    Each keeps its own folder, as if it were trained alone, and continues from there. In turn, each has the program, and
+    so the bits, that it has alone. So it is, too, where the recipe asks for the learning rate before the program runs.
+
+    Args:
+      every: Their settings.
+      judge: Takes the epochs so far of each run that has some to come, by its place, whenever all of them have ended
+        one more; returns the places of those that are to train further.
+
+    Returns:
+      Of each run its epochs, or why its loss is not finite.
+
+    Raises:
+      CnnJaxError: as `train_run` does.
+      StopSignalError: they were asked to stop, and were saved.
+    """
+    dataset = load_run_data(every[0])
+    sizes, clock = Sizes.of(dataset, every[0]), Stopwatch()
+    with contextlib.ExitStack() as held:
+        members = [held.enter_context(_open_member(settings, sizes, dataset)) for settings in every]
+        steps, on_cpu = members[0].program.last_step, jax.devices()[0].platform == "cpu"
+        at_once = 1 if on_cpu or not takes_any_rate(every[0], steps) else len(members)
+        stop = held.enter_context(listen_for_stop(may_wait))
+        group: list[Member] = []
+        programs: dict[tuple[int, ...], Program] = {}
+        placed: dict[Mesh, tuple[Feed, TestSet]] = {}
+        while going := [member for member in members if member.trains and member.progress.step < steps]:
+            step = min(member.progress.step for member in going)
+            wanted = [member for member in going if member.progress.step == step][:at_once]
+            # Those that have ended keep their places in a compiled program until they fill half of it.
+            if any(member not in group for member in wanted) or 2 * len(wanted) <= len(group):
+                group = wanted
+            places = tuple(map(members.index, group))
+            if places not in programs:
+                with clock.part("compiling"):
+                    programs[places] = _compile_group(group, sizes, dataset, placed)
+            program = programs[places]
+            _train_members(group, wanted, program, *placed[program.mesh], stop, clock)
+            left = [place for place, member in enumerate(members) if member in going and member.trains]
+            reached = {members[place].progress.step for place in left}
+            if len(reached) == 1 and reached != {steps}:
+                stay = judge({place: members[place].metrics for place in left})
+                for place in left:
+                    members[place].trains = place in stay
+    return [member.failure or member.metrics for member in members]
+
+
+@contextlib.contextmanager
+def _open_member(settings: TrainSettings, sizes: Sizes, dataset: Dataset) -> Iterator[Member]:
+    """Hold a run's folder and checkpoints until the block ends, and restore what is there."""
+    with open_run(settings, shown=False) as run, open_run_checkpoints(settings, run) as checkpoints:
+        assert checkpoints is not None, "no such run is a dry run"
+        mesh, memory = make_mesh(settings.seeds, jax.devices()), device_bytes()
+        check_resources(settings, sizes, mesh, memory)
+        streaming = streams(settings, dataset.train_images.nbytes, memory)
+        program, meta = make_program(settings, sizes, mesh, streams=streaming), describe_run(settings, dataset)
+        saved = restore_saved(settings, run, sizes, program, checkpoints, meta)
+        run.folder.write_settings(settings)
+        progress, metrics = restore_progress(settings, run, program, saved, meta)
+        progress = progress._replace(states=to_host(progress.states))
+        yield Member(settings, run, program, checkpoints, meta, progress, metrics)
+
+
+def _join(group: Sequence[Member], mesh: Mesh) -> Progress:
+    """Return the progress of the members together, on the devices; those that have ended are behind."""
+    states = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(member.progress.states for member in group))
+    losses = np.concatenate([member.progress.losses for member in group])
+    return Progress(max(member.progress.step for member in group), shard(states, mesh, P(SEEDS)), losses)
+
+
+def _compile_group(
+    group: Sequence[Member], sizes: Sizes, dataset: Dataset, placed: dict[Mesh, tuple[Feed, TestSet]]
+) -> Program:
+    """Return what trains the members at once, compiled, and place the data for it if they are not there."""
+    first, memory, rates = group[0], device_bytes(), None
+    program, settings = first.program, first.settings
+    if len(group) > 1:
+        mesh = make_mesh(len(group) * settings.seeds, jax.devices())
+        check_resources(settings, sizes, mesh, memory, together=len(group))
+        rates = tuple(member.settings.learning_rate for member in group)
+        program = make_program(settings, sizes, mesh, streams=program.streams, learning_rates=rates)
+    if program.mesh not in placed:
+        placed[program.mesh] = place_data(settings, dataset, program)
+    feed, test_set = placed[program.mesh]
+    program = program._replace(epoch=compile_soon(program, program.epoch, np.int32(0)))
+    chunk, states = next(feed(program.epoch(np.int32(0)), 0)), _join(group, program.mesh).states
+    return compile_program(program, settings, sizes, states, chunk, test_set, memory, rates)
+
+
+def _train_members(
+    group: Sequence[Member],
+    wanted: Sequence[Member],
+    program: Program,
+    feed: Feed,
+    test_set: TestSet,
+    stop: StopRequest,
+    clock: Stopwatch,
+) -> None:
+    """Train a group to the end of the epoch in progress, and write down and save what the wanted of them came to.
+
+    Raises:
+      StopSignalError: they were asked to stop, and were saved.
+    """
+    progress, seconds, count = _join(group, program.mesh), 0.0, group[0].settings.seeds
+    begin = progress.step
+    for segment in train_epoch(program, feed, progress, stop, None):
+        progress, seconds = segment.progress, seconds + segment.seconds
+    is_done = progress.step == program.end_of_epoch(begin)
+    tests = evaluate_seeds(program, progress.states, test_set) if is_done else []
+    states, compile_seconds = to_host(progress.states), clock.seconds.pop("compiling", 0.0)
+    for i, member in enumerate(group):
+        if member not in wanted:
+            continue
+        rows = slice(i * count, (i + 1) * count)
+        its_states = jax.tree.map(lambda leaf, rows=rows: leaf[rows], states)
+        its_own = Progress(progress.step, its_states, progress.losses[rows])
+        try:
+            require_finite(program, its_own, tests[rows])
+        except NonFiniteLossError as error:
+            member.trains, member.failure = False, error
+            continue
+        member.progress = its_own
+        if is_done:
+            measured = begin, seconds, compile_seconds
+            member.metrics.append(epoch_metrics(member.settings, program, its_own, tests[rows], *measured))
+            member.run.folder.write_metrics(member.metrics)
+        if its_own.step > begin:
+            save(member.checkpoints, its_own, member.metrics, member.meta, clock)
+    if not is_done:
+        first = wanted[0]
+        stop_run(stop, program, first.checkpoints, first.progress, first.metrics, first.meta, clock)
+
+
 def train_epoch(
     program: Program, feed: Feed, progress: Progress, stop: StopRequest, save_every: int | None
 ) -> Iterator[Segment]:
@@ -211,9 +378,6 @@ def train_epoch(
 
     Yields:
       Each segment of steps, when it is done.
-
-    Raises:
-      NonFiniteLossError: naming the step; its state is lost with this exception, never tested, written down or saved.
     """
     epoch, first = divmod(progress.step, program.steps_per_epoch)
     end = program.end_of_epoch(progress.step) - epoch * program.steps_per_epoch
@@ -234,7 +398,7 @@ def train_epoch(
             rows = slice(first - chunk.first, first - chunk.first + length)
             begin = time.perf_counter()
             states, all_losses = program.run_steps(states, *chunk[:3], np.int32(rows.start), np.int32(rows.stop))
-            losses[:, first : first + length] = require_finite(to_host(all_losses)[:, rows], step)
+            losses[:, first : first + length] = to_host(all_losses)[:, rows]
             seconds = time.perf_counter() - begin
             first, step = first + length, step + length
             yield Segment(Progress(step, states, losses), seconds)
@@ -252,33 +416,27 @@ def agree_on_length(length: int, stop: StopRequest) -> int:
     return int(lengths[0])
 
 
-def require_finite(losses: Float32[np.ndarray, "s steps"], step: int) -> Float32[np.ndarray, "s steps"]:
-    """Return the losses of the steps after `step`.
+def require_finite(program: Program, progress: Progress, tests: Sequence[Evaluation] = ()) -> None:
+    """Refuse to go on with, test, write down or save weights that the last steps have spoiled.
+
+    Args:
+      program: The run's.
+      progress: Where it is.
+      tests: What its seeds' networks come to there, where they have been tested.
 
     Raises:
-      NonFiniteLossError: one of them is not finite.
+      NonFiniteLossError: naming the step of the epoch in progress whose loss is not finite, or the tests.
     """
+    epoch, last = divmod(progress.step - 1, program.steps_per_epoch)
+    losses = progress.losses[:, : last + 1]
+    remedy = "the newest checkpoint is from before; lower --learning-rate"
     if not np.isfinite(losses).all():
         i, seed = np.argwhere(~np.isfinite(losses.T))[0]
         of_seed = f" of seed {seed + 1} of {len(losses)}" if len(losses) > 1 else ""
-        raise NonFiniteLossError(
-            f"the loss of step {step + i + 1:,}{of_seed} is {losses[seed, i]}; the newest checkpoint is from before; "
-            "lower --learning-rate"
-        )
-    return losses
-
-
-def require_finite_tests(tests: list[Evaluation], step: int) -> None:
-    """Refuse to write down or save weights that the last steps of an epoch have spoiled.
-
-    Raises:
-      NonFiniteLossError: the loss over the tested images is not finite, of some seed.
-    """
+        step = epoch * program.steps_per_epoch + i + 1
+        raise NonFiniteLossError(f"the loss of step {step:,}{of_seed} is {losses[seed, i]}; {remedy}")
     if not np.isfinite([test.loss for test in tests]).all():
-        raise NonFiniteLossError(
-            f"the loss of the tested images is not finite after step {step:,}; the newest checkpoint is from before; "
-            "lower --learning-rate"
-        )
+        raise NonFiniteLossError(f"the loss of the tested images is not finite after step {progress.step:,}; {remedy}")
 
 
 def place_data(settings: TrainSettings, dataset: Dataset, program: Program) -> tuple[Feed, TestSet]:

@@ -19,8 +19,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.restore import restore_run
 from cnn_jax.runs.settings import TrainSettings
-from tests.helpers import write_idx
+from tests.helpers import assert_same_bits, write_idx
 
 pytestmark = pytest.mark.optax_promotes
 
@@ -148,6 +149,136 @@ def test_a_trial_is_compared_with_its_run(command, arguments, tmp_path):
         (tmp_path / "sweep" / "study.db").write_bytes(database)
     shutil.rmtree(tmp_path / "sweep" / "trial-0")  # nothing is left to compare with
     assert command("sweep", *same)[0] == 0
+
+
+@pytest.mark.parametrize("together", [0, -1, 2])
+def test_as_many_trials_train_together_as_there_are(command, arguments, nothing_starts, tmp_path, together):
+    code, _, err = command("sweep", *SAME, *arguments, "--together", together)
+    assert code == 2
+    assert_one_line(err, f"--together {together}", "at most --trials 1" if together > 0 else "at least 1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def enqueue(study, *rates):
+    for rate in rates:
+        study.enqueue_trial({"features": "4x8", "recipe": "tutorial", "batch_size": 50, "learning_rate": rate})
+
+
+def assert_trained_alone(command, arguments, run, learning_rate):
+    """A trial's epochs and weights have the bits of a training with its settings."""
+    alone = run.with_name("alone")
+    code, _, err = command(
+        "train", *arguments, "--features", 4, 8, "--batch-size", 50, "--learning-rate", repr(learning_rate),
+        "--checkpoint-dir", alone.parent, "--run-name", "alone", "--fresh",
+    )  # fmt: skip
+    assert code == 0, err
+    of_trial, of_training = RunFolder(run).read_metrics(), RunFolder(alone).read_metrics()
+    for name in ("epoch", "step", "cost", "accuracy", "loss", "tested_on"):
+        assert [getattr(line, name) for line in of_trial] == [getattr(line, name) for line in of_training]
+    assert_same_bits(*(restore_run(RunFolder(folder), None, pytest.fail).states for folder in (run, alone)))
+
+
+def test_trials_that_train_together_end_as_each_does_alone(command, arguments, begin, tmp_path, without_report):
+    enqueue(begin(epochs=2, seeds=2), 0.002, 0.02)
+    arguments += ["--epochs", 2, "--seeds", 2]
+    code, _, err = command("sweep", *SAME, *arguments, "--trials", 2, "--together", 2)
+    assert code == 0, err
+    assert "trials 0, 1: training together" in err
+    for trial, rate in zip(study_of(tmp_path).trials, (0.002, 0.02), strict=True):
+        assert (trial.state, trial.params["learning_rate"]) == (TrialState.COMPLETE, rate)
+        assert list(trial.intermediate_values) == [1, 2]
+        assert trial.intermediate_values[2] == trial.value
+        assert_trained_alone(command, arguments, tmp_path / "sweep" / f"trial-{trial.number}", rate)
+
+
+def test_trials_of_other_shapes_do_not_train_together(command, arguments, begin, tmp_path):
+    study = begin()
+    enqueue(study, 0.001)
+    study.enqueue_trial({"features": "8x16", "recipe": "tutorial", "batch_size": 100, "learning_rate": 0.002})
+    code, _, err = command("sweep", *SAME, *arguments, "--trials", 3, "--together", 3)
+    assert code == 0, err
+    assert "trials 0, 2: training together" in err
+    trials = study_of(tmp_path).trials
+    assert [trial.params["features"] for trial in trials] == ["4x8", "8x16", "8x16"]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_with_all_trials_that_trained_together(
+    command, program, arguments, begin, tmp_path, without_report
+):
+    enqueue(begin(epochs=8), 0.002, 0.02)
+    arguments += ["--epochs", 8]
+    sweep = ["sweep", *SAME, *arguments, "--trials", 2, "--together", 2]
+    process = program("-m", "cnn_jax", *sweep)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "sweep" / "trial-1" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    begun = [len(RunFolder(tmp_path / "sweep" / f"trial-{number}").read_metrics()) for number in (0, 1)]
+    assert 0 < min(begun) < 8
+    edit(tmp_path / "sweep", ["UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 hour')"])
+    code, _, err = command(*sweep)
+    assert code == 0, err
+    assert "trials 2, 3: training together" in err
+    trials = study_of(tmp_path).trials
+    assert [trial.state for trial in trials] == [TrialState.FAIL] * 2 + [TrialState.COMPLETE] * 2
+    assert not (tmp_path / "sweep" / "trial-2").exists()
+    for number, rate in enumerate((0.002, 0.02)):
+        assert_trained_alone(command, arguments, tmp_path / "sweep" / f"trial-{number}", rate)
+
+
+@pytest.mark.slow
+def test_a_trial_that_will_not_win_ends_early_and_better_ones_do_not(command, arguments, begin, tmp_path):
+    enqueue(begin(epochs=2), 0.01, 0.008, 0.00001, 0.006)
+    arguments += ["--epochs", 2, "--trials", 4, "--together", 4]
+    for _ in range(2):  # what is done is read back as it was told
+        code, _, err = command("sweep", *SAME, *arguments)
+        assert code == 0, err
+        trials = study_of(tmp_path).trials
+        states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.COMPLETE]
+        assert [trial.state for trial in trials] == states
+        assert re.search(rf"trial 2: {trials[2].value:.4f} │ ended early; ", err)
+    runs = [RunFolder(tmp_path / "sweep" / f"trial-{number}").read_metrics() for number in range(4)]
+    assert [len(epochs) for epochs in runs] == [2, 2, 1, 2]
+    assert [trial.value for trial in trials] == [epochs[-1].accuracy[0] for epochs in runs]
+    edit(tmp_path / "sweep", ["UPDATE trial_values SET value = 0.5 WHERE trial_id = 3"])
+    assert_one_line(command("sweep", *SAME, *arguments)[2], "trial 2 has the score 0.5")
+
+
+def test_a_trial_ends_early_only_where_its_seeds_leave_no_doubt():
+    from cnn_jax.analysis.sweep import SeedsPruner, highest
+
+    def study_with(accuracies, *peers, recipe="tutorial", state=TrialState.RUNNING):
+        study = optuna.create_study(direction="maximize", pruner=SeedsPruner())
+        distributions = {"recipe": CategoricalDistribution(("tutorial", "fast"))}
+        for peer in peers:
+            values = {"params": {"recipe": recipe}, "distributions": distributions, "intermediate_values": {1: peer}}
+            study.add_trial(create_trial(state=state, **values))
+        study.enqueue_trial({"recipe": "tutorial"})
+        trial = study.ask()
+        trial.suggest_categorical("recipe", ["tutorial", "fast"])
+        trial.report(float(np.mean(accuracies)), 1)
+        trial.set_user_attr("highest", highest(accuracies, 5000))
+        return trial.should_prune()
+
+    assert study_with([0.95], 0.97, 0.98, 0.97)
+    assert not study_with([0.967], 0.97, 0.98, 0.97)  # of 5,000 images, that is chance
+    assert not study_with([0.95], 0.97, 0.98)
+    assert not study_with([0.95], 0.97, 0.98, 0.97, recipe="fast")
+    assert not study_with([0.95], 0.97, 0.98, 0.97, state=TrialState.FAIL)
+    assert study_with([0.959, 0.96, 0.961], 0.97, 0.98, 0.97)
+    assert not study_with([0.94, 0.96, 0.98], 0.97, 0.98, 0.97)  # its seeds disagree
+
+
+def test_a_trial_whose_loss_is_not_finite_leaves_the_others_alone(command, arguments, begin, tmp_path):
+    enqueue(begin(epochs=2), 1e30, 0.01)
+    code, _, err = command("sweep", *SAME, *arguments, "--epochs", 2, "--trials", 2, "--together", 2)
+    assert code == 0, err
+    assert "trial 0: the loss is not finite" in err
+    assert [trial.state for trial in study_of(tmp_path).trials] == [TrialState.PRUNED, TrialState.COMPLETE]
+    assert len(RunFolder(tmp_path / "sweep" / "trial-1").read_metrics()) == 2
 
 
 def test_a_trial_whose_loss_is_not_finite_scores_nothing(command, arguments, tmp_path):

@@ -31,10 +31,10 @@ def train_set(real_images):
     return images[:1000, :, :, np.newaxis], labels[:1000].astype(np.int32)
 
 
-def program_of(seed, seeds, *, recipe="tutorial", seeds_at_once=None):
+def program_of(seed, seeds, *, recipe="tutorial", learning_rate=0.001, **options):
     """The program of a run of one epoch of ten steps."""
-    settings = TrainSettings(seed=seed, seeds=seeds, recipe=recipe, epochs=1)
-    return make_program(settings, SIZES, make_mesh(seeds, jax.devices()), seeds_at_once=seeds_at_once)
+    settings = TrainSettings(seed=seed, seeds=seeds, recipe=recipe, epochs=1, learning_rate=learning_rate)
+    return make_program(settings, SIZES, make_mesh(seeds, jax.devices()), **options)
 
 
 def train(train_set, program, *, steps=10):
@@ -52,6 +52,20 @@ def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
         np.testing.assert_allclose(losses[i], alone_losses[0], rtol=1e-5)
         for one, other in zip(jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True):
             np.testing.assert_allclose(one[i], other[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["tutorial", pytest.param("fast", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds_at_once", [None, pytest.param(4, marks=pytest.mark.slow)])
+def test_runs_of_other_learning_rates_in_one_program_end_as_each_does_alone(train_set, recipe, seeds_at_once):
+    rates = 0.001, 0.01
+    states, losses = train(
+        train_set, program_of(777, 2, recipe=recipe, seeds_at_once=seeds_at_once, learning_rates=rates), steps=5
+    )
+    for i, rate in enumerate(rates):
+        alone, alone_losses = train(train_set, program_of(777, 2, recipe=recipe, learning_rate=rate), steps=5)
+        np.testing.assert_allclose(losses[2 * i : 2 * i + 2], alone_losses, rtol=1e-4)
+        for one, other in zip(jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True):
+            np.testing.assert_allclose(one[2 * i : 2 * i + 2], other, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.core.sharding import make_mesh
-from cnn_jax.runs.program import Sizes, compile_soon, make_program, start_states
+from cnn_jax.runs.program import Sizes, compile_soon, make_program, start_states, takes_any_rate
 from cnn_jax.runs.settings import TrainSettings
 from tests.helpers import assert_same_bits
 
@@ -36,3 +36,35 @@ def test_an_option_that_xla_no_longer_has_is_left_out(monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", without_choice)
     assert_same_bits(start_states(program), states)
     np.testing.assert_array_equal(batches_of(program), batches)
+
+
+ASKING = """
+import optax
+from cnn_jax.core.recipes import Recipe
+
+def made(learning_rate):
+    return Recipe(optax.sgd(learning_rate / 2))
+
+def asks_when_made(learning_rate):
+    return Recipe(optax.sgd(min(learning_rate, 0.1)))
+
+def asks_when_it_trains(learning_rate):
+    return Recipe(optax.sgd(lambda step: float(learning_rate)))
+
+def takes_none():
+    return Recipe(optax.sgd(0.1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [("made", True), ("asks_when_made", False), ("asks_when_it_trains", False), ("takes_none", False)],
+)
+def test_a_recipe_that_asks_for_its_learning_rate_is_known_before_it_is_compiled(tmp_path, name, takes):
+    (tmp_path / "own.py").write_text(ASKING)
+    assert takes_any_rate(TrainSettings(recipe=f"{tmp_path / 'own.py'}:{name}"), 10) is takes
+
+
+def test_the_named_recipes_take_any_learning_rate():
+    assert takes_any_rate(TrainSettings(), 10)
+    assert takes_any_rate(TrainSettings(recipe="fast"), 10)
