@@ -492,9 +492,10 @@ def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list
             study._storage.record_heartbeat(trial._trial_id)  # pyright: ignore[reportAttributeAccessIssue]
             trials.append(trial)
             shape = {name: trial.params[name] for name in SHAPING}
-            study.sampler = optuna.samplers.PartialFixedSampler(shape, sampler)
             # One that was queued may be of another shape.
             groups.setdefault(tuple(shape.values()), []).append(trial)
+            if len(trials) == 1:
+                study.sampler = optuna.samplers.PartialFixedSampler(shape, sampler)
         yield list(groups.values())
     except BaseException as error:
         for trial in study.get_trials(states=(TrialState.RUNNING,)):

@@ -48,12 +48,12 @@ class Recipe:
     elementwise: bool = False
 
 
-def tutorial(learning_rate: float) -> Recipe:
+def tutorial(learning_rate: float | Float32[Array, ""]) -> Recipe:
     """Adam with the tutorial's constants, from the first step to the last."""
     return Recipe(optimizer=optax.adam(learning_rate), elementwise=True)
 
 
-def fast(learning_rate: float, steps: int) -> Recipe:
+def fast(learning_rate: float | Float32[Array, ""], steps: int) -> Recipe:
     """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120), smoothed labels, averaged weights."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
     return Recipe(optimizer=optax.adam(schedule, b1=0.85), elementwise=True, loss=smoothed(0.05), ema_decay=0.99)

@@ -269,12 +269,12 @@ def train_together(
                     programs[places] = _compile_group(group, sizes, dataset, placed)
             program = programs[places]
             _train_members(group, wanted, program, *placed[program.mesh], stop, clock)
-            left = [place for place, member in enumerate(members) if member in going and member.trains]
-            reached = {members[place].progress.step for place in left}
-            if len(reached) == 1 and reached != {steps}:
-                stay = judge({place: members[place].metrics for place in left})
-                for place in left:
-                    members[place].trains = place in stay
+            left = {place: member for place, member in enumerate(members) if member in going and member.trains}
+            end = program.end_of_epoch(step)
+            if end < steps and all(member.progress.step == end for member in left.values()):
+                stay = judge({place: member.metrics for place, member in left.items()})
+                for place, member in left.items():
+                    member.trains = place in stay
     return [member.failure or member.metrics for member in members]
 
 
