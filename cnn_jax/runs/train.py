@@ -251,8 +251,8 @@ def train_together(
     sizes, clock = Sizes.of(dataset, every[0]), Stopwatch()
     with contextlib.ExitStack() as held:
         members = [held.enter_context(_open_member(settings, sizes, dataset)) for settings in every]
-        steps, on_cpu = members[0].program.last_step, jax.devices()[0].platform == "cpu"
-        at_once = 1 if on_cpu or not takes_any_rate(every[0], steps) else len(members)
+        at_once = len(members) if trains_at_once(members[0]) else 1
+        steps = members[0].program.last_step
         stop = held.enter_context(listen_for_stop(may_wait))
         group: list[Member] = []
         programs: dict[tuple[int, ...], Program] = {}
@@ -276,6 +276,12 @@ def train_together(
                 for place, member in left.items():
                     member.trains = place in stay
     return [member.failure or member.metrics for member in members]
+
+
+def trains_at_once(member: Member) -> bool:
+    """Whether runs like this one train at once: on accelerators, where the recipe can be made of a traced rate."""
+    platform = member.program.mesh.devices.flat[0].platform
+    return platform != "cpu" and takes_any_rate(member.settings, member.program.last_step)
 
 
 @contextlib.contextmanager

@@ -247,6 +247,34 @@ def test_a_trial_that_will_not_win_ends_early_and_better_ones_do_not(command, ar
     assert_one_line(command("sweep", *SAME, *arguments)[2], "trial 2 has the score 0.5")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("hopeless", [(0.00001,), (0.00001, 0.00002)], ids=["kept in its place", "compiled anew"])
+def test_at_once_as_on_a_gpu_trials_end_as_in_turn(command, arguments, begin, tmp_path, monkeypatch, hopeless):
+    """The first diverges; the hopeless end early, and leave the program with it once they are half of it."""
+    from cnn_jax.runs import train
+
+    compiled, compile_group = [], train._compile_group
+    monkeypatch.setattr(train, "trains_at_once", lambda member: True)
+    monkeypatch.setattr(train, "_compile_group", lambda *of: compiled.append(len(of[0])) or compile_group(*of))
+    enqueue(begin(epochs=2), 1e30, 0.02, *hopeless, 0.019, 0.018)
+    arguments += ["--epochs", 2]
+    count = 4 + len(hopeless)
+    code, _, err = command("sweep", *SAME, *arguments, "--trials", count, "--together", count)
+    assert code == 0, err
+    assert compiled == ([5] if count == 5 else [6, 3])
+    runs = [RunFolder(tmp_path / "sweep" / f"trial-{number}") for number in range(count)]
+    assert [len(run.read_metrics()) for run in runs] == [0, 2, *(1 for _ in hopeless), 2, 2]
+    states = [trial.state for trial in study_of(tmp_path).trials]
+    assert states == [TrialState.COMPLETE if len(run.read_metrics()) == 2 else TrialState.PRUNED for run in runs]
+    monkeypatch.undo()
+    for run, rate in ((runs[1], 0.02), (runs[-1], 0.018)):
+        alone = ["train", *arguments, "--features", 4, 8, "--batch-size", 50, "--learning-rate", rate]
+        assert command(*alone, "--run-name", "alone", "--fresh")[0] == 0
+        for line, of_training in zip(run.read_metrics(), RunFolder(tmp_path / "alone").read_metrics(), strict=True):
+            assert line.cost == pytest.approx(of_training.cost, rel=1e-3)
+            assert line.accuracy == pytest.approx(of_training.accuracy, abs=0.02)
+
+
 def test_a_trial_ends_early_only_where_its_seeds_leave_no_doubt():
     from cnn_jax.analysis.sweep import SeedsPruner, highest
 

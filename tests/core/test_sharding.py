@@ -106,8 +106,9 @@ def test_every_seed_is_tested_on_every_image(train_set):
         assert result.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-def test_a_program_is_lowered_from_shapes_alone():
-    program = program_of(1, 2)
+@pytest.mark.parametrize("learning_rates", [None, (0.1, 0.2)])
+def test_a_program_is_lowered_from_shapes_alone(learning_rates):
+    program = program_of(1, 2, learning_rates=learning_rates)
     states, epoch = jax.eval_shape(program.start), jax.eval_shape(program.epoch, np.int32(0))
     images, labels = jax.ShapeDtypeStruct((1000, 28, 28, 1), np.uint8), jax.ShapeDtypeStruct((1000,), np.int32)
     for platform in ("cpu", "cuda", "tpu"):  # none of them is asked whether it is here
