@@ -450,7 +450,9 @@ def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[
 def _check_against_run(trial: FrozenTrial, run: RunFolder) -> None:
     """Refuse a trial of another learning rate or score than its run's; raises ValueError."""
     try:
-        learning_rate, metrics = run.read_settings().learning_rate, run.read_metrics()
+        learning_rate = run.read_settings().learning_rate
+        # One that ended early may have been trained further since.
+        metrics = [line for line in run.read_metrics() if trial.last_step in (None, line.epoch)]
     except CnnJaxError:
         return  # a run that was damaged since says nothing of the study
     numbers = {"learning_rate": (trial.params["learning_rate"], learning_rate)}
