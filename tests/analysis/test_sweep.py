@@ -191,6 +191,7 @@ def test_trials_that_train_together_end_as_each_does_alone(command, arguments, b
         assert_trained_alone(command, arguments, tmp_path / "sweep" / f"trial-{trial.number}", rate)
 
 
+@pytest.mark.slow
 def test_trials_of_other_shapes_do_not_train_together(command, arguments, begin, tmp_path):
     study = begin()
     enqueue(study, 0.001)
@@ -202,7 +203,7 @@ def test_trials_of_other_shapes_do_not_train_together(command, arguments, begin,
     assert [trial.params["features"] for trial in trials] == ["4x8", "8x16", "4x8"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_a_killed_sweep_goes_on_with_all_trials_that_trained_together(
     command, program, arguments, begin, tmp_path, without_report
 ):
@@ -232,7 +233,7 @@ def test_a_killed_sweep_goes_on_with_all_trials_that_trained_together(
         assert_trained_alone(command, arguments, run.path, rate)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_a_trial_that_will_not_win_ends_early_and_better_ones_do_not(command, arguments, begin, tmp_path):
     enqueue(begin(epochs=2), 0.02, 0.019, 0.00001, 0.018)
     arguments += ["--epochs", 2, "--trials", 4, "--together", 4]
@@ -250,7 +251,7 @@ def test_a_trial_that_will_not_win_ends_early_and_better_ones_do_not(command, ar
     assert_one_line(command("sweep", *SAME, *arguments)[2], "trial 2 has the score 0.5")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 @pytest.mark.parametrize("hopeless", [(0.00001,), (0.00001, 0.00002)], ids=["kept in its place", "compiled anew"])
 def test_at_once_as_on_a_gpu_trials_end_as_in_turn(command, arguments, begin, tmp_path, monkeypatch, hopeless):
     """The first diverges; the hopeless end early, and leave the program with it once they are half of it."""
