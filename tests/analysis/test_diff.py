@@ -35,8 +35,9 @@ def diff(trained_run, command, tmp_path):
     return compare
 
 
-SLOW, FAST = ("--seeds", 3), ("--seeds", 3, "--learning-rate", 0.002)
-ONE, OTHER = (), ("--seed", 5)
+SMALL = ("--features", 8, 16)
+SLOW, FAST = (*SMALL, "--seeds", 3), (*SMALL, "--seeds", 3, "--learning-rate", 0.01)
+ONE, OTHER = SMALL, (*SMALL, "--seed", 5)
 
 
 def results_of(run):
@@ -71,12 +72,12 @@ def test_the_accuracies_are_those_of_the_training_and_only_what_differs_is_liste
     code, out, err = diff("--json", a=SLOW, b=FAST)
     assert code == 0, err
     answer = json.loads(out)
-    assert answer["differing"] == {"--learning-rate": ["0.001", "0.002"]}
+    assert answer["differing"] == {"--learning-rate": ["0.001", "0.01"]}
     for run in answer["runs"]:
         result = json.loads((tmp_path / run["run"] / "result.json").read_text())
         assert run["spread"] == pytest.approx(result["spread"])
         assert [*run["test_accuracies"].values()] == pytest.approx(results_of(tmp_path / run["run"]))
-    assert row(err, "--learning-rate") == ["0.001", "0.002"]
+    assert row(err, "--learning-rate") == ["0.001", "0.01"]
     assert row(err, "each seed") == [" ".join(f"{a:.4f}" for a in results_of(tmp_path / name)) for name in "ab"]
     spread = answer["runs"][0]["spread"]
     assert row(err, "95 % interval", table=0)[0] == f"{spread['low']:.4f} to {spread['high']:.4f}"
@@ -92,7 +93,7 @@ def test_versions_machines_and_data_that_differ_are_listed(diff, command, small_
         patch.setattr("cnn_jax.runs.restore.versions", lambda *names: versions)
         patch.setattr("cnn_jax.runs.summary.describe_machine", lambda: "an abacus")
         patch.setattr("cnn_jax.analysis.report.write_report", lambda *arguments: None)
-        assert command("train", *where, "--epochs", 2)[0] == 0
+        assert command("train", *where, *SMALL, "--epochs", 2)[0] == 0
     code, out, err = diff("--json", a=ONE, b=tmp_path / "own")
     assert code == 0, err
     differing = json.loads(out)["differing"]
@@ -105,7 +106,7 @@ def test_versions_machines_and_data_that_differ_are_listed(diff, command, small_
 
 
 def test_runs_of_different_seeds_are_compared_by_welchs_test_and_it_says_so(diff, tmp_path):
-    _, out, err = diff("--json", a=SLOW, c=("--seeds", 3, "--seed", 1))
+    _, out, err = diff("--json", a=SLOW, c=(*SLOW, "--seed", 1))
     (comparison,) = json.loads(out)["comparisons"]
     left, right = (np.array(results_of(tmp_path / name)) for name in "ca")
     parts = [values.var(ddof=1) / 3 for values in (left, right)]
@@ -145,7 +146,7 @@ def test_a_run_and_its_copy_differ_in_nothing_and_nothing_is_divided_by_zero(opt
 
 
 def test_three_runs_are_each_compared_with_the_first(diff):
-    code, out, err = diff(a=SLOW, b=FAST, c=("--seeds", 3, "--seed", 778))
+    code, out, err = diff(a=SLOW, b=FAST, c=(*SLOW, "--seed", 778))
     assert code == 0, err
     assert [line.partition(":")[0] for line in out.splitlines()] == ["b minus a", "c minus a"]
     assert row(err, "--seed") == ["777", "777", "778"]
@@ -165,7 +166,7 @@ def test_runs_of_other_test_images_are_shown_and_not_tested(diff, trained_run, t
     data = tmp_path / "other"
     data.mkdir()
     write_small_mnist(data, test=250)
-    code, out, err = diff(a=ONE, b=trained_run(epochs=1, data=data, reported=False))
+    code, out, err = diff(a=ONE, b=trained_run(*SMALL, epochs=1, data=data, reported=False))
     assert (code, out) == (0, "b minus a: not tested, for their test images are not the same\n")
     assert row(err, "test images") == ["260", "250"]
     assert all(row(err, "test accuracy"))
@@ -192,7 +193,7 @@ def test_a_page_has_all_of_it_and_names_are_text(diff, tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
     assert " ".join(out.split()) in page.text
-    for cell in ("--learning-rate 0.001 0.002", *row(err, "of each seed"), "_<img src=x onerror=alert(1)>"):
+    for cell in ("--learning-rate 0.001 0.01", *row(err, "of each seed"), "_<img src=x onerror=alert(1)>"):
         assert cell in page.text
     assert "$x_{{7*7}} & \\x1b\\u202e" in page.text
     assert not {"script", "iframe", "object"} & {*page.elements}
@@ -236,7 +237,7 @@ def test_the_curves_of_runs_lie_over_each_other(diff, monkeypatch, tmp_path):
 def test_runs_that_cannot_be_compared_are_refused_in_one_line(
     words, expected, complaint, trained_run, command, tmp_path
 ):
-    (tmp_path / "a").symlink_to(trained_run(epochs=2, reported=False))
+    (tmp_path / "a").symlink_to(trained_run(*SMALL, epochs=2, reported=False))
     (tmp_path / "link").symlink_to("a")
     shutil.copytree(tmp_path / "a", tmp_path / "copy", ignore=shutil.ignore_patterns("steps"))
     code, out, err = command("diff", *words.format(folder=tmp_path).split(), "--checkpoint-dir", tmp_path)
@@ -246,7 +247,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(
 
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 def test_a_run_whose_files_were_edited_is_named(name, diff, trained_run, tmp_path):
-    run = shutil.copytree(trained_run(epochs=2, reported=False), tmp_path / "copy")
+    run = shutil.copytree(trained_run(*SMALL, epochs=2, reported=False), tmp_path / "copy")
     (run / name).write_text("{}")
     code, out, err = diff(a=ONE, b=run)
     assert (code, out, err.count("\n")) == (65, "", 1)
