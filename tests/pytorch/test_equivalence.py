@@ -15,6 +15,7 @@ from cnn_jax.core.sharding import of_seed  # noqa: E402
 from cnn_jax.core.training import create_train_state, make_keys  # noqa: E402
 from cnn_jax.data.dataset import Dataset  # noqa: E402
 from cnn_jax.data.idx import read_idx  # noqa: E402
+from cnn_jax.data.loading import load_dataset  # noqa: E402
 from cnn_jax.data.published import numbers  # noqa: E402
 from cnn_jax.inference.torch_layout import NAMES, params_from_torch, params_to_torch  # noqa: E402
 from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_markdown  # noqa: E402
@@ -26,7 +27,7 @@ from cnn_jax.runs.folder import RunFolder  # noqa: E402
 from cnn_jax.runs.restore import restore_run  # noqa: E402
 from cnn_jax.runtime.errors import InputFileError  # noqa: E402
 from cnn_jax.runtime.records import encode  # noqa: E402
-from tests.helpers import EMBEDDED, assert_same_bits  # noqa: E402
+from tests.helpers import EMBEDDED, assert_same_bits, write_small_mnist  # noqa: E402
 
 pytestmark = pytest.mark.optax_promotes
 IMAGE_SHAPE = (28, 28, 1)
@@ -98,18 +99,19 @@ def state_dict(tmp_path):
     return model, tmp_path / "trained.pt"
 
 
-def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(state_dict, command, tfds_folder, mnist,
-                                                                              tmp_path):  # fmt: skip
+def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(state_dict, command, tmp_path):
     model, file = state_dict
-    where = ("--checkpoint-dir", tmp_path, "--data-dir", tfds_folder)
+    (tmp_path / "data").mkdir()
+    write_small_mnist(tmp_path / "data", test=1000)
+    dataset = load_dataset("mnist", tmp_path / "data", None)
+    where = ("--checkpoint-dir", tmp_path, "--dataset-dir", tmp_path / "data")
     code, out, err = command("import-torch", file, *where)
     assert (code, out) == (0, ""), err
-    code, out, err = command("evaluate", "trained", *where)
-    with torch.no_grad():  # a thousand at a time: all at once take a gigabyte
-        parts = [model(images).argmax(dim=1) for images in to_torch_images(mnist.test_images).split(1000)]
-    predicted = torch.cat(parts).numpy()
-    assert (code, out) == (0, f"Accuracy: {(predicted == mnist.test_labels).mean():.4f}\n"), err
-    code, _, err = command("export", "trained", "--to", "torch", "--output", tmp_path / "out.pt", *where)
+    code, out, err = command("evaluate", "trained", *where[:2])
+    with torch.no_grad():
+        predicted = model(to_torch_images(dataset.test_images)).argmax(dim=1).numpy()
+    assert (code, out) == (0, f"Accuracy: {(predicted == dataset.test_labels).mean():.4f}\n"), err
+    code, _, err = command("export", "trained", "--to", "torch", "--output", tmp_path / "out.pt", *where[:2])
     assert code == 0, err
     exported = torch.load(tmp_path / "out.pt", weights_only=True)
     for name, weight in model.state_dict().items():
