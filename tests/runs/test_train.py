@@ -23,6 +23,8 @@ from tests.helpers import TIMES, TRAIN, assert_same_run, damage_newest, metrics_
 pytestmark = pytest.mark.optax_promotes
 
 EPOCHS, STEPS_PER_EPOCH = 3, 10
+# A network that trains in a seventh of the time; tests.fault_injection stops the tutorial's.
+SMALL = ("--features", 4, 8)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def train(command, small_mnist, tmp_path, monkeypatch):
             monkeypatch.setattr(report, "write_report", lambda *arguments: None)
         return command(
             "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
-            "--epochs", epochs, *options,
+            "--epochs", epochs, *SMALL, *options,
         )  # fmt: skip
 
     return run
@@ -43,11 +45,11 @@ def train(command, small_mnist, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def uninterrupted(trained_run):
     """The folder of a run that nothing interrupted."""
-    return trained_run(epochs=EPOCHS, reported=False)
+    return trained_run(*SMALL, epochs=EPOCHS, reported=False)
 
 
 def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(train, tmp_path):
-    code, out, err = train(epochs=2)
+    code, out, err = train("--features", 32, 64, epochs=2)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (code, out) == (
         0,
@@ -87,7 +89,7 @@ def test_a_run_resumed_from_an_epochs_middle_equals_an_uninterrupted_run(train, 
 def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, program, uninterrupted):
     process = program(
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
-        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1, *SMALL,
     )  # fmt: skip
     wait_for_step(tmp_path / "run", 13)
     process.send_signal(signal.SIGKILL)
@@ -101,7 +103,7 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
 def test_a_run_that_is_halted_goes_on_to_the_same_bits(tmp_path, small_mnist, program, uninterrupted):
     process = program(
         *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
-        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1, *SMALL,
     )  # fmt: skip
     wait_for_step(tmp_path / "run", 13)
     process.send_signal(signal.SIGSTOP)
@@ -120,7 +122,7 @@ def test_a_run_that_is_moved_while_it_trains_ends_with_4_and_goes_on_where_it_is
 ):
     process = program(
         *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "begun",
-        "--epochs", EPOCHS, "--checkpoint-every-steps", 1,
+        "--epochs", EPOCHS, "--checkpoint-every-steps", 1, *SMALL,
     )  # fmt: skip
     wait_for_step(tmp_path / "begun", 5)
     (tmp_path / "begun").rename(tmp_path / "run")
@@ -150,7 +152,7 @@ def test_a_run_that_is_moved_while_it_trains_ends_with_4_and_goes_on_where_it_is
 def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mnist, program):
     process = program(
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
-        "--epochs", 1000, "--checkpoint-every-steps", 5,
+        "--epochs", 1000, "--checkpoint-every-steps", 5, *SMALL,
     )  # fmt: skip
     wait_for_step(tmp_path / "run", 10)
     start = time.monotonic()
@@ -169,7 +171,7 @@ def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mn
 def test_a_second_interrupt_ends_a_run_at_once(tmp_path, small_mnist, program, command):
     process = program(
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
-        "--epochs", 1000, "--checkpoint-every-steps", 5,
+        "--epochs", 1000, "--checkpoint-every-steps", 5, *SMALL,
     )  # fmt: skip
     wait_for_step(tmp_path / "run", 10)
     process.send_signal(signal.SIGINT)
@@ -241,7 +243,7 @@ def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_dif
     assert train(epochs=1)[0] == 0
     process = program(
         *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        *SMALL, env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )  # fmt: skip
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.count("[Epoch:")) == (0, 2), err
@@ -306,7 +308,7 @@ def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
 def test_different_runs_train_side_by_side(tmp_path, small_mnist, program, uninterrupted):
     processes = [
         program(*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", name,
-                "--epochs", EPOCHS)
+                "--epochs", EPOCHS, *SMALL)
         for name in ("one", "other")
     ]  # fmt: skip
     for process in processes:
@@ -332,11 +334,11 @@ def test_weights_that_the_last_step_of_an_epoch_spoiled_are_not_saved(train, tmp
 
 
 def test_a_run_below_its_target_accuracy_ends_with_70(train):
-    code, out, err = train("--target-accuracy", 0.999, epochs=1)
+    code, out, err = train("--target-accuracy", 0.999, "--features", 32, 64, epochs=1)
     assert code == 70
     assert "is below --target-accuracy 0.999" in err
     assert "Accuracy:" in out
-    assert train("--target-accuracy", 0.5, epochs=1)[0] == 0
+    assert train("--target-accuracy", 0.5, "--features", 32, 64, epochs=1)[0] == 0
 
 
 def test_the_result_tells_the_accuracies_the_times_and_what_they_were_measured_on(train, tmp_path):
@@ -418,7 +420,7 @@ def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_
 
 
 def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
-    arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1]
+    arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1, *SMALL]
     _, err = program(*arguments, "--log-level", "info").communicate(timeout=60)
     assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, images resident" in err
 
@@ -433,7 +435,10 @@ def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
             "with --seeds 1 and --batch-size 1000: training needs more",
         ),
         (("--seeds", 4 * 10**9, "--seed", 0, "--features", 1, 1), "training needs more than"),
-        (("--seeds", 10**7), "--features 32 64 with --seeds 10000000 and --batch-size 100: training needs more than"),
+        (
+            ("--features", 32, 64, "--seeds", 10**7),
+            "--features 32 64 with --seeds 10000000 and --batch-size 100: training needs more than",
+        ),
         (("--epochs", 1e308), "--epochs 1e+308: it must be fewer"),
         (("--epochs", 1e9, "--recipe", "fast"), "--epochs 1e+09: it must be fewer, for less than 2,147,483,648 steps"),
     ],
@@ -471,7 +476,7 @@ def test_a_dry_run_writes_nothing(train, tmp_path):
 
 
 def test_bfloat16_learns_too(train, tmp_path):
-    assert train("--precision", "bfloat16")[0] == 0
+    assert train("--precision", "bfloat16", "--features", 32, 64)[0] == 0
     assert metrics_of(tmp_path / "run")[-1]["test_accuracy"] > 0.7
 
 

@@ -86,7 +86,7 @@ with results_delivered():
 @pytest.mark.parametrize("bad", BAD)
 def test_a_training_whose_log_or_result_cannot_be_written_is_saved_all_the_same(bad, stream, small_mnist, tmp_path):
     arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run"]
-    code, out, err = run([*arguments, "--epochs", 1], **{stream: bad})
+    code, out, err = run([*arguments, "--epochs", 1, "--features", 4, 8], **{stream: bad})
     assert (tmp_path / "run" / "steps" / "10").is_dir()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     if stream == "stderr":
