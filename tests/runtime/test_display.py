@@ -14,7 +14,7 @@ from tests.helpers import TRAIN
 
 @pytest.fixture
 def arguments(small_mnist, tmp_path):
-    return [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 2]
+    return [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 2, "--features", 4, 8]
 
 
 TUTORIALS_LINES = r"\[Epoch:    1\] cost = \d\.\d+\n\[Epoch:    2\] cost = \d\.\d+\nAccuracy: 0\.\d{4}\n"
