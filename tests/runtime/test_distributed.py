@@ -15,6 +15,7 @@ from tests.helpers import TRAIN, assert_same_run, flip_a_bit, metrics_of, start_
 pytestmark = pytest.mark.optax_promotes
 
 EPOCHS = 3
+SMALL = ("--features", 4, 8)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def start_processes(program, data, folder, name, *options, processes, epochs=EPO
         program(
             *TRAIN, "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", name,
             "--epochs", epochs, "--platform", platform, "--coordinator", place,
-            "--num-processes", processes, "--process-id", number, *options,
+            "--num-processes", processes, "--process-id", number, *SMALL, *options,
         )
         for number in range(processes)
     ]  # fmt: skip
@@ -52,7 +53,7 @@ def finish(processes):
 @pytest.fixture(scope="session")
 def alone(trained_run):
     """The folder of the same run by one process."""
-    return trained_run(epochs=EPOCHS, reported=False)
+    return trained_run(*SMALL, epochs=EPOCHS, reported=False)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_after_one_is_killed_the_other_ends_and_both_together_continue_to_the_sa
 @pytest.mark.usefixtures("without_report")
 def test_a_signal_to_one_process_stops_all_after_one_save_and_one_process_can_continue(start, command, small_mnist,
                                                                                        tmp_path):  # fmt: skip
-    options = ("--seeds", 2, "--features", 4, 8)
+    options = ("--seeds", 2)
     processes = start("run", *options, "--checkpoint-every-steps", 5, processes=2, epochs=10)
     wait_for_step(tmp_path / "run", 25)
     processes[1].send_signal(signal.SIGTERM)
@@ -112,7 +113,7 @@ def test_a_signal_to_one_process_stops_all_after_one_save_and_one_process_can_co
     assert "stopped by SIGTERM after step" in ended[0][2].splitlines()[-1]
     code, out, err = command(
         "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 10,
-        *options,
+        *SMALL, *options,
     )  # fmt: skip
     assert (code, out.count("[Epoch:")) == (0, 10), err
     assert "bits may differ" in err
