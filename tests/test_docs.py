@@ -72,7 +72,11 @@ def test_the_tutorial_runs_and_all_that_it_claims_holds(program, tfds_folder):
 def test_the_quickstart_runs_and_training_leaves_its_figures_to_the_notebook(
     program, small_mnist, tfds_folder, tmp_path
 ):
-    code = (DOCS / "quickstart.py").read_text().replace("epochs=3", f"epochs=1, dataset_dir={str(small_mnist)!r}")
+    code = (
+        (DOCS / "quickstart.py")
+        .read_text()
+        .replace("epochs=3", f"epochs=1, features=(4, 8), dataset_dir={str(small_mnist)!r}")
+    )
     code += "\nprint(plt.get_backend(), len(plt.get_fignums()))\n"
     (tmp_path / "quickstart.py").write_text(code)
     variables = {"MPLBACKEND": "svg", "TFDS_DATA_DIR": str(tfds_folder)}
@@ -231,6 +235,7 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
     for name, recipe in (("mnist-seed777-seeds5", "tutorial"), ("mnist-seed777-seeds5-fast", "fast")):
         code, _, err = command(
             "train", "--dataset-dir", small_mnist, "--run-name", name, "--recipe", recipe, "--epochs", 1, "--seeds", 2,
+            "--features", 4, 8,
         )  # fmt: skip
         assert code == 0, err
     code, out, err = command("diff", "mnist-seed777-seeds5", "mnist-seed777-seeds5-fast", "--output", "diff.html")
@@ -238,7 +243,7 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
     assert "95 % interval" in out
     sweep = program(
         "-m", "cnn_jax", "sweep", "--dataset-dir", small_mnist, "--trials", 1, "--epochs", 1, "--validation", 500,
-        "--recipe", "fast", "--batch-size", 100, "--features", 32, 64, cwd=tmp_path,
+        "--recipe", "fast", "--batch-size", 100, "--features", 4, 8, cwd=tmp_path,
     )  # fmt: skip
     _, err = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, err
@@ -273,7 +278,7 @@ def test_an_example_is_short_says_what_it_came_to_and_trains(example, command, s
     assert re.search(rf"^\| \[{example.name}\]\(examples/{example.name}\) .* \| {accuracy} \|", RESEARCH, re.MULTILINE)
     words = shlex.split(line.partition("train.py ")[2].replace("--seeds 5", "--seeds 1"))
     where = ["--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--batch-size", 50]
-    code, _, err = command("train", *words, *where, "--epochs", 5)
+    code, _, err = command("train", *words, *where, "--epochs", 3)
     assert code == 0, err
     assert metrics_of(tmp_path / "run")[-1]["test_accuracy"] > 0.6
 

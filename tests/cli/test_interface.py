@@ -260,6 +260,6 @@ def test_the_pages_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, caps
     exec(first, scope)
     assert capsys.readouterr().out == printed
     monkeypatch.chdir(tmp_path)
-    exec(second.replace("epochs=2", f"epochs=1, dataset_dir={str(small_mnist)!r}"), scope)
+    exec(second.replace("epochs=2", f"epochs=1, features=(4, 8), dataset_dir={str(small_mnist)!r}"), scope)
     assert (tmp_path / "checkpoints" / "from-python" / "report.html").exists()
     assert issubclass(UsageError, CnnJaxError)
