@@ -1,5 +1,6 @@
 """A sample of `python -m tests.fault_injection`: a run that is killed, damaged or stopped ends in the same bits."""
 
+import dataclasses
 import random
 import shutil
 
@@ -36,6 +37,15 @@ def rng():
 
 def test_runs_killed_at_any_time_end_in_the_same_bits(trainer, reference, rng):
     assert trials.random_kills(trainer, reference, kills=2, rng=rng).failures == []
+
+
+@pytest.mark.parametrize("several", [{"seeds": 3}, {"processes": 2}], ids=["seeds", "processes"])
+def test_so_do_those_of_several_seeds_and_of_several_processes(several, trainer, rng, tmp_path):
+    trainer = dataclasses.replace(trainer, **several)
+    assert trainer.finish(tmp_path)[0] == 0
+    tally = trials.random_kills(trainer, run_fingerprint(tmp_path), kills=1, rng=rng)
+    assert tally.failures == []
+    assert tally.counts["runs compared"] >= 1
 
 
 def test_runs_stopped_by_signals_at_any_time_end_in_the_same_bits(trainer, reference, rng):

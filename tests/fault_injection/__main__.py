@@ -26,7 +26,12 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m tests.fault_injection", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seeds every random choice")
-    parser.add_argument("--kills", type=int, default=200, help="how often to kill a training with SIGKILL")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=200,
+        help="how often to kill a training with SIGKILL: one of one seed, of several, by two processes",
+    )
     parser.add_argument("--signals", type=int, default=50, help="how often to send SIGTERM or SIGINT to a training")
     parser.add_argument("--full-disks", type=int, default=20, help="how often to fill the disk during a training")
     parser.add_argument("--preparations", type=int, default=20, help="how often to kill the preparation of MNIST")
@@ -43,15 +48,17 @@ def main() -> None:
         data = Path(folder) / "data"
         data.mkdir()
         write_small_mnist(data, train=2030, test=510)
-        trainer = Trainer(data)
-        code, complaint = trainer.finish(Path(folder) / "reference")
-        if code != 0:
-            sys.exit(f"the uninterrupted run ended with {code}: {complaint}")
-        reference = run_fingerprint(Path(folder) / "reference")
+        references = {}
+        for trainer in (Trainer(data), Trainer(data, seeds=3), Trainer(data, processes=2)):
+            run = Path(folder) / f"{trainer.seeds} seeds, {trainer.processes} processes"
+            code, complaint = trainer.finish(run)
+            if code != 0:
+                sys.exit(f"the uninterrupted run ended with {code}: {complaint}")
+            references[trainer] = run_fingerprint(run)
         # As many processes at once as there are cores: a trial mostly waits.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-            tallies = [pool.submit(trial) for trial in all_trials(arguments, data, reference)]
-            controls = [pool.submit(trial) for trial in negative_controls(arguments, data, reference)]
+            tallies = [pool.submit(trial) for trial in all_trials(arguments, references)]
+            controls = [pool.submit(trial) for trial in negative_controls(arguments, data, references[Trainer(data)])]
             tallies, controls = [[future.result() for future in futures] for futures in (tallies, controls)]
     result = {
         "seed": arguments.seed,

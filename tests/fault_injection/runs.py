@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +22,31 @@ class Trainer:
     Attributes:
       data: A folder of four IDX files.
       mutant: The part of the program that is broken on purpose, a key of `mutants.MUTANTS`, or None.
+      seeds: How many seeds a run trains.
+      processes: How many processes train it.
     """
 
     data: Path
     mutant: str | None = None
+    seeds: int = 1
+    processes: int = 1
+
+    def start_all(self, folder: Path) -> list[subprocess.Popen]:
+        """Start or continue training the run `run` in a folder, in as many processes as it has."""
+        if self.processes == 1:
+            return [self.start(folder)]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            cluster = "--coordinator", f"localhost:{free.getsockname()[1]}", "--num-processes", str(self.processes)
+        return [self.start(folder, *cluster, "--process-id", str(i)) for i in range(self.processes)]
 
     def start(self, folder: Path, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-        """Start or continue training the run `run` in a folder."""
+        """Start one process of the training."""
         program = ["-m", "cnn_jax"] if self.mutant is None else ["-m", "tests.fault_injection.mutants", self.mutant]
         arguments = [
             "train", "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
-            "--checkpoint-every-steps", STEPS_PER_CHECKPOINT, "--platform", "cpu", *options,
+            "--checkpoint-every-steps", STEPS_PER_CHECKPOINT, "--platform", "cpu", "--seeds", self.seeds,
+            *options,
         ]  # fmt: skip
         return subprocess.Popen(
             [sys.executable, *program, *map(str, arguments)],
@@ -44,9 +59,9 @@ class Trainer:
 
     def finish(self, folder: Path) -> tuple[int, str]:
         """Run the same command to its end and return its exit code and what it wrote to stderr."""
-        process = self.start(folder)
-        _, complaint = process.communicate()
-        return process.returncode, complaint
+        processes = self.start_all(folder)
+        complaints = [process.communicate()[1] for process in processes]
+        return max(process.returncode for process in processes), complaints[0]
 
 
 def run_fingerprint(folder: Path) -> str:

@@ -19,23 +19,28 @@ CONTROL_KILLS = 12
 Trial = Callable[[], trials.Tally]
 
 
-def all_trials(arguments: argparse.Namespace, data: Path, reference: str) -> list[Trial]:
+def all_trials(arguments: argparse.Namespace, references: dict[Trainer, str]) -> list[Trial]:
     """Return every kind of trial, the longest ones first.
 
     Args:
       arguments: The command line's.
-      data: A folder of four IDX files.
-      reference: The fingerprint of the run that nothing interrupted.
+      references: The fingerprint of an uninterrupted run of each kind of training, the plain one first.
     """
 
     def rng(kind: str) -> random.Random:
         # One generator per kind, so that what is drawn does not depend on what else runs.
         return random.Random(f"{arguments.seed} {kind}")
 
-    on_runs = {"trainer": Trainer(data), "reference": reference}
     a, partial = arguments, functools.partial
+    plain, *others = ({"trainer": trainer, "reference": reference} for trainer, reference in references.items())
+    # Each other kind of training gets a fifth of the kills.
+    kills = [(plain, a.kills - len(others) * (a.kills // 5)), *((other, a.kills // 5) for other in others)]
+    on_runs = plain
     return [
-        partial(trials.random_kills, **on_runs, kills=a.kills, rng=rng("kills")),
+        *(
+            partial(trials.random_kills, **of, kills=count, rng=rng(f"kills {i}" if i else "kills"))
+            for i, (of, count) in enumerate(kills)
+        ),
         partial(trials.random_signals, **on_runs, count=a.signals, rng=rng("signals")),
         partial(trials.damaged_data, flips=a.flips, rng=rng("data")),
         partial(trials.killed_saves, every=a.every),

@@ -30,6 +30,7 @@ from tests.fault_injection.runs import ROOT, Trainer, run_fingerprint
 from tests.fault_injection.save_once import SAVED, STEPS, content
 from tests.helpers import EMBEDDED
 
+LOOKING = "no answer"  # of a process whose partner was killed before they had found each other
 PYTHON_HAS_STARTED = 0.8  # seconds; before that, Python's own signal handlers answer
 
 
@@ -55,28 +56,37 @@ class Tally:
 
 
 def random_kills(trainer: Trainer, reference: str, *, kills: int, rng: random.Random) -> Tally:
-    """Kill trainings with SIGKILL, half of them at a random time and half during a save; restart each to its end."""
-    tally = Tally("kill -9, then the same command again")
+    """Kill trainings with SIGKILL, half of them at a random time and half during a save; restart each to its end.
+
+    Of a training by several processes one is killed. The others end by themselves.
+    """
+    of = f" of {trainer.seeds} seeds" * (trainer.seeds > 1) + f" by {trainer.processes} processes" * (
+        trainer.processes > 1
+    )
+    tally = Tally(f"kill -9{of and f' of a training{of}'}, then the same command again")
     while tally.trials < kills and not tally.failures:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
             again = 0
-            while tally.trials < kills:
-                process = trainer.start(run)
+            while tally.trials < kills and not tally.failures:
+                processes = trainer.start_all(run)
                 during_save = rng.random() < 0.5
                 if again:  # twice in a row: killed again while it starts
                     time.sleep(rng.uniform(0.2, 2.5))
                 elif during_save:
-                    _wait_for_a_save(process, run / "run" / "steps", after=rng.randrange(1, 8))
+                    _wait_for_a_save(processes[0], run / "run" / "steps", after=rng.randrange(1, 8))
                     time.sleep(rng.uniform(0, 0.06))
                 else:
-                    time.sleep(rng.uniform(1.5, 5.0))
-                over = process.poll() is not None
-                process.kill()
-                complaint = process.communicate()[1]
+                    time.sleep(rng.uniform(1.5, 5.0 * trainer.processes))
+                killed = rng.choice(processes)
+                over = killed.poll() is not None
+                killed.kill()
+                for process in processes:
+                    code, complaint = _end(process)
+                    # Where one is lost the others end with 7, unless they had taken the last step.
+                    if code not in ((0, 7, LOOKING) if process is not killed else (0,) if over else (-9,)):
+                        tally.failures.append(f"ended with {code}: {_last_line(complaint)}")
                 if over:
-                    if process.returncode != 0:
-                        tally.failures.append(f"ended with {process.returncode}: {_last_line(complaint)}")
                     break
                 tally.trials += 1
                 tally.count(
@@ -404,6 +414,16 @@ def _wait_for_a_save(process: subprocess.Popen, steps: Path, *, after: int) -> N
         if len(begun) >= after:
             return
         time.sleep(0.0005)
+
+
+def _end(process: subprocess.Popen) -> tuple[int | str, str]:
+    """Return how a process ended and what it wrote to stderr; kill it if it goes on looking for others."""
+    try:
+        complaint = process.communicate(timeout=30)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return LOOKING, process.communicate()[1]
+    return process.returncode, complaint
 
 
 def _finish_and_compare(trainer: Trainer, run: Path, reference: str, tally: Tally) -> None:
