@@ -325,6 +325,11 @@ def _reading_tfds(name: str, data_dir: Path | None) -> Generator[None]:
     try:
         with _quiet_tfds():
             yield
+    except ImportError as error:
+        place = _folder_of(data_dir)
+        if "://" not in place:
+            raise
+        raise UsageError(f"TFDS_DATA_DIR {place}: it must be a folder of this machine ({error})") from error
     except (ParseError, UnicodeDecodeError) as error:
         folder = "embedded_mnist" if name == "mnist" else name
         raise _damaged(f"{_folder_of(data_dir)}/{folder}", str(error)) from error

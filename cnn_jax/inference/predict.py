@@ -50,6 +50,8 @@ def predict(
         boxes in.
       NoCheckpointError: there is no such run.
     """
+    if boxes is not None and (len(images) > 1 or len(find_images(images[0])) > 1):
+        raise UsageError(f"--boxes {boxes}: it is for one picture; give one")
     failures, results, answered = [], [], False
     display = Display(shown=not as_json)
 
@@ -60,9 +62,7 @@ def predict(
         check_takes_pictures(trained.image_shape, f"--run {run and run.name}")
         return trained
 
-    for count, (file, picture) in enumerate(_sound_pictures(images, failures)):
-        if boxes is not None and count:
-            raise UsageError(f"--boxes {boxes}: it is for one picture; give one")
+    for file, picture in _sound_pictures(images, failures):
         Display().say(*picture.notes(file))
         names, lines = network().class_names, network().read(picture.colours, one=one)
         readings = list(itertools.chain(*lines))

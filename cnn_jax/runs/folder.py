@@ -370,6 +370,7 @@ class RunFolder:
         """
         check_output_folder(self.path, _PLACE)
         with contextlib.ExitStack() as held:
+            is_new = not self.path.exists()
             with output_errors(self.path, _PLACE):
                 self.path.mkdir(parents=True, exist_ok=True)
                 sync(self.path.parent)
@@ -391,6 +392,9 @@ class RunFolder:
                 yield
             finally:
                 self._lock = None
+                if is_new and [*self.path.glob("*")] == [self.path / "lock"]:  # the start was refused
+                    (self.path / "lock").unlink()
+                    self.path.rmdir()
 
     def check_report(self, file: Path | None = None, *, option: str = _COPY) -> None:
         """Refuse a place for a page about the run that cannot be written: by default its own, with the pictures.

@@ -87,9 +87,9 @@ class OwnCode(str):
         """
         try:
             yield
-        except CnnJaxError:
+        except (CnnJaxError, KeyboardInterrupt, GeneratorExit):  # the last ends this generator
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if lacks_memory(error):
                 raise
             frames = traceback.extract_tb(error.__traceback__)

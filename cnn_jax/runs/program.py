@@ -36,7 +36,7 @@ from cnn_jax.core.sharding import (
     sum_seeds,
     to_host,
 )
-from cnn_jax.core.training import SeedEpoch, TrainState, run_steps
+from cnn_jax.core.training import SeedEpoch, TrainState, create_train_state, run_steps, train_step
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.own_code import OwnCode
 from cnn_jax.runs.settings import TrainSettings, recipe_defaults, require
@@ -167,6 +167,8 @@ def make_program(
     # What a network computes of its batch, it computes of all of it; the tutorial's computes nothing.
     of_batch = settings.model is not None and keeps_state(model, sizes)
     recipe = make_recipe(settings, last_step)
+    if isinstance(settings.recipe, OwnCode):
+        require_trainable(settings.recipe, "--recipe", model, recipe, sizes)
     seeds = np.arange(settings.seed, settings.seed + settings.seeds, dtype=np.uint32)
     start = functools.partial(start_seeds, model=model, image_shape=sizes.image_shape, recipe=recipe)
     epoch = functools.partial(
@@ -250,12 +252,42 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
     with code.failures_named("--model"):
         model = made(**given)
         hash(model)  # JAX compiles for each network anew, by its fields
-        logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+        logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     found = f"{logits.dtype} {logits.shape}" if isinstance(logits, jax.ShapeDtypeStruct) else type(logits).__name__
     wanted = f"float32 {(2, sizes.num_classes)}"
     if found != wanted:
         raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
+    if "params" not in variables:
+        raise UsageError(f"--model {code}: it has no weights to train")
+    require_trainable(code, "--model", model, recipes.tutorial(1.0), sizes)
     return model
+
+
+def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Recipe, sizes: Sizes) -> None:
+    """Refuse code of the user's with which no step can be taken, or one that means something else; computes nothing.
+
+    Raises:
+      UsageError: naming it, and why.
+    """
+    images, labels = np.zeros((2, *sizes.image_shape), np.uint8), np.zeros(2, np.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct(images.shape, np.float32)
+
+    def take_step(key):
+        state = create_train_state(key, model, sizes.image_shape, recipe)
+        return train_step(state, images, labels, key, model=model, recipe=recipe)
+
+    with code.failures_named(option):
+        # A step would go on with some of the wrong shapes.
+        losses = jax.eval_shape(recipe.loss, np.zeros((2, sizes.num_classes), np.float32), labels)
+        found = [("losses", losses, jax.ShapeDtypeStruct((2,), np.float32))]
+        if recipe.augment is not None:
+            keys = jax.eval_shape(jax.random.split, key)
+            found.append(("images", jax.eval_shape(recipe.augment, keys, pixels), pixels))
+        for what, made, wanted in found:
+            if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
+                raise TypeError(f"of two images it makes {made}, and the {what} would be {wanted}")
+        jax.eval_shape(take_step, key)
 
 
 def keeps_state(model: nn.Module, sizes: Sizes) -> bool:
@@ -285,6 +317,8 @@ def make_recipe(settings: TrainSettings, steps: int, rate: float | Float32[Array
             require(rate == usual, "--learning-rate", rate, f"left out: {code} has no argument learning_rate")
         offered = {"learning_rate": rate, "steps": steps}
         recipe = function(**{name: value for name, value in offered.items() if name in takes})
+    if inspect.iscoroutine(recipe):
+        recipe.close()  # or Python says that it was never awaited
     if not isinstance(recipe, Recipe):
         raise UsageError(
             f"--recipe {code}: it returns {type(recipe).__name__}, and should a cnn_jax.core.recipes.Recipe"

@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import os
 import re
+import shutil
 import statistics
 import threading
 import time
@@ -24,6 +26,12 @@ LAYER_TABLE = {
 }
 
 
+def _size(variable: str, size: int) -> int | None:
+    """Return a size of the terminal where Rich would get it wrong: it takes COLUMNS=0 as it is, and fails on `²`."""
+    given = os.environ.get(variable, "")
+    return size if given.isdigit() and not given.strip("0").isdecimal() else None
+
+
 class Display:
     """Shows a run: one line per epoch, and on a terminal a progress bar; elsewhere no control characters.
 
@@ -33,7 +41,11 @@ class Display:
     def __init__(self, *, shown: bool = True) -> None:
         self._shown = shown
         # What is shown is text: nothing in it is markup, or the name of an emoji.
-        self._console = Console(stderr=True, markup=False, emoji=False, highlight=False, quiet=not shown)
+        terminal = shutil.get_terminal_size()
+        self._console = Console(
+            stderr=True, markup=False, emoji=False, highlight=False, quiet=not shown,
+            width=_size("COLUMNS", terminal.columns), height=_size("LINES", terminal.lines),
+        )  # fmt: skip
         self._progress: Progress | None = None
 
     def say(self, *lines: str) -> None:

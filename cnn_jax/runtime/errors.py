@@ -156,7 +156,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
 
 # Below these, NumPy, JAX or Python itself ends the process, or fails anywhere, without a word of the limit.
 LEAST = {
-    "memory (ulimit -v)": (resource.RLIMIT_AS, 2**31),  # bytes; JAX's libraries alone map 1.3 GiB
+    "memory (ulimit -v)": (resource.RLIMIT_AS, 2**32),  # bytes; 3.3 GiB do not suffice for a small training
     "data (ulimit -d)": (resource.RLIMIT_DATA, 2**29),
     "open files (ulimit -n)": (resource.RLIMIT_NOFILE, 64),  # a training has up to 30 open
 }

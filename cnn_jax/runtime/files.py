@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cnn_jax.runtime.errors import ALLOW_LARGER, StorageError
+from cnn_jax.runtime.errors import ALLOW_LARGER, InputFileError, StorageError
 
 # The name of a temporary file: never another process's, and as short beside a long name as beside a short one.
 TEMPORARY = ".cnn-jax-{}.tmp"
+MOST_BYTES = 2**28  # of what is read as a whole: records, tables of results, the user's code
 MOST_NEW_FOLDERS = 200  # pathlib calls itself for each
 PATH_WITHIN = "/n" * 128  # as long as what libraries write within a folder may be called
 _temporary_files: set[Path] = set()  # those of this process
@@ -39,9 +40,13 @@ def read_file(file: Path) -> bytes:
 
     Raises:
       OSError: naming the file; it cannot be read, or is a folder, a device or a pipe.
+      InputFileError: no file that is read here is so large.
     """
     try:
-        return _target(file).read_bytes()
+        target = _target(file)
+        if (size := target.stat().st_size) > MOST_BYTES:
+            raise InputFileError(f"{file} is damaged: it has {size:,} bytes; put back what it was, or move it away")
+        return target.read_bytes()
     except OSError as error:
         error.filename = str(file)  # what fails while it is read has no name
         raise

@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import io
+import os
 import socket
 import time
 import urllib.error
@@ -158,6 +159,14 @@ def test_a_set_that_must_be_downloaded_is_refused_at_once_without_a_network(
         assert "a network, or give --dataset-dir" in str(no.value)
         assert time.monotonic() - begin < 1.5
     assert (list(tmp_path.iterdir()), *capfd.readouterr()) == ([], "", "")
+
+
+def test_a_bucket_is_refused_and_the_variable_named(program):
+    # tfds reads the variable when it is imported.
+    process = program("train.py", "--dataset", "cifar10", "--dry-run", env=os.environ | {"TFDS_DATA_DIR": "gs://a/b"})
+    _, err = process.communicate()
+    assert (process.returncode, err.count("\n")) == (2, 1)
+    assert "error: TFDS_DATA_DIR gs://a/b: it must be a folder of this machine" in err
 
 
 def test_a_proxy_that_never_answers_is_no_network(tmp_path, monkeypatch, capfd):

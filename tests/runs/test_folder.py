@@ -69,6 +69,15 @@ def test_a_file_that_holds_something_else_is_named_with_the_remedy(name, content
         read[name]()
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
+def test_a_file_that_is_far_too_large_is_damaged_and_not_read(name, tmp_path):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**40)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InputFileError, match=rf"{name} is damaged: it has 1,099,511,627,776 bytes"):
+        getattr(folder, "read_settings" if name == "config.json" else f"read_{name.partition('.')[0]}")()
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

@@ -150,10 +150,13 @@ WRONG_MODELS = {
     "x = 1": "the file defines no Idea",
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
     "raise SystemExit(0)": "line 1: SystemExit: 0",
+    "raise BaseException('\x1b[31m')": "line 1: BaseException: \\x1b[31m",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return 1 / 0":
         "line 4: ZeroDivisionError: division by zero",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x":
         "of images (2, 28, 28, 1) it makes float32 (2, 28, 28, 1), and logits would be float32 (2, 10)",
+    "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x[:, :10, 0, 0]":
+        "it has no weights to train",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    n: int\n    def __call__(self, x):\n        return x":
         "TypeError: ",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    n: tuple = ([],)":
@@ -167,7 +170,39 @@ def test_code_that_is_no_network_is_refused_in_a_line_that_names_it(source, trai
     code, out, err = train(model=f"{tmp_path / 'wrong.py'}:Idea")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"--model {tmp_path / 'wrong.py'}:Idea: {WRONG_MODELS[source]}" in err
-    assert not (tmp_path / "run" / "steps").exists() or not list((tmp_path / "run" / "steps").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+WRONG_RECIPES = {
+    "return Recipe(5)": "Error: ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 1 / 0)": "line 4: ZeroDivisionError: division by zero",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 'x')": "TypeError: ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 5)": "TypeError: of two images it makes ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits)": "and the losses would be ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits.mean())": "and the losses would be ",
+    "return Recipe(optax.sgd(0.1), augment=lambda keys, images: images[:1])": "and the images would be ",
+    "return Recipe(optax.sgd(0.1), augment=lambda images: images)": "TypeError: ",
+    "return Recipe(optax.sgd(0.1), ema_decay='x')": "Error: ",
+    "return 3": "it returns int, and should a cnn_jax.core.recipes.Recipe",
+}
+
+
+@pytest.mark.parametrize("body", WRONG_RECIPES)
+def test_code_that_is_no_recipe_is_refused_in_a_line_that_names_it(body, train, tmp_path):
+    (tmp_path / "way.py").write_text(f"import optax\nfrom cnn_jax.core.recipes import Recipe\ndef way():\n    {body}\n")
+    code, out, err = train("--recipe", f"{tmp_path / 'way.py'}:way")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--recipe {tmp_path / 'way.py'}:way: " in err
+    assert WRONG_RECIPES[body] in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_is_a_coroutine_is_refused_without_pythons_warning(train, tmp_path, recwarn):
+    (tmp_path / "way.py").write_text("async def way():\n    return 3\n")
+    code, _, err = train("--recipe", f"{tmp_path / 'way.py'}:way")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "it returns coroutine" in err
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

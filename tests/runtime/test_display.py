@@ -104,6 +104,18 @@ def test_what_is_shown_is_text_and_not_markup(name, capsys, monkeypatch):
     assert "\x1b" not in err
 
 
+@pytest.mark.parametrize("columns", ["", "0", "00", "\N{SUPERSCRIPT TWO}", "many", "-5", "80"])
+def test_a_width_that_is_none_hides_nothing(columns, capsys, monkeypatch):
+    for variable in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(variable, columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = Display()
+    display.say("a line")
+    display.table("Result", [("a name", "a value")])
+    err = capsys.readouterr().err
+    assert all(words in err for words in ("a line", "a name", "a value"))
+
+
 @pytest.mark.parametrize("columns", [0, 1, 2, 7, 80])
 def test_any_width_will_do(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))

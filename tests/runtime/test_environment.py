@@ -156,7 +156,7 @@ def test_folders_of_conveniences_that_cannot_be_written_are_left_out_quietly(nam
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "2\n", "")
 
 
-@pytest.mark.parametrize("limit", ["-v 40000", "-v 300000", "-v 1600000", "-d 40000", "-n 9", "-n 50"])
+@pytest.mark.parametrize("limit", ["-v 40000", "-v 1600000", "-v 3400000", "-d 40000", "-n 9", "-n 50"])
 def test_a_limit_that_does_not_suffice_is_named(limit, started, tmp_path):
     command = f"ulimit {limit}; exec {sys.executable} train.py --epochs 0.01 --checkpoint-dir {tmp_path / 'runs'}"
     ended = started(["bash", "-c", command])
