@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import numpy as np
@@ -186,3 +187,45 @@ def test_a_network_of_another_kind_is_drawn_without_its_layers(tmp_path):
     params = three_blocks | {"fc": {"kernel": np.zeros((8, 10))}}
     assert plain_network(CNN(), params).features == (2, 4, 6)
     assert plain_network(nn.Dense(10), params) is None  # the same names need not be the same layers'
+
+
+DRAW = """
+import pathlib, sys
+from cnn_jax.analysis import plots
+import matplotlib, numpy as np
+
+folder, before = pathlib.Path(sys.argv[1]), dict(matplotlib.rcParams)
+plots.plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"], folder / "confusion.png")
+plots.plot_benchmark([("ours", "cnn-jax", 1.0, 2.0, 3.0)], folder / "bars.png", floor=0.5, title="times")
+
+
+def drawn():
+    from matplotlib import pyplot as plt
+
+    plt.style.use("ggplot")  # as Optuna does
+    yield "line.png", plt.figure().add_subplot()
+
+
+plots.save_drawn(drawn(), folder)
+assert [name for name, value in matplotlib.rcParams.items() if value != before[name]] in ([], ["backend_fallback"])
+"""
+
+
+def test_matplotlibs_settings_decide_nothing_of_what_is_drawn_and_none_of_ours_is_left(program, tmp_path):
+    pictures = []
+    for i, settings in enumerate(["", *HOSTILE_STYLES]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "matplotlibrc").write_text(settings)
+        drawing = program("-c", DRAW, folder, env=os.environ | {"MATPLOTLIBRC": str(folder)})
+        _, err = drawing.communicate(timeout=60)
+        assert (drawing.returncode, err) == (0, "")
+        pictures.append({file.name: file.read_bytes() for file in folder.glob("*.png")})
+    assert len(pictures[0]) == 3
+    assert all(of_settings == pictures[0] for of_settings in pictures)
+
+
+HOSTILE_STYLES = [
+    "text.usetex: True\naxes.titlesize: 3\nsavefig.dpi: 7\nimage.origin: lower\nimage.cmap: jet\n",
+    "font.family: No Such Font\naxes.prop_cycle: cycler('color', [])\nno.such.setting: 1\nfigure.dpi: many\n",
+]
