@@ -60,14 +60,37 @@ def recipe_table() -> str:
         result = json.loads((folder / "result.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
-        validation = describe_values(lines[-1]["seeds"]["validation_accuracy"])
+        validation = lines[-1]["seeds"].get("validation_accuracy")
         seconds = sum(line["seconds"] for line in lines) / len(accuracies)
         epochs = f"{lines[-1]['step'] / lines[0]['step']:.3g}"
         rows.append(
-            (recipe, epochs, len(accuracies), validation, describe_values(accuracies), describe_seconds(seconds))
+            (
+                recipe,
+                epochs,
+                len(accuracies),
+                describe_values(validation) if validation else "",
+                describe_values(accuracies),
+                describe_seconds(seconds),
+            )
         )
     header = ("recipe", "epochs", "seeds", "validation accuracy", "test accuracy", "training per seed")
     return markdown_table(header, rows)
+
+
+def tried_table() -> str:
+    """Return the table of what was tried for the recipe accurate; the first row is what the others change."""
+    tried = json.loads((RESULTS / "runs" / "accurate" / "tried.json").read_text())
+    rows = [
+        (
+            ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in one["variant"].items()) or "nothing",
+            of_round["optimizer"],
+            of_round["epochs"],
+            f"{statistics.mean(one['accuracies']):.4f}",
+        )
+        for of_round in tried["rounds"]
+        for one in of_round["variants"]
+    ]
+    return markdown_table(("changed", "optimiser", "epochs", "accuracy"), rows)
 
 
 def h100_table() -> str:
@@ -88,6 +111,7 @@ TABLES = {
     "comparison": comparison_table,
     "benchmark": benchmark_table,
     "recipes": recipe_table,
+    "tried for accurate": tried_table,
     "H100": h100_table,
     "fault injection": fault_injection_table,
 }

@@ -34,7 +34,7 @@ class RecipeDefaults(NamedTuple):
 RECIPE_DEFAULTS: dict[RecipeName, RecipeDefaults] = {
     "tutorial": RecipeDefaults(15, 100, 0.001),
     "fast": RecipeDefaults(1.25, 100, 0.01),
-    "accurate": RecipeDefaults(30, 100, 0.003),
+    "accurate": RecipeDefaults(45, 100, 0.005),
 }
 
 

@@ -11,8 +11,8 @@ from cnn_jax.core.recipes import (
     Recipe,
     accurate,
     cross_entropy,
+    distort,
     fast,
-    shift_turn_and_scale,
     smoothed,
     tutorial,
 )
@@ -50,13 +50,13 @@ def test_the_cross_entropy_is_minus_the_log_of_the_softmax_at_the_label(loss):
 
 def test_moves_of_nothing_leave_the_images_as_they_are(batch):
     images = jnp.asarray(batch[0][:5].astype(np.float32) / 255)
-    still = shift_turn_and_scale(keys(5), images, pixels=0.0, degrees=0.0, scale=0.0)
+    still = distort(keys(5), images, pixels=0.0, degrees=0.0, scale=0.0, bend=0.0)
     np.testing.assert_allclose(still, images, atol=1e-5)
 
 
 def test_a_shift_moves_the_digit_by_at_most_so_many_pixels(batch):
     images = jnp.asarray(batch[0][:50].astype(np.float32) / 255)
-    moved = np.asarray(shift_turn_and_scale(keys(50), images, pixels=2.0, degrees=0.0, scale=0.0))
+    moved = np.asarray(distort(keys(50), images, pixels=2.0, degrees=0.0, scale=0.0, bend=0.0))
     rows = np.arange(28, dtype=np.float32)
 
     def centres(images):
@@ -70,12 +70,21 @@ def test_a_shift_moves_the_digit_by_at_most_so_many_pixels(batch):
     assert moved.max() <= 1 + 1e-6
 
 
+def test_bending_displaces_by_so_many_pixels_and_smoothly():
+    columns = np.broadcast_to(np.arange(28, dtype=np.float32) / 27, (300, 28, 28))[..., np.newaxis]
+    bent = np.asarray(distort(keys(300), jnp.asarray(columns), pixels=0.0, degrees=0.0, scale=0.0, bend=0.5))
+    # In the inner part, a pixel's value tells the column that it comes from.
+    displacements = ((bent - columns) * 27)[:, 4:-4, 4:-4, 0]
+    assert np.sqrt((displacements**2).mean()) == pytest.approx(0.5, rel=0.05)
+    assert np.sqrt((np.diff(displacements, axis=1) ** 2).mean()) < 0.15
+
+
 def test_each_image_moves_by_its_own_key_and_by_no_other(batch):
     images = jnp.repeat(batch[0][:1].astype(np.float32) / 255, 4, axis=0)
-    moved = np.asarray(shift_turn_and_scale(keys(4), images))
+    moved = np.asarray(distort(keys(4), images))
     assert not np.allclose(moved[0], moved[1], atol=0.05)
-    np.testing.assert_array_equal(moved, shift_turn_and_scale(keys(4), images))
-    np.testing.assert_allclose(moved[:2], shift_turn_and_scale(keys(4)[:2], images[:2]), atol=1e-6)
+    np.testing.assert_array_equal(moved, distort(keys(4), images))
+    np.testing.assert_allclose(moved[:2], distort(keys(4)[:2], images[:2]), atol=1e-6)
 
 
 def test_smoothed_labels_give_some_weight_to_every_class():

@@ -68,3 +68,4 @@ def test_a_recipe_that_asks_for_its_learning_rate_is_known_before_it_is_compiled
 def test_the_named_recipes_take_any_learning_rate():
     assert takes_any_rate(TrainSettings(), 10)
     assert takes_any_rate(TrainSettings(recipe="fast"), 10)
+    assert takes_any_rate(TrainSettings(recipe="accurate"), 10)
