@@ -315,8 +315,6 @@ def sweep(
 ) -> None:
     """Search for the settings with the best validation accuracy; the same command continues or shares the search.
 
-    A trial that will not win, as far as its seeds tell, ends early.
-
     Options:
       study (NAME): The search's folder in --checkpoint-dir: its trials, SQLite file and plots.
       trials (N): Trials in all, counted over every process that shares the search.
