@@ -523,15 +523,19 @@ def wait_until(condition):
         time.sleep(0.1)
 
 
+def read_elements(driver, selector, value):
+    """Return a value, a JavaScript expression of `e`, of each element, all at once: an answer may replace them."""
+    return driver.execute_script(f"return [...document.querySelectorAll(arguments[0])].map(e => {value})", selector)
+
+
 def read_answer(driver):
     """Return what the page says that the drawing is."""
-    return "".join(element.text for element in driver.find_elements("css selector", ".answer output"))
+    return "".join(read_elements(driver, ".answer output", "e.innerText"))
 
 
 def maps(driver):
     """Return the pictures of what the network sees and of both layers."""
-    images = driver.find_elements("css selector", ".answer img:not(.saliency)")
-    return [image.get_attribute("src") for image in images]
+    return read_elements(driver, ".answer img:not(.saliency)", "e.src")
 
 
 def draw(driver, moves, *, start):
@@ -595,9 +599,11 @@ def test_in_a_browser_the_answer_and_the_maps_change_while_a_digit_is_drawn(brow
     # However fast it was drawn, the last answer is of the whole drawing.
     expected = demo.render_answer(packaged, ink_on_board(browser))
     wait_until(lambda: all(picture in expected for picture in maps(browser)))
-    assert browser.find_element("css selector", ".answer .saliency").get_attribute("src") in expected
+    (looked,) = read_elements(browser, ".answer .saliency", "e.src")
+    assert looked in expected
     assert len(browser.find_elements("css selector", ".answer meter")) == 10
-    assert browser.find_element("css selector", ".answer .most").text.split()[0] == "7"
+    (most,) = read_elements(browser, ".answer .most", "e.innerText")
+    assert most.split()[0] == "7"
     save_picture(browser, "demo")
 
     browser.find_element("css selector", "#board [name=clear]").click()
@@ -621,11 +627,11 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     browser.refresh()
     wait_until(lambda: browser.find_elements("css selector", "#board canvas") and read_answer(browser))
-    rectangle = "const r = arguments[0].getBoundingClientRect(); return [r.left, r.top, r.width, r.height]"
+    rectangle = "(r => [r.left, r.top, r.width, r.height])(e.getBoundingClientRect())"
 
     def touch(selector, fractions):
         """Put a finger at a place in an element, given as fractions of its size, move it to the others, and lift it."""
-        left, top, width, height = browser.execute_script(rectangle, browser.find_element("css selector", selector))
+        (left, top, width, height), *_ = read_elements(browser, selector, rectangle)
         points = [[{"x": left + width * x, "y": top + height * y}] for x, y in fractions]
         kinds = ["touchStart", *["touchMove"] * (len(points) - 1)]
         for kind, at in [*zip(kinds, points, strict=True), ("touchEnd", [])]:
@@ -644,16 +650,14 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
     # The finger drew, and did not scroll; a picture of what the network sees stands beside where it looked.
     assert browser.execute_script("return window.scrollY") == 0
     save_picture(browser, "phone")
-    sees, looked = browser.find_elements("css selector", ".answer figure img")
-    assert sees.location["y"] == looked.location["y"]
+    sees, looked = read_elements(browser, ".answer figure img", "e.getBoundingClientRect().y")
+    assert sees == looked
     for width in (390, 320):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"width": width})
         wait_until(lambda width=width: browser.execute_script("return document.documentElement.clientWidth") == width)
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
-        ends = (
-            "return [...document.querySelectorAll('body *')].map(e => [e.getBoundingClientRect().right, e.outerHTML])"
-        )
-        assert [(end, html[:300]) for end, html in browser.execute_script(ends) if end > width] == []
+        ends = read_elements(browser, "body *", "[e.getBoundingClientRect().right, e.outerHTML.slice(0, 300)]")
+        assert [(end, html) for end, html in ends if end > width] == []
     # Several digits are no wider, and beside the board a finger scrolls.
     browser.find_element("css selector", "#board [name=clear]").click()
     wait_until(lambda: read_answer(browser) == "nothing yet")
@@ -662,10 +666,8 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
     wait_until(lambda: len(browser.find_elements("css selector", ".answer figure")) == 5)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 320
     touch(".answer .maps", [(0.5, 0.9 - 0.1 * i) for i in range(9)])
-    actions = "return getComputedStyle(arguments[0]).touchAction"
-    elements = browser.find_elements("css selector", "body, body *")
-    blocked = [element for element in elements if browser.execute_script(actions, element) == "none"]
-    assert blocked == browser.find_elements("css selector", "#board canvas")
+    blocked = read_elements(browser, "body, body *", "getComputedStyle(e).touchAction == 'none' ? e.outerHTML : ''")
+    assert list(filter(None, blocked)) == read_elements(browser, "#board canvas", "e.outerHTML")
 
 
 DROP = """const [selector, content, name, type] = arguments, transfer = new DataTransfer();
