@@ -31,6 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cnn_jax.data.dataset import fingerprint
 from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings
+from cnn_jax.runs.program import make_recipe
 from cnn_jax.runs.restore import load_run_data
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.summary import mean_interval
@@ -56,7 +57,6 @@ PEERS = 3
 
 # SQLite's codes for a file that is no sound database with the tables of a study; its others are about access.
 DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-SEARCHED = ("features", "recipe", "learning_rate", "batch_size")
 SHAPING = ("features", "recipe", "batch_size")  # what trials that train together have in common
 
 
@@ -75,13 +75,14 @@ class StudyRecord(Record, frozen=True, kw_only=True):
     recipe: NonEmpty[RecipeText]
     model: Text | None = None
     batch_size: NonEmpty[Size]
+    hyperparameters: NonEmpty[Text] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """What a study chooses from: a range of learning rates, on a logarithmic scale, and lists."""
+    """What a study chooses from: ranges of the recipe's arguments, the learning rate among them, and lists."""
 
-    learning_rate: tuple[float, float]
+    arguments: dict[str, tuple[float, float]]
     batch_sizes: tuple[int, ...]
     features: tuple[tuple[int, int], ...]
     recipes: tuple[str, ...]
@@ -91,6 +92,11 @@ class SearchSpace:
         features = ["x".join(map(str, pair)) for pair in self.features]
         return {"features": features, "recipe": list(self.named_recipes()), "batch_size": list(self.batch_sizes)}
 
+    def recorded(self) -> dict[str, list[Any]]:
+        """Return what a study records of it: the lists, and which hyperparameters it has, but not their ranges."""
+        hyperparameters = sorted(self.arguments.keys() - {"learning_rate"})
+        return self.choices() | ({"hyperparameters": hyperparameters} if hyperparameters else {})
+
     def named_recipes(self) -> dict[str, str]:
         """Return the recipes by what a study records of them: of the user's own code the SHA-256, too."""
         return {getattr(recipe, "identity", recipe): recipe for recipe in self.recipes}
@@ -98,8 +104,8 @@ class SearchSpace:
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return what Optuna records of each trial, by the settings' names."""
         choices = {name: CategoricalDistribution(values) for name, values in self.choices().items()}
-        found = {**choices, "learning_rate": FloatDistribution(*self.learning_rate, log=True)}
-        return {name: found[name] for name in SEARCHED}
+        ranges = {name: FloatDistribution(low, high, log=low > 0) for name, (low, high) in self.arguments.items()}
+        return {**choices, **ranges}
 
 
 class SeedsPruner(BasePruner):
@@ -140,8 +146,8 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
     """Run trials until the study has as many as it is to have, and list the best.
 
     Trials that train together have their features, recipe and batch size in common, as Optuna chose them for the first,
-    and other learning rates, chosen before any of them has a score. So the search learns from scores less often, and
-    tries fewer of those choices.
+    and other arguments of the recipe, chosen before any of them has a score. So the search learns from scores less
+    often, and tries fewer of those choices.
 
     Args:
       space: Where to search.
@@ -163,13 +169,15 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # They are told to be alive, though this is not `Study.optimize`.
         warnings.filterwarnings("ignore", "Heartbeat of storage")
-        # A trial that is taken up again keeps its learning rate, wherever the range now is.
-        warnings.filterwarnings("ignore", "Fixed parameter learning_rate")
+        # A trial that is taken up again keeps its numbers, wherever their ranges now are.
+        warnings.filterwarnings("ignore", "Fixed parameter")
         if os.path.lexists(file):
             open_study(space, shared)  # refuses other settings before anything is loaded
         # What every trial would refuse is refused before there is a trial.
         start_devices(shared.platform)
         dataset = load_run_data(dataclasses.replace(shared, batch_size=max(space.batch_sizes)))
+        for recipe in space.recipes:
+            make_recipe(with_arguments(shared, {name: low for name, (low, _) in space.arguments.items()}, recipe), 1)
         study = open_study(space, shared, fingerprint(dataset))
         while missing := max(0, trials - len(_ended(study))):
             with _asked(study, space, min(together, missing)) as asked:
@@ -215,7 +223,7 @@ def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = Non
       StorageError: the database cannot be read or written.
     """
     folder, file = shared.checkpoint_dir, shared.checkpoint_dir / "study.db"
-    now = {**_shared_settings(shared), **space.choices(), "data": data}
+    now = {**_shared_settings(shared), **space.recorded(), "data": data}
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} is a run, not a study; give another --study")
     folder.mkdir(parents=True, exist_ok=True)
@@ -351,7 +359,9 @@ def _trial_runs(folder: Path) -> dict[int, RunFolder]:
 def _shared_settings(settings: TrainSettings) -> dict:
     """Return what a score depends on and all trials of a study share, as JSON's types."""
     deciding = deciding_settings(settings) | {"epochs": settings.epochs}
-    return {name: value for name, value in deciding.items() if name not in SEARCHED}
+    return {
+        name: value for name, value in deciding.items() if name not in (*SHAPING, "learning_rate", "hyperparameters")
+    }
 
 
 def _settings_of_trials(file: Path, trials: Sequence[FrozenTrial], runs: dict[int, RunFolder]) -> dict:
@@ -448,14 +458,14 @@ def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[
 
 
 def _check_against_run(trial: FrozenTrial, run: RunFolder) -> None:
-    """Refuse a trial of another learning rate or score than its run's; raises ValueError."""
+    """Refuse a trial of other arguments or another score than its run's; raises ValueError."""
     try:
-        learning_rate = run.read_settings().learning_rate
+        arguments = run.read_settings().recipe_arguments
         # One that ended early may have been trained further since.
         metrics = [line for line in run.read_metrics() if trial.last_step in (None, line.epoch)]
     except CnnJaxError:
         return  # a run that was damaged since says nothing of the study
-    numbers = {"learning_rate": (trial.params["learning_rate"], learning_rate)}
+    numbers = {name: (trial.params[name], number) for name, number in arguments.items() if name in trial.params}
     if metrics and metrics[-1].tested_on == "validation":
         numbers["score"] = trial.values[0], float(np.mean(metrics[-1].accuracy))
     for name, (recorded, own) in numbers.items():
@@ -558,14 +568,21 @@ def _score(
 
 def _settings_of(trial: Trial, space: SearchSpace, shared: TrainSettings) -> TrainSettings:
     origin = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
-    return dataclasses.replace(
+    settings = dataclasses.replace(
         shared,
         run_name=f"trial-{trial.number if origin is None else origin}",
-        recipe=space.named_recipes()[str(trial.params["recipe"])],
-        learning_rate=trial.params["learning_rate"],
         batch_size=trial.params["batch_size"],
         features=tuple(int(channels) for channels in trial.params["features"].split("x")),
     )
+    arguments = {name: trial.params[name] for name in space.arguments}
+    return with_arguments(settings, arguments, space.named_recipes()[str(trial.params["recipe"])])
+
+
+def with_arguments(settings: TrainSettings, arguments: dict[str, float], recipe: str) -> TrainSettings:
+    """Return the settings with a recipe and its arguments."""
+    others = tuple(f"{name}={number!r}" for name, number in arguments.items() if name != "learning_rate")
+    rate = arguments["learning_rate"]
+    return dataclasses.replace(settings, recipe=recipe, learning_rate=rate, hyperparameters=others)
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:

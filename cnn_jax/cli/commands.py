@@ -23,6 +23,8 @@ from cnn_jax.runs.settings import (
     AT_LEAST_1,
     FOLDER_NAME,
     OWN_MODEL,
+    RANGE,
+    RANGES,
     RATE,
     RECIPES,
     SHORT,
@@ -31,6 +33,7 @@ from cnn_jax.runs.settings import (
     Platform,
     RecipeName,
     TrainSettings,
+    numbers_of,
     require,
 )
 from cnn_jax.runtime.display import Display, describe_seconds
@@ -303,6 +306,7 @@ def sweep(
     together: Count = 1,
     epochs: Epochs = 2,
     learning_rate: Range = (0.0003, 0.03),
+    hyperparameters: Annotated[tuple[str, ...], RANGES] = (),
     batch_size: tuple[int, ...] = (50, 100, 200, 400),
     features: Pairs = SEARCHED_FEATURES,
     recipe: Annotated[tuple[str, ...], RECIPES] = get_args(RecipeName),
@@ -318,8 +322,10 @@ def sweep(
     Options:
       study (NAME): The search's folder in --checkpoint-dir: its trials, SQLite file and plots.
       trials (N): Trials in all, counted over every process that shares the search.
-      together (N): Trials that differ in nothing but the learning rate, trained together: on an accelerator at once.
+      together (N): Trials that differ in the learning rate and hyperparameters alone, trained together: on an
+        accelerator at once.
       learning_rate (LOW HIGH): The range to search, on a logarithmic scale.
+      hyperparameters (NAME=LOW:HIGH): Ranges of other arguments of the recipe, logarithmic unless they begin at 0.
       batch_size (IMAGES): The batch sizes to choose from.
       features (N): The channels of both blocks to choose from, in pairs.
       recipe (NAME): The recipes to choose from, among them your own, FILE.py:FUNCTION.
@@ -329,7 +335,7 @@ def sweep(
     Examples:
       cnn-jax sweep --trials 30
       cnn-jax sweep --study wide --features 64 128 96 192 --recipe fast
-      cnn-jax sweep --trials 64 --together 16 --seeds 3
+      cnn-jax sweep --together 10 --recipe fast --hyperparameters smoothing=0:0.1
     """
     require(together <= trials, "--together", together, f"at most --trials {trials}")
     shared = TrainSettings.of(
@@ -356,7 +362,8 @@ def sweep(
     from cnn_jax.analysis.plots import save_drawn
     from cnn_jax.analysis.sweep import SearchSpace, draw_study, run_study
 
-    space = SearchSpace(learning_rate=learning_rate, batch_sizes=batch_size, features=pairs, recipes=recipes)
+    ranges = {name: (low, high) for name, (low, high) in numbers_of(RANGE, hyperparameters).items()}
+    space = SearchSpace({"learning_rate": learning_rate, **ranges}, batch_size, pairs, recipes)
     save_drawn(draw_study(run_study(space, shared, trials, together)), shared.checkpoint_dir)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int32, Key
 
 Keys = Key[Array, " n"]
 Pixels = Float32[Array, "n h w c"]
+Number = float | Float32[Array, ""]
 
 # Takes one key per image and images with pixels in [0, 1]; returns as many images, changed.
 Augment = Callable[[Keys, Pixels], Pixels]
@@ -48,27 +49,27 @@ class Recipe:
     elementwise: bool = False
 
 
-def tutorial(learning_rate: float | Float32[Array, ""]) -> Recipe:
+def tutorial(learning_rate: Number) -> Recipe:
     """Adam with the tutorial's constants, from the first step to the last."""
     return Recipe(optimizer=optax.adam(learning_rate), elementwise=True)
 
 
-def fast(learning_rate: float | Float32[Array, ""], steps: int) -> Recipe:
+def fast(learning_rate: Number, steps: int, *, momentum: Number = 0.85, smoothing: Number = 0.05) -> Recipe:
     """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120), smoothed labels, averaged weights."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
-    return Recipe(optimizer=optax.adam(schedule, b1=0.85), elementwise=True, loss=smoothed(0.05), ema_decay=0.99)
+    return Recipe(optax.adam(schedule, b1=momentum), elementwise=True, loss=smoothed(smoothing), ema_decay=0.99)
 
 
-def accurate(learning_rate: float | Float32[Array, ""], steps: int) -> Recipe:
+def accurate(learning_rate: Number, steps: int, *, weight_decay: Number = 0.05, smoothing: Number = 0.01) -> Recipe:
     """AdamW under a cosine schedule on images that are moved and bent a little, with averaged weights."""
     warmup = steps // 20
     rise = optax.linear_schedule(learning_rate / 25, learning_rate, warmup)
     schedule = optax.join_schedules([rise, optax.cosine_decay_schedule(learning_rate, steps - warmup)], [warmup])
-    optimizer = optax.adamw(schedule, weight_decay=0.05)
-    return Recipe(optimizer, elementwise=True, loss=smoothed(0.01), augment=distort, ema_decay=0.9995)
+    optimizer = optax.adamw(schedule, weight_decay=weight_decay)
+    return Recipe(optimizer, elementwise=True, loss=smoothed(smoothing), augment=distort, ema_decay=0.9995)
 
 
-def smoothed(amount: float) -> Loss:
+def smoothed(amount: Number) -> Loss:
     """Return the cross-entropy with labels that give `amount` to all classes (Szegedy et al., arXiv 1512.00567)."""
 
     def loss(logits: Float32[Array, "n k"], labels: Int32[Array, " n"]) -> Float32[Array, " n"]:

@@ -48,12 +48,12 @@ class SeedEpoch(NamedTuple):
     Attributes:
       batches: The indices of the images in each step's batch; -1 is no image.
       noise_key: The key of all augmentation and dropout in the run; None if there is none.
-      learning_rate: The seed's own, where runs of several train together; None leaves it to the recipe.
+      arguments: The recipe's by name, each seed's own, where runs of several train together.
     """
 
     batches: Int32[Array, "*seeds steps n"]
     noise_key: Key[Array, "*seeds"] | None = None
-    learning_rate: Float32[Array, "*seeds"] | None = None
+    arguments: dict[str, Float32[Array, "*seeds"]] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))

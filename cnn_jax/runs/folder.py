@@ -55,6 +55,8 @@ def deciding_settings(settings: TrainSettings) -> dict:
     values = {name: getattr(settings, name) for name in DECIDING_FIELDS}
     if settings.model is not None:  # which earlier programs do not record
         values["model"] = settings.model
+    if settings.hyperparameters:
+        values["hyperparameters"] = settings.hyperparameters
     return {name: value.identity if isinstance(value, OwnCode) else _as_json(value) for name, value in values.items()}
 
 

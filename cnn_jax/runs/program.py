@@ -6,8 +6,8 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def make_program(
     *,
     streams: bool = False,
     seeds_at_once: int | None = None,
-    learning_rates: tuple[float, ...] | None = None,
+    arguments: tuple[dict[str, float], ...] | None = None,
 ) -> Program:
     """Return a run's program; nothing is compiled yet.
 
@@ -158,8 +158,8 @@ def make_program(
       mesh: A mesh from `make_mesh`.
       streams: Whether the images reach the devices in chunks.
       seeds_at_once: As for `sharding.run_seeds`.
-      learning_rates: Those of several runs to train together, each with all of the settings' seeds. They are arguments
-        of the compiled functions. None compiles the settings' own into them.
+      arguments: The recipe's arguments in several runs to train together, each with all of the settings' seeds. The
+        compiled functions take them. None compiles the settings' own into them.
     """
     steps_per_epoch = sizes.train_examples // settings.batch_size
     last_step = max(1, round(settings.epochs * steps_per_epoch))
@@ -182,10 +182,12 @@ def make_program(
         parts=1 if of_batch else count_parts(mesh, settings.batch_size),
         platform=mesh.devices.flat[0].platform,
     )
-    rows: tuple[np.ndarray, ...] = (seeds,)
-    if learning_rates is not None:
-        rows = np.tile(seeds, len(learning_rates)), np.repeat(np.asarray(learning_rates, np.float32), len(seeds))
-        start, epoch, run = _with_rates(start, epoch, run, functools.partial(make_recipe, settings, last_step))
+    rows: tuple[Any, ...] = (seeds,)
+    if arguments is not None:
+        of_runs = {name: np.array([each[name] for each in arguments], np.float32) for name in arguments[0]}
+        repeated = {name: np.repeat(values, len(seeds)) for name, values in of_runs.items()}
+        rows = np.tile(seeds, len(arguments)), repeated
+        start, epoch, run = _with_arguments(start, epoch, run, functools.partial(make_recipe, settings, last_step))
     train = functools.partial(run_seeds, run=run, seeds_at_once=seeds_at_once)
     data = STREAMED if streams else RESIDENT
     return Program(
@@ -206,22 +208,22 @@ def make_program(
     )
 
 
-def _with_rates(
+def _with_arguments(
     start: Callable[..., TrainState], epoch: Callable[..., SeedEpoch], run: Callable, recipe_of: Callable
 ) -> tuple[Callable, Callable, Callable]:
-    """Return a program's parts with a learning rate for each seed, of which a recipe is made where they are traced."""
+    """Return a program's parts with arguments for each seed, of which a recipe is made where they are traced."""
 
-    def start_one(seed, rate):
-        return jax.tree.map(lambda leaf: leaf[0], start(seed[np.newaxis], recipe=recipe_of(rate)))
+    def start_one(seed, arguments):
+        return jax.tree.map(lambda leaf: leaf[0], start(seed[np.newaxis], recipe=recipe_of(arguments)))
 
-    def start_all(seeds, rates):
-        return jax.vmap(start_one)(seeds, rates)
+    def start_all(seeds, arguments):
+        return jax.vmap(start_one)(seeds, arguments)
 
-    def epoch_of_all(seeds, rates, number):
-        return epoch(seeds, number)._replace(learning_rate=rates)
+    def epoch_of_all(seeds, arguments, number):
+        return epoch(seeds, number)._replace(arguments=arguments)
 
-    def run_one(seed, **arguments):
-        return run(seed, recipe=recipe_of(seed[1].learning_rate), **arguments)
+    def run_one(seed, **options):
+        return run(seed, recipe=recipe_of(seed[1].arguments), **options)
 
     return start_all, epoch_of_all, run_one
 
@@ -269,17 +271,11 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
     Raises:
       UsageError: naming it, and why.
     """
-    images, labels = np.zeros((2, *sizes.image_shape), np.uint8), np.zeros(2, np.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    pixels = jax.ShapeDtypeStruct(images.shape, np.float32)
-
-    def take_step(key):
-        state = create_train_state(key, model, sizes.image_shape, recipe)
-        return train_step(state, images, labels, key, model=model, recipe=recipe)
-
+    pixels, key = jax.ShapeDtypeStruct((2, *sizes.image_shape), np.float32), _shape_of_key()
     with code.failures_named(option):
         # A step would go on with some of the wrong shapes.
-        losses = jax.eval_shape(recipe.loss, np.zeros((2, sizes.num_classes), np.float32), labels)
+        logits, labels = np.zeros((2, sizes.num_classes), np.float32), np.zeros(2, np.int32)
+        losses = jax.eval_shape(recipe.loss, logits, labels)
         found = [("losses", losses, jax.ShapeDtypeStruct((2,), np.float32))]
         if recipe.augment is not None:
             keys = jax.eval_shape(jax.random.split, key)
@@ -287,7 +283,18 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
         for what, made, wanted in found:
             if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
                 raise TypeError(f"of two images it makes {made}, and the {what} would be {wanted}")
-        jax.eval_shape(take_step, key)
+        jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
+
+
+def _step_of_two(key: Array, model: nn.Module, recipe: Recipe, sizes: Sizes) -> tuple[TrainState, Array]:
+    """Take the first step of a training, on two images."""
+    images, labels = np.zeros((2, *sizes.image_shape), np.uint8), np.zeros(2, np.int32)
+    state = create_train_state(key, model, sizes.image_shape, recipe)
+    return train_step(state, images, labels, key, model=model, recipe=recipe)
+
+
+def _shape_of_key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def keeps_state(model: nn.Module, sizes: Sizes) -> bool:
@@ -296,26 +303,30 @@ def keeps_state(model: nn.Module, sizes: Sizes) -> bool:
     return {*jax.eval_shape(model.init, jax.random.key(0), images)} != {"params"}
 
 
-def make_recipe(settings: TrainSettings, steps: int, rate: float | Float32[Array, ""] | None = None) -> Recipe:
+def make_recipe(settings: TrainSettings, steps: int, arguments: Mapping[str, recipes.Number] | None = None) -> Recipe:
     """Return how a run of so many steps is trained: by a function in `core/recipes.py`, or by the user's own.
 
     Args:
       settings: The run's.
       steps: How many it has.
-      rate: The learning rate; None for the settings' own.
+      arguments: In place of the settings' `recipe_arguments`.
 
     Raises:
-      UsageError: the user's function makes no recipe, or fails.
+      UsageError: the function does not take the hyperparameters; the user's makes no recipe, or fails.
     """
-    code, rate = settings.recipe, settings.learning_rate if rate is None else rate
+    code, given = settings.recipe, settings.recipe_arguments if arguments is None else arguments
     is_own = isinstance(code, OwnCode)
     function = code.load("--recipe") if is_own else getattr(recipes, code)
     with code.failures_named("--recipe") if is_own else contextlib.nullcontext():
         takes = inspect.signature(function).parameters
         if "learning_rate" not in takes:
-            usual = recipe_defaults(code).learning_rate
+            rate, usual = given["learning_rate"], recipe_defaults(code).learning_rate
             require(rate == usual, "--learning-rate", rate, f"left out: {code} has no argument learning_rate")
-        offered = {"learning_rate": rate, "steps": steps}
+        offered = {"steps": steps, **given}
+        others = [name for name in takes if name not in ("steps", "learning_rate")]
+        for name in settings.recipe_arguments.keys() - {"learning_rate", *others}:
+            known = f"one of {', '.join(others)}, which {code} takes" if others else f"left out: {code} takes none"
+            require(False, "--hyperparameters", name, known)
         recipe = function(**{name: value for name, value in offered.items() if name in takes})
     if inspect.iscoroutine(recipe):
         recipe.close()  # or Python says that it was never awaited
@@ -326,15 +337,15 @@ def make_recipe(settings: TrainSettings, steps: int, rate: float | Float32[Array
     return recipe
 
 
-def takes_any_rate(settings: TrainSettings, steps: int) -> bool:
-    """Whether a recipe can be made of a learning rate that is known only when the program runs."""
+def takes_any_arguments(settings: TrainSettings, program: Program, sizes: Sizes) -> bool:
+    """Whether a recipe can be made of arguments that are known only when the program runs."""
 
-    def update(rate):
-        optimizer = make_recipe(settings, steps, rate).optimizer
-        return optimizer.update(rate, optimizer.init(rate), rate)
+    def step(key, arguments):
+        return _step_of_two(key, program.model, make_recipe(settings, program.last_step, arguments), sizes)
 
+    number = jax.ShapeDtypeStruct((), np.float32)
     try:
-        jax.eval_shape(update, jax.ShapeDtypeStruct((), np.float32))
+        jax.eval_shape(step, _shape_of_key(), dict.fromkeys(settings.recipe_arguments, number))
     except Exception:  # of whatever type: one that asks `if learning_rate > 0.1`, for example
         return False
     return True
@@ -404,7 +415,7 @@ def compile_program(
     chunk: Chunk,
     test_set: TestSet,
     device_bytes: int,
-    learning_rates: tuple[float, ...] | None = None,
+    arguments: tuple[dict[str, float], ...] | None = None,
 ) -> Program:
     """Compile a program for its states, a chunk of its images and a test set: arrays, or their shapes.
 
@@ -416,7 +427,7 @@ def compile_program(
       chunk: A chunk of its images.
       test_set: What it is tested on after each epoch.
       device_bytes: The memory of each of its devices.
-      learning_rates: As for `make_program`.
+      arguments: As for `make_program`.
 
     Returns:
       The program, which trains as many seeds at once as fit the memory of an accelerator.
@@ -434,7 +445,7 @@ def compile_program(
             program.mesh,
             streams=program.streams,
             seeds_at_once=seeds_at_once,
-            learning_rates=learning_rates,
+            arguments=arguments,
         )
         program = of_all._replace(epoch=program.epoch)
         log.info("seeds trained at once: %d", seeds_at_once)

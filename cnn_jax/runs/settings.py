@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -43,6 +43,24 @@ def recipe_defaults(recipe: str) -> RecipeDefaults:
     return RECIPE_DEFAULTS.get(recipe, RECIPE_DEFAULTS["tutorial"])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+# The arguments of a recipe with these names are settings of their own, or not the user's.
+ARGUMENT = r"(?!(?:learning_rate|steps|batch_size|features|recipe)=)([^\W\d]\w*)="
+HYPERPARAMETER, RANGE = re.compile(ARGUMENT + NUMBER), re.compile(f"{ARGUMENT}{NUMBER}:{NUMBER}")
+
+
+def numbers_of(form: re.Pattern, words: Sequence[str]) -> dict[str, list[float]]:
+    """Return the numbers in each word by the name before them; words of another form are left out."""
+    matches = filter(None, map(form.fullmatch, words))
+    return {match[1]: [*map(float, match.groups()[1:])] for match in matches}
+
+
+def _are_numbers(form: re.Pattern, words: Sequence[str]) -> bool:
+    """Whether all words have a form, of different names, and numbers in order that float32 can hold."""
+    found = numbers_of(form, words)
+    return len(found) == len(words) and all(-1e38 < each[0] <= each[-1] < 1e38 for each in found.values())
+
+
 class Must(NamedTuple):
     """Which values a setting may have, at its type; None, where the type allows it, is always one of them.
 
@@ -79,6 +97,8 @@ OWN_MODEL = Must(FORM.fullmatch, "a class in a Python file, FILE.py:CLASS")
 NAMED_OR_OWN = f"one of {', '.join(sorted(RECIPE_DEFAULTS))}, or a function in a Python file, FILE.py:FUNCTION"
 RECIPE = Must(lambda recipe: recipe in RECIPE_DEFAULTS or FORM.fullmatch(recipe), NAMED_OR_OWN)
 RECIPES = Must(lambda recipes: all(map(RECIPE.holds, recipes)), f"{NAMED_OR_OWN}, each")
+HYPERPARAMETERS = Must(lambda words: _are_numbers(HYPERPARAMETER, words), "NAME=NUMBER, once for each argument")
+RANGES = Must(lambda words: _are_numbers(RANGE, words), "NAME=LOW:HIGH, once for each argument")
 SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
 CLASS_NAMES = Must(
@@ -103,6 +123,7 @@ class TrainSettings:
       epochs (N): Passes over the training set; 1.5 is one and a half.
       batch_size (N): Images per step.
       learning_rate (RATE): Adam's step size, or the peak of its schedule.
+      hyperparameters (NAME=NUMBER): Other arguments of the recipe.
       seed (N): Seeds the initial weights and the shuffling; with --seeds, the first of them.
       seeds (N): Independent runs at once, with --seed and the seeds after it.
       features (N N): Channels after each block.
@@ -111,11 +132,10 @@ class TrainSettings:
       dataset_dir (DIR): A folder of four IDX files (plain, .gz or .xz) to use in place of --dataset.
       class_names (NAMES): Of the classes: cat,dog. (default: the data set's)
       transposed: Exchange rows and columns of --dataset-dir's images.
-      validation (N): Training images to hold out and test on after each epoch; the test set is then used once, at the
-        end. (default: none)
+      validation (N): Training images to test on after each epoch, and not to train on; the test set is used at the end.
 
     Run options:
-      run_name (NAME): Name of the run's folder. (default: made from the settings)
+      run_name (NAME): The run's folder. (default: named by the settings)
       fresh: Move an earlier run of this name aside and start anew.
       dry_run: Show what would run and where; write nothing.
       checkpoint_every_steps (N): Save every N steps, too, not only after each epoch.
@@ -144,6 +164,7 @@ class TrainSettings:
     epochs: Epochs = RECIPE_DEFAULTS["tutorial"].epochs
     batch_size: Annotated[int, AT_LEAST_1] = RECIPE_DEFAULTS["tutorial"].batch_size
     learning_rate: Annotated[float, RATE] = RECIPE_DEFAULTS["tutorial"].learning_rate
+    hyperparameters: Annotated[tuple[str, ...], HYPERPARAMETERS] = ()
     seed: int = 777
     seeds: Annotated[int, AT_LEAST_1] = 1
     features: Annotated[tuple[int, int], EACH_AT_LEAST_1] = (32, 64)
@@ -189,6 +210,8 @@ class TrainSettings:
                     object.__setattr__(self, name, OwnCode(getattr(self, name)))
                 except UsageError as error:
                     raise UsageError(f"{option_name(name)} {error}") from error
+        given = sorted(numbers_of(HYPERPARAMETER, self.hyperparameters).items())
+        object.__setattr__(self, "hyperparameters", tuple(f"{name}={number!r}" for name, (number,) in given))
         require(self.seeds <= 2**32, "--seeds", self.seeds, f"at most {2**32:,}")
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
         if self.transposed and self.dataset_dir is None:
@@ -199,6 +222,12 @@ class TrainSettings:
             require(False, option_name(given[0]), getattr(self, given[0]), together)
         ranked = self.process_id is None or self.num_processes is None or 0 <= self.process_id < self.num_processes
         require(ranked, "--process-id", self.process_id, "from 0 to one less than --num-processes")
+
+    @property
+    def recipe_arguments(self) -> dict[str, float]:
+        """What the recipe's function is called with, but for the number of steps."""
+        given = numbers_of(HYPERPARAMETER, self.hyperparameters)
+        return {"learning_rate": self.learning_rate} | {name: number for name, (number,) in given.items()}
 
     @property
     def which_seeds(self) -> str:
@@ -219,6 +248,7 @@ class TrainSettings:
             "recipe": getattr(self.recipe, "name", self.recipe),
             "batch_size": f"batch{self.batch_size}",
             "learning_rate": f"lr{self.learning_rate:g}",
+            "hyperparameters": "-".join(self.hyperparameters),
             "features": "features" + "x".join(map(str, self.features)),
             "precision": self.precision,
             "validation": f"validation{self.validation}",

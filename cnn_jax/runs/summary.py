@@ -38,7 +38,8 @@ def introduce(settings: TrainSettings, dataset: Dataset, program: Program, displ
     held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
     display.say(
         f"{settings.run_folder}: {settings.epochs:g} epochs of {program.steps_per_epoch:,} steps, "
-        f"batch {settings.batch_size}, {how} {settings.learning_rate:g}, {settings.precision}, "
+        f"batch {settings.batch_size}, {', '.join([f'{how} {settings.learning_rate:g}', *settings.hyperparameters])}, "
+        f"{settings.precision}, "
         f"{settings.which_seeds}{held_out}"
     )
 

@@ -36,7 +36,7 @@ from cnn_jax.runs.program import (
     make_program,
     shard_test_set,
     start_states,
-    takes_any_rate,
+    takes_any_arguments,
 )
 from cnn_jax.runs.restore import (
     TrainedRun,
@@ -230,10 +230,10 @@ class Member:
 def train_together(
     every: Sequence[TrainSettings], judge: Callable[[dict[int, list[EpochMetrics]]], Collection[int]]
 ) -> list[list[EpochMetrics] | NonFiniteLossError]:
-    """Train runs that differ in their learning rates alone, epoch by epoch: at once on an accelerator, else in turn.
+    """Train runs that differ in their recipe's arguments alone, by epochs: at once on an accelerator, else in turn.
 
     Each keeps its own folder, as if it were trained alone, and continues from there. In turn, each has the program, and
-    so the bits, that it has alone. So it is, too, where the recipe asks for the learning rate before the program runs.
+    so the bits, that it has alone. So it is, too, where the recipe asks for an argument before the program runs.
 
     Args:
       every: Their settings.
@@ -251,7 +251,7 @@ def train_together(
     sizes, clock = Sizes.of(dataset, every[0]), Stopwatch()
     with contextlib.ExitStack() as held:
         members = [held.enter_context(_open_member(settings, sizes, dataset)) for settings in every]
-        at_once = len(members) if trains_at_once(members[0]) else 1
+        at_once = len(members) if trains_at_once(members[0], sizes) else 1
         steps = members[0].program.last_step
         stop = held.enter_context(listen_for_stop(may_wait))
         group: list[Member] = []
@@ -278,10 +278,10 @@ def train_together(
     return [member.failure or member.metrics for member in members]
 
 
-def trains_at_once(member: Member) -> bool:
-    """Whether runs like this one train at once: on accelerators, where the recipe can be made of a traced rate."""
+def trains_at_once(member: Member, sizes: Sizes) -> bool:
+    """Whether runs like this one train at once: on accelerators, where the recipe can be made of traced arguments."""
     platform = member.program.mesh.devices.flat[0].platform
-    return platform != "cpu" and takes_any_rate(member.settings, member.program.last_step)
+    return platform != "cpu" and takes_any_arguments(member.settings, member.program, sizes)
 
 
 @contextlib.contextmanager
@@ -311,19 +311,19 @@ def _compile_group(
     group: Sequence[Member], sizes: Sizes, dataset: Dataset, placed: dict[Mesh, tuple[Feed, TestSet]]
 ) -> Program:
     """Return what trains the members at once, compiled, and place the data for it if they are not there."""
-    first, memory, rates = group[0], device_bytes(), None
+    first, memory, arguments = group[0], device_bytes(), None
     program, settings = first.program, first.settings
     if len(group) > 1:
         mesh = make_mesh(len(group) * settings.seeds, jax.devices())
         check_resources(settings, sizes, mesh, memory, together=len(group))
-        rates = tuple(member.settings.learning_rate for member in group)
-        program = make_program(settings, sizes, mesh, streams=program.streams, learning_rates=rates)
+        arguments = tuple(member.settings.recipe_arguments for member in group)
+        program = make_program(settings, sizes, mesh, streams=program.streams, arguments=arguments)
     if program.mesh not in placed:
         placed[program.mesh] = place_data(settings, dataset, program)
     feed, test_set = placed[program.mesh]
     program = program._replace(epoch=compile_soon(program, program.epoch, np.int32(0)))
     chunk, states = next(feed(program.epoch(np.int32(0)), 0)), _join(group, program.mesh).states
-    return compile_program(program, settings, sizes, states, chunk, test_set, memory, rates)
+    return compile_program(program, settings, sizes, states, chunk, test_set, memory, arguments)
 
 
 def _train_members(

@@ -51,7 +51,7 @@ def begin(small_mnist, small_data, tmp_path):
     from cnn_jax.analysis.sweep import SearchSpace, open_study
 
     shared = TrainSettings(epochs=1, validation=300, dataset_dir=small_mnist, checkpoint_dir=tmp_path / "sweep")
-    space = SearchSpace((0.0003, 0.03), (50, 100), ((4, 8), (8, 16)), ("tutorial",))
+    space = SearchSpace({"learning_rate": (0.0003, 0.03)}, (50, 100), ((4, 8), (8, 16)), ("tutorial",))
 
     def begin(**changes):
         with pytest.warns(optuna.exceptions.ExperimentalWarning):
@@ -189,6 +189,35 @@ def test_trials_that_train_together_end_as_each_does_alone(command, arguments, b
         assert list(trial.intermediate_values) == [1, 2]
         assert trial.intermediate_values[2] == trial.value
         assert_trained_alone(command, arguments, tmp_path / "sweep" / f"trial-{trial.number}", rate)
+
+
+def test_a_study_searches_the_recipes_arguments_too(command, arguments, tmp_path, without_report):
+    same = ["--features", 4, 8, "--recipe", "accurate", "--batch-size", 100, *arguments, "--trials", 2, "--together", 2]
+    ranges = ["--hyperparameters", "weight_decay=0.01:0.5", "smoothing=0:0.1"]
+    code, _, err = command("sweep", *same, *ranges)
+    assert code == 0, err
+    assert "trials 0, 1: training together" in err
+    for trial in study_of(tmp_path).trials:
+        settings = RunFolder(tmp_path / "sweep" / f"trial-{trial.number}").read_settings()
+        found = {name: trial.params[name] for name in ("learning_rate", "weight_decay", "smoothing")}
+        assert settings.recipe_arguments == found
+        assert 0.01 <= found["weight_decay"] <= 0.5
+        assert 0 <= found["smoothing"] <= 0.1
+        assert trial.distributions["weight_decay"].log
+        assert not trial.distributions["smoothing"].log
+    before = files_of(tmp_path / "sweep")
+    code, _, err = command("sweep", *same, "--hyperparameters", "weight_decay=0.01:0.5")
+    assert code == 2
+    assert_one_line(err, "hyperparameters was smoothing, weight_decay and is weight_decay")
+    assert files_of(tmp_path / "sweep") == before
+    assert command("sweep", *same, "--hyperparameters", "weight_decay=0.1:0.2", "smoothing=0:0.1")[0] == 0
+
+
+def test_arguments_that_a_recipe_does_not_take_are_refused_before_there_is_a_trial(command, arguments, tmp_path):
+    code, _, err = command("sweep", *SAME, *arguments, "--recipe", "fast", "--hyperparameters", "weight_decay=0:1")
+    assert code == 2
+    assert_one_line(err, "--hyperparameters weight_decay: it must be one of momentum, smoothing, which fast takes")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -685,7 +714,7 @@ def begin_and_ask(folder, rounds, barrier):
     """Begin studies when the other process does, and return the number of the trial that each then gives."""
     from cnn_jax.analysis.sweep import SearchSpace, open_study
 
-    space = SearchSpace((0.001, 0.01), (100,), ((4, 8),), ("tutorial",))
+    space = SearchSpace({"learning_rate": (0.001, 0.01)}, (100,), ((4, 8),), ("tutorial",))
     numbers = []
     for number in range(rounds):
         barrier.wait(60)

@@ -47,6 +47,10 @@ def test_a_run_is_named_after_what_differs_from_the_defaults():
     assert read("--dataset", "emnist/letters").run_folder.name == "emnist-letters-seed777"
     assert read("--dataset-dir", "some/kmnist").run_folder.name == "kmnist-seed777"
     assert str(read("--checkpoint-dir", "a", "--run-name", "b").run_folder) == "a/b"
+    decayed = read("--recipe", "accurate", "--hyperparameters", "weight_decay=.10", "smoothing=1e-1")
+    assert decayed.run_folder.name == "mnist-seed777-accurate-smoothing=0.1-weight_decay=0.1"
+    assert decayed == read("--recipe", "accurate", "--hyperparameters", "smoothing=0.1", "weight_decay=0.1")
+    assert decayed.recipe_arguments == {"learning_rate": 0.005, "smoothing": 0.1, "weight_decay": 0.1}
 
 
 WRONG = {
@@ -63,6 +67,12 @@ WRONG = {
     "--learning-rate -0.1": "--learning-rate -0.1: it must be a positive number",
     "--learning-rate nan": "--learning-rate nan: it must be a positive number",
     "--learning-rate inf": "--learning-rate inf: it must be a positive number",
+    "--hyperparameters decay": "--hyperparameters decay: it must be NAME=NUMBER, once for each argument",
+    "--hyperparameters decay=": "--hyperparameters decay=: it must be NAME=NUMBER",
+    "--hyperparameters decay=nan": "--hyperparameters decay=nan: it must be NAME=NUMBER",
+    "--hyperparameters decay=1e38": "--hyperparameters decay=1e38: it must be NAME=NUMBER",
+    "--hyperparameters a=1 b=2 a=3": "--hyperparameters a=1 b=2 a=3: it must be NAME=NUMBER, once for each argument",
+    "--hyperparameters learning_rate=1": "--hyperparameters learning_rate=1: it must be NAME=NUMBER",
     "--seed -1": "--seed -1: it must be from 0 to 4294967295",
     "--target-accuracy 98": "--target-accuracy 98.0: it must be between 0 and 1",
     "--checkpoint-every-steps 0": "--checkpoint-every-steps 0: it must be at least 1",
@@ -107,6 +117,11 @@ def test_a_wrong_value_is_refused_and_named(arguments):
             ["sweep", "--dataset", "a", "--dataset-dir", "b"],
             "--dataset a: it must be left out, or else --dataset-dir b",
         ),
+        (
+            ["sweep", "--hyperparameters", "decay=1"],
+            "--hyperparameters decay=1: it must be NAME=LOW:HIGH, once for each",
+        ),
+        (["sweep", "--hyperparameters", "decay=2:1"], "--hyperparameters decay=2:1: it must be NAME=LOW:HIGH"),
         (["import-torch", "c", "--dataset", "a", "--dataset-dir", "b"], "--dataset a: it must be left out, or else"),
     ],
 )

@@ -31,9 +31,11 @@ def train_set(real_images):
     return images[:1000, :, :, np.newaxis], labels[:1000].astype(np.int32)
 
 
-def program_of(seed, seeds, *, recipe="tutorial", learning_rate=0.001, **options):
+def program_of(seed, seeds, *, recipe="tutorial", learning_rate=0.001, hyperparameters=(), **options):
     """The program of a run of one epoch of ten steps."""
-    settings = TrainSettings(seed=seed, seeds=seeds, recipe=recipe, epochs=1, learning_rate=learning_rate)
+    settings = TrainSettings(
+        seed=seed, seeds=seeds, recipe=recipe, epochs=1, learning_rate=learning_rate, hyperparameters=hyperparameters
+    )
     return make_program(settings, SIZES, make_mesh(seeds, jax.devices()), **options)
 
 
@@ -54,18 +56,42 @@ def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
             np.testing.assert_allclose(one[i], other[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["tutorial", pytest.param("fast", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("seeds_at_once", [None, pytest.param(4, marks=pytest.mark.slow)])
-def test_runs_of_other_learning_rates_in_one_program_end_as_each_does_alone(train_set, recipe, seeds_at_once):
-    rates = 0.001, 0.01
-    states, losses = train(
-        train_set, program_of(777, 2, recipe=recipe, seeds_at_once=seeds_at_once, learning_rates=rates), steps=5
-    )
-    for i, rate in enumerate(rates):
-        alone, alone_losses = train(train_set, program_of(777, 2, recipe=recipe, learning_rate=rate), steps=5)
+OTHER_ARGUMENTS = {
+    "tutorial": ({"learning_rate": 0.001}, {"learning_rate": 0.01}),
+    "fast": (
+        {"learning_rate": 0.001, "momentum": 0.5, "smoothing": 0.2},
+        {"learning_rate": 0.01, "momentum": 0.9, "smoothing": 0.0},
+    ),
+    "accurate": (
+        {"learning_rate": 0.005, "weight_decay": 0.0, "smoothing": 0.1},
+        {"learning_rate": 0.005, "weight_decay": 10.0, "smoothing": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seeds_at_once"),
+    [
+        ("tutorial", None),
+        pytest.param("tutorial", 4, marks=pytest.mark.slow),
+        pytest.param("fast", None, marks=pytest.mark.slow),
+        pytest.param("accurate", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_runs_of_other_arguments_in_one_program_end_as_each_does_alone(train_set, recipe, seeds_at_once):
+    arguments = OTHER_ARGUMENTS[recipe]
+    program = program_of(777, 2, recipe=recipe, seeds_at_once=seeds_at_once, arguments=arguments)
+    states, losses = train(train_set, program, steps=5)
+    ends = []
+    for i, (rate, *others) in enumerate(map(dict.items, arguments)):
+        hyperparameters = tuple(f"{name}={number}" for name, number in others)
+        program = program_of(777, 2, recipe=recipe, learning_rate=rate[1], hyperparameters=hyperparameters)
+        alone, alone_losses = train(train_set, program, steps=5)
         np.testing.assert_allclose(losses[2 * i : 2 * i + 2], alone_losses, rtol=1e-4)
         for one, other in zip(jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True):
             np.testing.assert_allclose(one[2 * i : 2 * i + 2], other, atol=1e-4)
+        ends.append(alone.params["fc"]["kernel"])
+    assert np.abs(ends[0] - ends[1]).max() > 1e-3  # the arguments matter
 
 
 @pytest.mark.slow
@@ -106,9 +132,9 @@ def test_every_seed_is_tested_on_every_image(train_set):
         assert result.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("learning_rates", [None, (0.1, 0.2)])
-def test_a_program_is_lowered_from_shapes_alone(learning_rates):
-    program = program_of(1, 2, learning_rates=learning_rates)
+@pytest.mark.parametrize("arguments", [None, OTHER_ARGUMENTS["tutorial"]])
+def test_a_program_is_lowered_from_shapes_alone(arguments):
+    program = program_of(1, 2, arguments=arguments)
     states, epoch = jax.eval_shape(program.start), jax.eval_shape(program.epoch, np.int32(0))
     images, labels = jax.ShapeDtypeStruct((1000, 28, 28, 1), np.uint8), jax.ShapeDtypeStruct((1000,), np.int32)
     for platform in ("cpu", "cuda", "tpu"):  # none of them is asked whether it is here

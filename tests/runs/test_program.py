@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from cnn_jax.core.sharding import make_mesh
-from cnn_jax.runs.program import Sizes, compile_soon, make_program, start_states, takes_any_rate
+from cnn_jax.runs.program import Sizes, compile_soon, make_program, make_recipe, start_states, takes_any_arguments
 from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.errors import UsageError
 from tests.helpers import assert_same_bits
 
 pytestmark = pytest.mark.optax_promotes
@@ -51,21 +52,52 @@ def asks_when_made(learning_rate):
 def asks_when_it_trains(learning_rate):
     return Recipe(optax.sgd(lambda step: float(learning_rate)))
 
+def asks_in_its_loss(learning_rate, most=1.0):
+    def loss(logits, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.clip(0, most) if most > 0 else losses
+    return Recipe(optax.sgd(learning_rate), loss=loss)
+
 def takes_none():
     return Recipe(optax.sgd(0.1))
 """
 
 
+def takes_any(recipe, **given):
+    settings, sizes = TrainSettings(recipe=recipe, features=(2, 4), **given), Sizes(200, (28, 28, 1), 10)
+    return takes_any_arguments(settings, make_program(settings, sizes, make_mesh(1, jax.devices()[:1])), sizes)
+
+
 @pytest.mark.parametrize(
     ("name", "takes"),
-    [("made", True), ("asks_when_made", False), ("asks_when_it_trains", False), ("takes_none", False)],
+    [
+        ("made", True),
+        ("asks_when_made", False),
+        ("asks_when_it_trains", False),
+        ("asks_in_its_loss", False),
+        ("takes_none", False),
+    ],
 )
-def test_a_recipe_that_asks_for_its_learning_rate_is_known_before_it_is_compiled(tmp_path, name, takes):
+def test_a_recipe_that_asks_for_an_argument_is_known_before_it_is_compiled(tmp_path, name, takes):
     (tmp_path / "own.py").write_text(ASKING)
-    assert takes_any_rate(TrainSettings(recipe=f"{tmp_path / 'own.py'}:{name}"), 10) is takes
+    given = {"hyperparameters": ("most=0.5",)} if name == "asks_in_its_loss" else {}
+    assert takes_any(f"{tmp_path / 'own.py'}:{name}", **given) is takes
 
 
-def test_the_named_recipes_take_any_learning_rate():
-    assert takes_any_rate(TrainSettings(), 10)
-    assert takes_any_rate(TrainSettings(recipe="fast"), 10)
-    assert takes_any_rate(TrainSettings(recipe="accurate"), 10)
+def test_the_named_recipes_take_any_arguments():
+    assert takes_any("tutorial")
+    assert takes_any("fast", hyperparameters=("momentum=0.8", "smoothing=0.1"))
+    assert takes_any("accurate", hyperparameters=("weight_decay=0.1", "smoothing=0.1"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "remedy"),
+    [
+        ("tutorial", "smoothing", "left out: tutorial takes none"),
+        ("fast", "smooth", "one of momentum, smoothing, which fast takes"),
+        ("accurate", "degrees", "one of weight_decay, smoothing, which accurate takes"),
+    ],
+)
+def test_a_recipe_refuses_arguments_that_it_does_not_take(recipe, name, remedy):
+    with pytest.raises(UsageError, match=f"--hyperparameters {name}: it must be {remedy}"):
+        make_recipe(TrainSettings(recipe=recipe, hyperparameters=(f"{name}=0.5",)), 10)
