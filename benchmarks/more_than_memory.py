@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cnn_jax.data.idx import idx_header
-from cnn_jax.runtime.devices import describe_machine, versions
+from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
 from tests.fault_injection.runs import run_fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -128,11 +128,12 @@ def main() -> None:
     """Make the sets, train on them in turn, and write down what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the sets and the runs are written")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--largest", type=int, default=2_000_000, help="how many images the largest set has")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
+    leave_out_absent_accelerators()
     largest = Case(args.largest, "stream")
     cases = [Case(60_000, "resident"), Case(200_000, "stream"), largest, largest._replace(uncached=True)]
     data = {case.images: args.folder / str(case.images) for case in cases}
