@@ -5,71 +5,77 @@ import hashlib
 import io
 import lzma
 import math
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from cnn_jax.data.dataset import DatasetSizes
+from cnn_jax.data.dataset import DatasetSizes, Images, RecordedImages
 from cnn_jax.runtime.errors import InputFileError, UsageError
 
 UNSIGNED_BYTE = 0x08
-MAXIMUM_BYTES = 2**32  # of the values; EMNIST, the largest set of the kind, has 0.6 GiB
+MAXIMUM_BYTES = 2**32  # of values that were compressed; EMNIST, the largest set of the kind, has 0.6 GiB
 FourArrays = tuple[
-    UInt8[np.ndarray, "n h w"], UInt8[np.ndarray, " n"], UInt8[np.ndarray, "m h w"], UInt8[np.ndarray, " m"]
+    Images | RecordedImages, UInt8[np.ndarray, " n"], UInt8[np.ndarray, "m h w c"], UInt8[np.ndarray, " m"]
 ]
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def read_idx_folder(folder: Path) -> FourArrays:
+def read_idx_folder(folder: Path, resident_bytes: int | None = None) -> FourArrays:
     """Read a folder of four IDX files; return the training images and labels, then the test images and labels.
 
     The test labels are not above the highest training label.
+
+    Args:
+      folder: Where they are.
+      resident_bytes: The training images of a plain file stay there where they are more; None reads any number.
 
     Raises:
       UsageError: there is no such folder.
       InputFileError: a file is missing, there twice, damaged, or disagrees with another.
     """
     files = find_idx_files(folder)
-    arrays = {(split, kind): read_idx(path, ndim=3 if kind == "images" else 1) for (split, kind), path in files.items()}
-    for split in ("train", "test"):
-        images, labels = arrays[split, "images"], arrays[split, "labels"]
-        if len(images) != len(labels):
+    images = {
+        split: _read_images(files[split, "images"], limit)
+        for split, limit in (("train", resident_bytes), ("test", None))
+    }
+    labels = {split: read_idx(files[split, "labels"], ndim=1) for split in images}
+    for split in images:
+        if len(images[split]) != len(labels[split]):
             raise InputFileError(
-                f"{files[split, 'images']} has {len(images):,} images but {files[split, 'labels']} has "
-                f"{len(labels):,} labels; give two files that belong together"
+                f"{files[split, 'images']} has {len(images[split]):,} images but {files[split, 'labels']} has "
+                f"{len(labels[split]):,} labels; give two files that belong together"
             )
-    train_size, test_size = arrays["train", "images"].shape[1:], arrays["test", "images"].shape[1:]
+    train_size, test_size = images["train"].shape[1:], images["test"].shape[1:]
     if train_size != test_size:
         raise InputFileError(
             f"{folder}: the training images are {train_size}, the test images {test_size}; "
             "give four files of one data set"
         )
-    highest, highest_test = arrays["train", "labels"].max(), arrays["test", "labels"].max()
+    highest, highest_test = labels["train"].max(), labels["test"].max()
     if highest_test > highest:
         raise InputFileError(
             f"{files['test', 'labels']} has the label {highest_test}, but the training labels end at "
             f"{highest}; give four files of one data set"
         )
-    return (
-        arrays["train", "images"], arrays["train", "labels"], arrays["test", "images"], arrays["test", "labels"],
-    )  # fmt: skip
+    assert isinstance(images["test"], np.ndarray)  # however many they are
+    return images["train"], labels["train"], images["test"], labels["test"]
 
 
 def count_idx_examples(folder: Path) -> int:
     """Return the number of training images in a folder of IDX files, from the header alone; raises as above."""
-    return _read_idx_shape(find_idx_files(folder)["train", "images"], ndim=3)[0]
+    return _read_images_shape(find_idx_files(folder)["train", "images"])[0]
 
 
 def read_idx_sizes(folder: Path, num_classes: int) -> DatasetSizes:
     """Return the sizes of a folder's data set, from the images' headers; raises as above."""
     files = find_idx_files(folder)
-    examples, height, width = _read_idx_shape(files["train", "images"], ndim=3)
-    test_examples, *_ = _read_idx_shape(files["test", "images"], ndim=3)
-    return DatasetSizes(examples, test_examples, (height, width, 1), num_classes)
+    train_shape, test_shape = (_read_images_shape(files[split, "images"]) for split in ("train", "test"))
+    return DatasetSizes(train_shape[0], test_shape[0], train_shape[1:], num_classes)
 
 
 def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.ndarray, "..."]:
@@ -80,7 +86,7 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.nd
 
     Args:
       path: The file.
-      ndim: How many dimensions it must have: 3 for images, 1 for labels.
+      ndim: How many dimensions it must have: 3 for gray images, 4 for those with channels, 1 for labels.
       sha256: What the SHA-256 of the uncompressed file must be, in hexadecimal, where that is known.
 
     Returns:
@@ -93,16 +99,13 @@ def read_idx(path: Path, *, ndim: int, sha256: str | None = None) -> UInt8[np.nd
         try:
             shape, header = _read_header(file, path, ndim=ndim)
             size = math.prod(shape)
-            if size > MAXIMUM_BYTES:
+            if size > MAXIMUM_BYTES and path.suffix in _OPENERS:
                 announced = "x".join(map(str, shape))
                 raise InputFileError(f"{path} announces {announced} = {size:,} values, more than 4 GiB; fetch it again")
             values = _read_up_to(file, size + 1)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise InputFileError(f"{path} is damaged ({error}); fetch or copy it again") from error
-    if len(values) != size:
-        found = "more bytes" if len(values) > size else f"only {len(values):,} bytes"
-        announced = "x".join(map(str, shape))
-        raise InputFileError(f"{path} announces {announced} = {size:,} values but holds {found}; fetch it again")
+    _require_size(path, shape, len(values))
     if sha256 is not None and hashlib.sha256(header + values).hexdigest() != sha256:
         raise InputFileError(f"{path} is damaged: its SHA-256 is not {sha256}; reinstall the package")
     return np.frombuffer(values, np.uint8).reshape(shape)
@@ -118,13 +121,60 @@ def idx_header(shape: tuple[int, ...]) -> bytes:
     return bytes([0, 0, UNSIGNED_BYTE, len(shape)]) + np.array(shape, ">u4").tobytes()
 
 
-def _read_idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:
-    """Return the shape that an IDX file's header announces, without reading its values; raises as `read_idx`."""
+def _read_images(path: Path, resident_bytes: int | None) -> Images | RecordedImages:
+    """Read a file's images, or leave them in it where it is plain and they are more than may be resident."""
+    shape = _read_images_shape(path)
+    if path.suffix in _OPENERS or resident_bytes is None or math.prod(shape) <= resident_bytes:
+        return read_idx(path, ndim=_dimensions(path)).reshape(shape)
+    return _record(path, shape)
+
+
+def _record(path: Path, shape: tuple[int, int, int, int]) -> RecordedImages:
+    """Leave images in their plain file, each to be read by its position; raises as `read_idx`."""
+    image_bytes, header_bytes = math.prod(shape[1:]), 4 + 4 * _dimensions(path)
+    opened = path.stat()
+    _require_size(path, shape, opened.st_size - header_bytes)
+
+    def read(indices: Sequence[int]) -> Images:
+        # The file is not mapped: its pages would count as this process's memory, and a file that has become shorter
+        # would end it by SIGBUS.
+        try:
+            with path.open("rb") as file:
+                positions = [header_bytes + image_bytes * index for index in indices]
+                # A disk that knows all requests answers in a third of the time. macOS has no such call.
+                for position in positions if hasattr(os, "posix_fadvise") else ():
+                    os.posix_fadvise(file.fileno(), position, image_bytes, os.POSIX_FADV_WILLNEED)
+                values = b"".join(os.pread(file.fileno(), image_bytes, position) for position in positions)
+                now = os.fstat(file.fileno())
+        except OSError as error:
+            raise InputFileError(f"{path} cannot be read ({error}); put it back, and run the same command") from error
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (opened.st_size, opened.st_mtime_ns, opened.st_ino):
+            raise InputFileError(f"{path} was changed while it was used; put it back, and run the same command")
+        return np.frombuffer(values, np.uint8).reshape(len(indices), *shape[1:])
+
+    return RecordedImages(read, shape)
+
+
+def _read_images_shape(path: Path) -> tuple[int, int, int, int]:
+    """Return (N, height, width, channels) by a file's header, without reading its values; raises as `read_idx`."""
     with _open(path) as file:
         try:
-            return _read_header(file, path, ndim=ndim)[0]
+            count, height, width, *rest = _read_header(file, path, ndim=_dimensions(path))[0]
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise InputFileError(f"{path} is damaged ({error}); fetch or copy it again") from error
+    return count, height, width, rest[0] if rest else 1
+
+
+def _dimensions(path: Path) -> int:
+    """Return how many dimensions a file of images has by its name: 3, or 4 where they have channels."""
+    return 4 if re.search(r"images[-.]idx4-ubyte", path.name) else 3
+
+
+def _require_size(path: Path, shape: tuple[int, ...], found: int) -> None:
+    if found != (size := math.prod(shape)):
+        holds = "more bytes" if found > size else f"only {found:,} bytes"
+        announced = "x".join(map(str, shape))
+        raise InputFileError(f"{path} announces {announced} = {size:,} values but holds {holds}; fetch it again")
 
 
 def find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
@@ -147,7 +197,7 @@ def find_idx_files(folder: Path) -> dict[tuple[str, str], Path]:
 
 def _idx_names() -> Iterator[tuple[str, str, str]]:
     for split, prefix in (("train", "train"), ("test", "(t10k|test)")):
-        for kind, ndim in (("images", 3), ("labels", 1)):
+        for kind, ndim in (("images", "[34]"), ("labels", "1")):
             yield split, kind, rf"(.*[-_])?{prefix}-{kind}[-.]idx{ndim}-ubyte(\.gz|\.xz)?"
 
 
@@ -162,13 +212,13 @@ def _read_header(file: io.BufferedIOBase, path: Path, *, ndim: int) -> tuple[tup
     if len(header) < 4 + 4 * ndim or header[:2] != b"\0\0":
         raise InputFileError(f"{path} is not an IDX file (plain, .gz or .xz); give one")
     if header[2:4] != bytes([UNSIGNED_BYTE, ndim]):
-        kind = {1: "labels", 3: "images"}.get(ndim, "values")
+        kind = {1: "labels", 3: "images", 4: "images with channels"}[ndim]
         raise InputFileError(
             f"{path} has magic number {header[2]:#04x} {header[3]:#04x}, but {kind} have "
             f"{UNSIGNED_BYTE:#04x} {ndim:#04x}; give a file of {kind}"
         )
     shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
-    if ndim == 3 and shape[0] == 0:
+    if 0 in shape[:1] * (ndim > 1) + shape[3:]:
         raise InputFileError(f"{path} has no images; give a file that has some")
     return shape, header
 

@@ -20,13 +20,14 @@ def load_dataset(
     prepare: bool = True,
     transposed: bool = False,
 ) -> Dataset:
-    """Load a data set into memory; tfds prepares it first where that has not been done.
+    """Load a data set; tfds prepares it first where that has not been done.
 
     Args:
       dataset: A tfds name, `mnist` for the embedded files; unused when `dataset_dir` is given.
       dataset_dir: A folder of four IDX files, plain, .gz or .xz.
       data_dir: Where tfds keeps its data sets; None for `TFDS_DATA_DIR`, else tfds's default.
-      resident_bytes: tfds's training images stay on the disk where they are more; None loads however many they are.
+      resident_bytes: Training images of tfds or in a plain IDX file stay on the disk where they are more; None loads
+        however many they are.
       prepare: Let tfds prepare the set, which writes and may download; else it has been prepared, or is `mnist`.
       transposed: Whether rows and columns of a folder's images are exchanged; those of EMNIST are known to be.
 
@@ -36,13 +37,13 @@ def load_dataset(
       StorageError: the set could not be prepared or read.
     """
     if dataset_dir is not None:
-        train_images, train_labels, test_images, test_labels = read_idx_folder(dataset_dir)
+        train_images, train_labels, test_images, test_labels = read_idx_folder(dataset_dir, resident_bytes)
         published = of_idx_folder(dataset_dir)
         stored = Dataset(
             name=dataset_dir.resolve().name,
-            train_images=train_images[..., np.newaxis],
+            train_images=train_images,
             train_labels=train_labels.astype(np.int32),
-            test_images=test_images[..., np.newaxis],
+            test_images=test_images,
             test_labels=test_labels.astype(np.int32),
             class_names=published.class_names,
         )

@@ -120,7 +120,7 @@ class Segment(NamedTuple):
 
     Attributes:
       progress: How far the run has come with them.
-      seconds: How long they took.
+      seconds: How long they took, with the wait for their images.
     """
 
     progress: Progress
@@ -390,7 +390,7 @@ def train_epoch(
     step, states, losses = progress
     if first == 0:
         losses = np.zeros_like(losses)
-    length = FIRST_SEGMENT_STEPS
+    length, begin = FIRST_SEGMENT_STEPS, time.perf_counter()
     for chunk in feed(program.epoch(np.int32(epoch)), first):
         while first < min(chunk.stop, end):
             limit = min(chunk.stop, end) - first
@@ -402,12 +402,12 @@ def train_epoch(
             if length == 0:
                 return
             rows = slice(first - chunk.first, first - chunk.first + length)
-            begin = time.perf_counter()
             states, all_losses = program.run_steps(states, *chunk[:3], np.int32(rows.start), np.int32(rows.stop))
             losses[:, first : first + length] = to_host(all_losses)[:, rows]
             seconds = time.perf_counter() - begin
             first, step = first + length, step + length
             yield Segment(Progress(step, states, losses), seconds)
+            begin = time.perf_counter()
             length = max(1, round(length * SEGMENT_SECONDS / seconds))
         if first == end:
             return

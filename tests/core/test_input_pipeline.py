@@ -1,10 +1,14 @@
 """Streamed images give the same bits as resident ones, whoever reads them and wherever training goes on."""
 
+import dataclasses
+import sys
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import more_than_memory
 from cnn_jax.core import input_pipeline
 from cnn_jax.core.input_pipeline import resident, streamed
 from cnn_jax.core.sharding import make_mesh
@@ -13,7 +17,8 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.data.published import numbers
 from cnn_jax.runs.program import Sizes, make_program
 from cnn_jax.runs.settings import TrainSettings
-from tests.helpers import assert_same_run
+from cnn_jax.runtime.errors import InputFileError
+from tests.helpers import TRAIN, assert_same_run
 
 pytestmark = [pytest.mark.optax_promotes, pytest.mark.usefixtures("without_report")]
 
@@ -109,3 +114,32 @@ def test_each_device_gets_its_own_images_and_no_others(dataset):
     assert chunk.images.sharding.spec == P(("seeds", "data"))
     assert len(chunk.labels) == 700
     assert jax.device_get(chunk.epoch.batches).max() == 699
+
+
+def test_images_that_cannot_be_read_ahead_end_the_stream_with_their_own_error(dataset):
+    def read(indices):
+        raise InputFileError("some file was changed")
+
+    mesh, epoch = epoch_of(dataset, 1)
+    lost = dataclasses.replace(dataset, train_images=RecordedImages(read, dataset.train_images.shape))
+    with pytest.raises(InputFileError, match="some file was changed"):
+        next(streamed(lost, mesh)(epoch, 0))
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_stream_takes_no_more_memory_for_more_images_and_a_killed_one_continues_to_the_same_bits(
+    tmp_path, monkeypatch
+):
+    # The small form of what benchmarks/runs/feed/more_than_memory.json records: here the larger set has 0.6 GB.
+    monkeypatch.setattr(more_than_memory, "PROGRAM", TRAIN)
+    few, many = (more_than_memory.Case(count, "stream") for count in (10_000, 200_000))
+    for case in (few, many):
+        more_than_memory.make_set(tmp_path / str(case.images), case.images)
+    data = tmp_path / str(many.images)
+    of_few = more_than_memory.train(tmp_path / str(few.images), tmp_path / "few", few, steps=60)
+    of_many = more_than_memory.train(data, tmp_path / "many", many, steps=60)
+    for kind in ("resident_bytes", "anonymous_bytes"):
+        assert of_many[kind] - of_few[kind] < 0.2 * many.images * np.prod(more_than_memory.IMAGE_SHAPE), kind
+    more_than_memory.kill_and_continue(data, tmp_path / "killed", many, steps=60)
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "many" / "run")

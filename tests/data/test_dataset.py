@@ -9,6 +9,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnn_jax.data import tfds as tfds_module
+from cnn_jax.data.dataset import RecordedImages, fingerprint
 from cnn_jax.data.idx import idx_header, read_idx
-from cnn_jax.data.loading import count_train_examples, load_dataset
+from cnn_jax.data.loading import count_train_examples, load_dataset, read_sizes
 from cnn_jax.data.mnist.builder import SHA256, EmbeddedMnist
 from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
 from tests.helpers import EMBEDDED, flip_a_bit, write_idx
@@ -241,7 +243,7 @@ def _tiny_idx_folder(folder):
             b"\0\0\x08\x01\0\0\0\3\0\1\x09",
             "has the label 9, but the training labels end at 2",
         ),
-        ("t10k-images-idx3-ubyte", idx_header((3, 4, 4)) + bytes(48), r"\(5, 4\), the test images \(4, 4\)"),
+        ("t10k-images-idx3-ubyte", idx_header((3, 4, 4)) + bytes(48), r"\(5, 4, 1\), the test images \(4, 4, 1\)"),
         ("t10k-images-idx3-ubyte.gz", b"", "has both"),
         ("t10k-images-idx3-ubyte", idx_header((0, 5, 4)), "t10k-images-idx3-ubyte has no images"),
         ("train-images-idx3-ubyte", idx_header((0, 5, 4)), "train-images-idx3-ubyte has no images"),
@@ -259,6 +261,45 @@ def test_idx_files_that_are_wrong_are_refused(file, content, complaint, tmp_path
     if complaint == "train-images-idx3-ubyte has no images":
         with pytest.raises(InputFileError, match=complaint):
             count_train_examples("mnist", tmp_path, None)
+
+
+@pytest.fixture
+def colour_folder(tmp_path):
+    """A folder of IDX files of 40 training and 3 test images, 6x5x3."""
+    generator = np.random.default_rng(0)
+    for prefix, count in (("train", 40), ("t10k", 3)):
+        write_idx(tmp_path / f"{prefix}-images-idx4-ubyte", generator.integers(0, 256, (count, 6, 5, 3), np.uint8))
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 3)
+    return tmp_path
+
+
+def test_colour_images_are_the_same_whether_they_are_read_or_stay_in_their_plain_file(colour_folder):
+    stored = read_idx(colour_folder / "train-images-idx4-ubyte", ndim=4)
+    whole = load_dataset("mnist", colour_folder, None, resident_bytes=stored.nbytes)
+    recorded = load_dataset("mnist", colour_folder, None, resident_bytes=stored.nbytes - 1)
+    assert isinstance(whole.train_images, np.ndarray)
+    assert isinstance(recorded.train_images, RecordedImages)
+    np.testing.assert_array_equal(whole.train_images, stored)
+    np.testing.assert_array_equal(recorded.train_images[:], stored)
+    wanted = np.array([39, 0, 7, 7])
+    np.testing.assert_array_equal(recorded.train_images[wanted], stored[wanted])
+    assert recorded.train_images[wanted[:0]].shape == (0, 6, 5, 3)
+    assert fingerprint(recorded) == fingerprint(whole)
+    assert read_sizes("mnist", colour_folder, None) == (40, 3, (6, 5, 3), 3)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 100), Path.touch, flip_a_bit])
+def test_a_file_that_changes_while_its_images_are_in_use_is_refused(change, colour_folder):
+    images = load_dataset("mnist", colour_folder, None, resident_bytes=0).train_images
+    change(colour_folder / "train-images-idx4-ubyte")
+    with pytest.raises(InputFileError, match=r"train-images-idx4-ubyte (was changed|cannot be read)"):
+        images[:10]
+
+
+def test_a_file_that_lacks_a_byte_is_refused_before_its_images_are_in_use(colour_folder):
+    os.truncate(colour_folder / "train-images-idx4-ubyte", 20 + 40 * 90 - 1)
+    with pytest.raises(InputFileError, match="announces 40x6x5x3 = 3,600 values but holds only 3,599 bytes"):
+        load_dataset("mnist", colour_folder, None, resident_bytes=0)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import traceback
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,13 @@ import pytest
 
 from cnn_jax.analysis import report
 from cnn_jax.core import recipes
+from cnn_jax.core.input_pipeline import Chunk
+from cnn_jax.core.sharding import make_mesh
+from cnn_jax.core.training import SeedEpoch
 from cnn_jax.runs import program as program_module
+from cnn_jax.runs.program import Progress
+from cnn_jax.runs.train import train_epoch
+from cnn_jax.runtime.signals import StopRequest
 from tests.fault_injection.runs import read_newest
 from tests.helpers import TIMES, TRAIN, assert_same_run, damage_newest, metrics_of, wait_for_step
 
@@ -98,6 +105,25 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
     assert (code, out.count("[Epoch:")) == (0, EPOCHS), err
     assert "continuing after step" in err
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_the_seconds_of_steps_have_the_wait_for_their_images():
+    def feed(epoch, first):
+        for start in (0, 2):
+            time.sleep(0.1)
+            yield Chunk(SeedEpoch(np.zeros((1, 2, 1), np.int32)), np.zeros(0), np.zeros(0), start, start + 2)
+
+    program = SimpleNamespace(
+        steps_per_epoch=4,
+        end_of_epoch=lambda step: 4,
+        epoch=lambda number: None,
+        mesh=make_mesh(1, jax.devices()[:1]),
+        run_steps=lambda states, *images_and_rows: (states, np.ones((1, 2), np.float32)),
+    )
+    progress = Progress(0, None, np.zeros((1, 4), np.float32))
+    segments = list(train_epoch(program, feed, progress, StopRequest(), None))
+    assert [segment.progress.step for segment in segments] == [2, 4]
+    assert all(segment.seconds > 0.09 for segment in segments)
 
 
 def test_a_run_that_is_halted_goes_on_to_the_same_bits(tmp_path, small_mnist, program, uninterrupted):
