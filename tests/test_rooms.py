@@ -24,7 +24,7 @@ OWNERS = {
     "sqlalchemy": ("analysis/sweep.py",),
     "tensorboardX": ("runs/folder.py",),
     "matplotlib": ("analysis/plots.py",),
-    "jinja2": ("analysis/report.py", "inference/demo/", "inference/page/"),
+    "jinja2": ("inference/page/",),
     "gradio": ("inference/demo/",),
     "onnx": ("inference/export.py",),
     "onnxruntime": ("inference/export.py",),

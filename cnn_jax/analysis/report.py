@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 
 from cnn_jax.analysis.layers import Inspection, Picture, draw_pictures, inspect_network
 from cnn_jax.core.sharding import of_seed
+from cnn_jax.inference.page import templates_in
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import TrainedRun, evaluate_as_tutorial, evaluate_trained, restore_run
 from cnn_jax.runs.settings import Platform, TrainSettings
@@ -19,7 +19,6 @@ from cnn_jax.runs.summary import describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 from cnn_jax.runtime.files import write_atomically
-from cnn_jax.runtime.streams import printable
 
 # The names and values of a table.
 Rows = list[tuple[str, str]]
@@ -89,13 +88,7 @@ def write_report(
 
 def render(template: str, **values: Any) -> str:
     """Return a page made from a template beside this file, in which every value is text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
+    environment = templates_in(Path(__file__).parent)
     environment.filters["data_uri"] = _data_uri
     return environment.get_template(template).render(values)
 

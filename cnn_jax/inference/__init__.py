@@ -9,7 +9,8 @@ logits.py        computes its logits of any number of images, which pixels they 
                  probabilities
 predict.py       the command `predict`
 export.py        writes a network for another program, and tests the file before it is kept
-page/            the page that reads pictures in a browser without a server; its board and style, which demo shares
+page/            the page that reads pictures in a browser without a server; its board and style, which demo shares, and
+                 how templates become pages
 demo/            the page to draw digits on that a server answers: Python, the answer's template, and guard.py, which
                  says what may reach the page
 trained/         the packaged weights, and those that tell digits from everything else

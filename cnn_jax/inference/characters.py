@@ -218,7 +218,7 @@ def _lines(parts: list[Piece]) -> list[list[Piece]]:
     boxes = [_box(stack) for stack in stacks]
     heights = np.array([max(bottom - top, right - left) for left, top, right, bottom in boxes])
     sizes = np.array([sum(part.mask.sum() for part in stack) for stack in stacks])
-    order = np.argsort(heights)
+    order = np.argsort(heights, kind="stable")
     # The median over pixels, not over stacks, of which many may be specks.
     typical = order[np.searchsorted(sizes[order].cumsum(), sizes.sum() / 2)]
     height, size = float(heights[typical]), float(sizes[typical])

@@ -642,7 +642,7 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
         return ink_on_board(browser).any()
 
     wait_until(touched)  # the page is there before its script is
-    browser.find_element("css selector", "#board [name=clear]").click()
+    touch("#board [name=clear]", [(0.5, 0.5)])
     wait_until(lambda: not ink_on_board(browser).any())
     seven = [(0.3 + 0.04 * i, 0.2) for i in range(11)] + [(0.7 - 0.02 * i, 0.2 + 0.06 * i) for i in range(11)]
     touch("#board canvas", seven)

@@ -1,6 +1,7 @@
-"""The page without a server reads as `predict --one` does, asks for nothing, and shows names as nothing but text."""
+"""The page without a server reads as `predict` does, asks for nothing, and shows names as nothing but text."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from tests.digits import (
     SHAPES,
     draw_digit,
     draw_no_digit,
+    draw_numbers,
 )
 from tests.helpers import EMBEDDED, ROOT, start_browser
 
@@ -116,7 +118,7 @@ def driver(tmp_path_factory):
 READ_FILE = """
 const [number, done] = arguments, url = URL.createObjectURL(document.getElementById("test").files[number]);
 pictureOf(url).then(read).then(
-  reading => done(reading ? {...reading, image: [...reading.image]} : null),
+  ({lines}) => done(lines.map(line => line.map(each => ({...each, image: [...each.image]})))),
   error => done(String(error)),
 );
 """
@@ -139,18 +141,22 @@ def give_files(driver, files):
     driver.find_element("id", "test").send_keys("\n".join(map(str, files)))
 
 
-def assert_same_readings(readings, trained, pictures):
-    """The page's readings are those of `predict --one`."""
-    assert len(readings) == len(pictures)
-    for reading, picture in zip(readings, pictures, strict=True):
-        assert not isinstance(reading, str), reading
-        expected = [each for line in trained.read(read_picture(str(picture)).colours, one=True) for each in line]
-        assert (reading is None) == (expected == []), picture
-        for each in expected:
+def assert_same_readings(found, trained, pictures):
+    """The page's readings, in lines, are those of `predict`."""
+    assert len(found) == len(pictures)
+    for lines, picture in zip(found, pictures, strict=True):
+        assert not isinstance(lines, str), lines
+        expected = trained.read(read_picture(str(picture)).colours)
+        assert indices_of(lines) == [[each.index for each in line] for line in expected], picture
+        for reading, each in zip(itertools.chain(*lines), itertools.chain(*expected), strict=True):
             image = np.reshape(reading["image"], trained.image_shape)
             assert np.abs(image - each.image.astype(int)).max() <= 1, picture
-            assert reading["index"] == each.index, picture
             np.testing.assert_allclose(reading["probabilities"], each.probabilities, atol=1e-4, err_msg=str(picture))
+
+
+def indices_of(lines):
+    """What a page read in each line."""
+    return [[reading["index"] for reading in line] for line in lines]
 
 
 def pasted(rng, image):
@@ -198,10 +204,22 @@ def pictures(tmp_path_factory):
 @pytest.mark.slow(seconds=90)
 def test_200_pictures_are_read_as_predict_reads_them(driver, page, packaged, pictures):
     assert len(pictures) == 200
-    readings = read_on_page(driver, page, pictures)
-    assert_same_readings(readings, packaged, pictures)
-    indices = [reading["index"] if reading else "nothing" for reading in readings]
-    assert set(indices) == {*range(10), None, "nothing"}
+    found = read_on_page(driver, page, pictures)
+    assert_same_readings(found, packaged, pictures)
+    indices = {index for lines in found for line in indices_of(lines) for index in line}
+    assert indices == {*range(10), None}
+    assert [] in found
+
+
+@pytest.mark.slow(seconds=90)
+def test_64_pictures_of_several_digits_are_read_line_by_line_as_predict_reads_them(driver, page, packaged, tmp_path):
+    """Digits apart, touching, broken, on ruled and squared paper, in a shadow, in cells and in forms."""
+    files = [file for file, _ in draw_numbers(tmp_path)]
+    assert len(files) == 64
+    found = read_on_page(driver, page, files)
+    assert_same_readings(found, packaged, files)
+    assert {len(lines) for lines in found} >= {1, 2, 3}
+    assert sum(len(line) for lines in found for line in lines) > 300
 
 
 @pytest.mark.slow(seconds=10)
@@ -211,13 +229,14 @@ def test_other_images_and_classes_are_read_as_predict_reads_them_too(image_shape
     trained = of_other_images(packaged, image_shape, names)
     write_page(trained, tmp_path / "page.html")
     some = [pictures[i] for i in (0, 1, 30, 100, 155, 158, 166, 170, 190)]
-    readings = read_on_page(driver, tmp_path / "page.html", some)
-    assert_same_readings(readings, trained, some)
+    found = read_on_page(driver, tmp_path / "page.html", some)
+    assert_same_readings(found, trained, some)
+    ((reading,),) = found[0]
     assert driver.find_elements("css selector", "canvas:not(#seen)") == []  # no board to draw on
     driver.find_element("css selector", "input").send_keys(str(some[0]))
-    wait_for(driver, names[readings[0]["index"]])
+    wait_for(driver, names[reading["index"]])
     rows = [row.text for row in driver.find_elements("css selector", ".class b")]
-    most = sorted(np.argsort(readings[0]["probabilities"])[-10:])
+    most = sorted(np.argsort(reading["probabilities"])[-10:])
     assert rows == [names[i] for i in most]
     assert driver.title == "mnist reads a picture"
 
@@ -229,9 +248,10 @@ def test_letters_are_drawn_and_laid_out_as_predict_does_and_all_that_is_drawn_is
     trained = of_other_images(packaged, (28, 28, 1), tuple("ABCDEFGHIJKL"))
     write_page(trained, tmp_path / "page.html")
     some = [*pictures[:3], *pictures[-6:]]
-    readings = read_on_page(driver, tmp_path / "page.html", some)
-    assert_same_readings(readings, trained, some)
-    assert all(reading is None or reading["index"] is not None for reading in readings)
+    found = read_on_page(driver, tmp_path / "page.html", some)
+    assert_same_readings(found, trained, some)
+    assert all(reading["index"] is not None for lines in found for line in lines for reading in line)
+    assert max(len(line) for lines in found for line in lines) > 1
     assert driver.find_element("css selector", "h1").text == "Draw a character"
     draw_seven(driver, "mouse")
     wait_for(driver, *trained.class_names)
@@ -255,9 +275,10 @@ def test_what_is_no_digit_and_no_picture_is_told(driver, page, packaged, picture
     (tmp_path / "text.png").write_text("no picture")
     Image.new("L", (2000, 20), 255).save(tmp_path / "narrow.png")
     Image.new("L", (200, 200), 255).save(tmp_path / "blank.png")
-    readings = ((file, packaged.read(read_picture(str(file)).colours, one=True)) for file in reversed(pictures))
+    readings = ((file, packaged.read(read_picture(str(file)).colours)) for file in reversed(pictures))
     shutil.copy(
-        next(file for file, lines in readings if lines and lines[0][0].index is None), tmp_path / "scribble.png"
+        next(file for file, lines in readings if [[each.index for each in line] for line in lines] == [[None]]),
+        tmp_path / "scribble.png",
     )
     driver.get(page.as_uri())
     for name, told in {
@@ -359,28 +380,73 @@ def test_a_drawn_digit_is_read_and_no_request_leaves_the_page(driver, page):
     assert "Content Security Policy" in str(driver.get_log("browser"))
 
 
-@pytest.mark.slow(seconds=5)
-def test_on_a_phone_a_digit_is_drawn_by_touch_and_nothing_lies_beside_the_window(driver, page):
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+def touch(driver, selector, points):
+    """Put a finger at a place in an element, given in fractions of its size, move it to the others, and lift it."""
+    left, top, width, height = driver.execute_script(
+        "const {left, top, width, height} = document.querySelector(arguments[0]).getBoundingClientRect();"
+        "return [left, top, width, height]",
+        selector,
+    )
+    at = [[{"x": left + width * x, "y": top + height * y}] for x, y in points]
+    kinds = ["touchStart", *["touchMove"] * (len(at) - 1), "touchEnd"]
+    for kind, fingers in zip(kinds, [*at, []], strict=True):
+        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+
+@pytest.fixture
+def phone(driver):
+    """The browser with a phone's small window, which fingers touch."""
+    window = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
     driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
-    try:
-        driver.get(page.as_uri())
-        for answer in ("nothing yet", "7"):
-            wait_for(driver, answer)
-            widths = driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
-            assert widths == [390, 390]
-            draw_seven(driver, "touch")
-        answer = driver.find_element("css selector", "output").rect
-        assert answer["y"] + answer["height"] < 844  # it is seen while one draws
-        camera = driver.find_element("css selector", ".camera")
-        assert camera.is_displayed()
-        assert camera.find_element("css selector", "input").get_attribute("capture") == "environment"
-        for control in driver.find_elements("css selector", "button, label"):
-            assert control.rect["height"] >= 44
-    finally:
-        driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
-        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    yield driver
+    driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow(seconds=5)
+def test_on_a_phone_a_digit_is_drawn_and_cleared_by_touch_and_nothing_lies_beside_the_window(phone, page):
+    phone.get(page.as_uri())
+    for answer in ("nothing yet", "7"):
+        wait_for(phone, answer)
+        widths = phone.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+        assert widths == [390, 390]
+        draw_seven(phone, "touch")
+    answer = phone.find_element("css selector", "output").rect
+    assert answer["y"] + answer["height"] < 844  # it is seen while one draws
+    camera = phone.find_element("css selector", ".camera")
+    assert camera.is_displayed()
+    assert camera.find_element("css selector", "input").get_attribute("capture") == "environment"
+    for control in phone.find_elements("css selector", "button, label"):
+        assert control.rect["height"] >= 44
+    touch(phone, "#board button", [(0.5, 0.5)])
+    wait_for(phone, "nothing yet")
+
+
+@pytest.mark.slow(seconds=10)
+def test_several_digits_are_read_while_they_are_drawn_and_shown_side_by_side_in_their_lines(phone, page):
+    phone.get(page.as_uri())
+    bar_and_stem = [(0.025 * i, 0) for i in range(9)] + [(0.2 - 0.015 * i, 0.04 * i) for i in range(9)]
+    answers = []
+    for left, top in ((0.1, 0.1), (0.4, 0.1), (0.7, 0.1), (0.3, 0.57)):
+        touch(phone, "#board canvas", [(left + x, top + y) for x, y in bar_and_stem])
+        answers.append("7")
+        wait_for(phone, " ".join(answers))
+    shown, fit = phone.execute_script(
+        "const rows = [...document.querySelectorAll('#characters > div')];"
+        "return [rows.map(row => [...row.children].map(e => [e.innerText.split(/\\s+/), e.className])),"
+        "  rows.every(row => [...row.children].every(e => e.offsetTop === row.firstChild.offsetTop))]"
+    )
+    assert shown == [[[["7", ">99.9%"], ""]] * 3, [[["7", ">99.9%"], ""]]]
+    assert fit  # each line's images stand side by side
+    assert phone.execute_script("return document.documentElement.scrollWidth") == 390
+    assert not phone.find_element("id", "seen").is_displayed()
+    # While several are read, a board that is cleared is empty at once, and stays so.
+    touch(phone, "#board canvas", [(0.6, 0.57), (0.6, 0.9)])
+    touch(phone, "#board button", [(0.5, 0.5)])
+    wait_for(phone, "nothing yet")
+    time.sleep(0.5)
+    wait_for(phone, "nothing yet")
 
 
 @pytest.mark.slow(seconds=5)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 from flax import linen as nn
 
@@ -25,7 +24,7 @@ from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.demo.guard import read_drawing, serve_guarded
 from cnn_jax.inference.logits import saliency
-from cnn_jax.inference.page import BOARD, PEN
+from cnn_jax.inference.page import BOARD, CERTAIN, PEN, templates_in
 from cnn_jax.inference.page import FOLDER as PAGE
 from cnn_jax.inference.pictures import draw_saliency, encode_png
 from cnn_jax.inference.predict import as_text, describe_probability
@@ -36,7 +35,6 @@ from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import UsageError
 from cnn_jax.runtime.signals import listen_for_stop
-from cnn_jax.runtime.streams import printable
 
 # Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -45,16 +43,10 @@ os.environ["GRADIO_TEMP_DIR"] = f"{tempfile.gettempdir()}/cnn-jax-demo-{secrets.
 import fastapi
 import gradio as gr
 
-CERTAIN = 0.9  # less probable answers are marked
 MAPS_PER_ROW, GAP_GREY = 16, 64
 
 FOLDER = Path(__file__).parent
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([FOLDER, PAGE]),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-)
+TEMPLATES = templates_in(FOLDER, PAGE)
 
 
 def serve(
@@ -108,9 +100,7 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
     def answer(drawing: str) -> str:
         return render_answer(trained, read_drawing(drawing))
 
-    heading = TEMPLATES.get_template("heading.html").render(
-        name=printable(trained.name), accuracy=trained.test_accuracy
-    )
+    heading = TEMPLATES.get_template("heading.html").render(name=trained.name, accuracy=trained.test_accuracy)
     parts = [TEMPLATES.get_template(name) for name in ("board.html", "open.html")]
     board_html = "\n".join(part.render(board=BOARD, pen=PEN) for part in parts)
     board_js = "".join(file.read_text(encoding="utf-8") for file in (PAGE / "board.js", FOLDER / "open.js"))
@@ -151,9 +141,9 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
     maps = saliency(trained.model, trained.variables, images, classes)
     return TEMPLATES.get_template("answer.html").render(
         side=SIZE,
-        text=printable(as_text(readings, trained.class_names)) if readings else "nothing yet",
+        text=as_text(readings, trained.class_names) if readings else "nothing yet",
         characters=[
-            {"picture": _data_uri(each.image[..., 0]), "name": printable(as_text([each], trained.class_names)),
+            {"picture": _data_uri(each.image[..., 0]), "name": as_text([each], trained.class_names),
              "saliency": _data_uri(draw_saliency(each.image, map_)) if each.index is not None else "",
              "probability": describe_probability(float(each.probabilities.max())),
              "certain": each is blank or is_certain(each)}
@@ -161,7 +151,7 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
         ],
         prediction=shown[0].index,
         probabilities=[(each, describe_probability(each)) for each in shown[0].probabilities.tolist()],
-        class_names=[printable(name) for name in trained.class_names],
+        class_names=trained.class_names,
         layers=[
             {"height": layer.shape[0], "width": layer.shape[1], "features": layer.shape[2],
              "picture": _data_uri(_sheet(layer))}

@@ -3,6 +3,7 @@
 page.html      the document, into which everything below is written
 page.js        what happens on it: drawing, choosing a picture, showing the answer
 preprocess.js  makes a picture an image for the network, as preprocess.py does
+characters.js  finds the characters in a picture, as characters.py does
 network.js     computes what the network makes of it
 page.css       how it looks, beside style.css
 board.html     the board to draw on, which the page of `demo` has, too
@@ -20,26 +21,22 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from cnn_jax.inference import preprocess
+from cnn_jax.inference import characters, preprocess
 from cnn_jax.inference.preprocess import check_takes_pictures
-from cnn_jax.inference.pretrained import DETECTOR, DIGITS, LEAST_PROBABILITY, TrainedModel, read_trained
+from cnn_jax.inference.pretrained import (
+    DETECTOR,
+    DIGITS,
+    LEAST_BESIDE_DIGITS,
+    LEAST_PROBABILITY,
+    TrainedModel,
+    read_trained,
+)
 from cnn_jax.runtime.streams import printable
 
 BOARD = 140  # pixels per side of a drawing
 PEN = 11  # pixels wide; three in the digit that the network gets
+CERTAIN = 0.9  # less probable answers are marked
 FOLDER = Path(__file__).parent
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(FOLDER),
-    autoescape=True,
-    finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-)
-# The constants of preprocess.py that preprocess.js computes with.
-CONSTANTS = (
-    "SIZE", "FITTED_SIZE", "WORKING_SIZE", "DETAIL", "SMALLEST_SIDE", "FAINTEST", "GRAIN", "SHARE_OF_DARKEST",
-    "SMALLEST_PART", "HOLE", "STROKE_WIDTHS",
-)  # fmt: skip
 EMBEDDED = re.compile(r'<script type="application/json" id="embedded">(.*?)</script>', re.DOTALL)
 
 
@@ -51,8 +48,9 @@ def write_page(trained: TrainedModel, file: Path) -> None:
       UsageError: the network takes images of as many channels as no picture has.
     """
     check_takes_pictures(trained.image_shape, trained.name)
+    templates = templates_in(FOLDER)
     sources = {file.name: file.read_text(encoding="utf-8") for file in (*FOLDER.glob("*.js"), *FOLDER.glob("*.css"))}
-    page = TEMPLATES.get_template("page.html").render(
+    page = templates.get_template("page.html").render(
         embedded=_embed(trained),
         sources=sources,
         name=trained.name,
@@ -62,6 +60,17 @@ def write_page(trained: TrainedModel, file: Path) -> None:
         pen=PEN,
     )
     file.write_text(page, encoding="utf-8")
+
+
+def templates_in(*folders: Path) -> jinja2.Environment:
+    """Return the templates in folders, for pages in which every value is text."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
+        autoescape=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
 
 
 def read_page(file: Path, trained: TrainedModel) -> TrainedModel:
@@ -78,11 +87,21 @@ def _embed(trained: TrainedModel) -> dict[str, Any]:
     """Return what the page's scripts take from Python, for JSON."""
     detector = None
     if trained.reads_digits:
-        detector = _embed_network(read_trained(DETECTOR)) | {"digits": len(DIGITS), "least": LEAST_PROBABILITY}
+        detector = _embed_network(read_trained(DETECTOR)) | {
+            "digits": len(DIGITS),
+            "least": LEAST_PROBABILITY,
+            "least_beside_digits": LEAST_BESIDE_DIGITS,
+        }
     return {
-        "constants": {name: getattr(preprocess, name) for name in CONSTANTS},
+        "constants": {
+            name: np.asarray(value).tolist()
+            for module in (preprocess, characters)
+            for name, value in vars(module).items()
+            if name.isupper()
+        },
         "network": _embed_network(trained),
         "detector": detector,
+        "certain": CERTAIN,
         "preparation": trained.preparation,
         "background": trained.background,
         "class_names": [printable(name) for name in trained.class_names],

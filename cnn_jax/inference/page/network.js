@@ -1,23 +1,58 @@
 "use strict";
-// Computes what a network makes of an image, and reads pictures as TrainedModel.read(..., one=True) does.
+// Computes what a network makes of an image, and reads pictures as TrainedModel.read does.
 //
 // A network is {image_shape, params, temperature}: kernels (3, 3, C, F) and (D, K), and biases (F) and (K), in float32.
 // The comments give the shapes for MNIST's images.
 
-// Returns what the network got, bytes (H, W, C), the probability of each class, and the most probable class, or null as
-// its index where there is no digit. Returns null if nothing is on the picture's paper, undefined if it is too small.
-function read(imageData) {
+const TINY = 2 ** -1022; // the smallest normal number
+const MOST_JUDGEMENTS = 1000;
+
+// Returns for each line what the network got of each character, bytes (H, W, C), the probability of each class, and the
+// most probable class, or null as its index where there is no digit. If there is no character, `unread` is what is there,
+// or null if nothing is on the picture's paper. Returns undefined if the picture is too small.
+async function read(imageData, pause = async () => {}) {
   const {network, detector, preparation, background} = embedded;
   const colours = toColours(imageData);
   if (colours === null) return undefined;
-  const image = preparation === "character"
-    ? findCharacter(colours) : preparePicture(colours, network.image_shape, background);
-  if (image === null) return null;
-  const probabilities = softmax(logits(network, image), network.temperature);
-  // The detector's first classes are the digits, and its last one is all else.
-  const isDigit = detector === null || softmax(logits(detector, image), 1).slice(0, detector.digits)
-    .reduce((sum, probability) => sum + probability) >= detector.least;
-  return {image, probabilities, index: isDigit ? probabilities.indexOf(Math.max(...probabilities)) : null};
+  let lines, unread = null;
+  if (preparation === "character") {
+    const found = await findCharacters(colours, detector && (image => judge(image).cost), pause);
+    lines = found.lines.map(line => line.map(({image}) => image));
+    unread = found.one && found.one.image;
+  } else {
+    const image = preparePicture(colours, network.image_shape, background);
+    lines = image === null ? [] : [[image]];
+  }
+  const readings = lines.map(line => {
+    const judged = line.map(judge);
+    let least = detector?.least;
+    if (judged.some(({digit}) => digit >= least)) least = detector.least_beside_digits;
+    return judged.map(({classes, digit}, i) => ({
+      image: line[i], probabilities: classes,
+      index: detector === null || digit >= least ? classes.indexOf(Math.max(...classes)) : null,
+    }));
+  });
+  return {lines: readings, unread};
+}
+
+const judgements = new Map(); // of the images of the last pictures, of which a growing drawing has many again
+
+// The probability of each class, that it is a digit, and the negative logarithm of the probability that it is one digit
+// and that both networks tell the same.
+function judge(image) {
+  const {network, detector} = embedded, key = String(image);
+  let judged = judgements.get(key);
+  if (judged) return judged;
+  judged = {classes: softmax(logits(network, image), network.temperature)};
+  if (detector !== null) {
+    // The detector's first classes are the digits, and its last one is all else.
+    const digits = softmax(logits(detector, image), 1).slice(0, detector.digits);
+    judged.digit = digits.reduce((a, b) => a + b);
+    judged.cost = Math.min(...digits.map((digit, i) => -(Math.log(digit) + Math.log(Math.max(judged.classes[i], TINY)))));
+  }
+  if (judgements.size >= MOST_JUDGEMENTS) judgements.clear();
+  judgements.set(key, judged);
+  return judged;
 }
 
 function logits({image_shape: [height, width, channels], params}, image) {

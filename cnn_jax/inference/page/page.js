@@ -3,6 +3,7 @@
 
 const LARGEST = 4096; // pixels per side of a canvas that every browser has
 const SHOWN_CLASSES = 10; // the most probable ones
+const MOST_BUSY = 30; // milliseconds after which the page may draw and listen again
 const find = selector => document.querySelector(selector);
 
 for (const network of [embedded.network, embedded.detector])
@@ -36,21 +37,66 @@ function pictureOfDrawing(drawing, side) {
   return picture;
 }
 
-function show(picture) {
-  const reading = read(picture);
-  if (reading === undefined) say("?", "The picture is too small or too narrow; give one of a whole digit.");
-  else if (reading === null) say("?", "Nothing was found; give a picture with more contrast.");
-  else if (reading.index === null) say("?", "This is no digit.", reading);
-  else say(embedded.class_names[reading.index], "", reading);
+let newest = new AbortController(); // of the reading of the newest picture or drawing
+
+// Ends the reading of what was given before, and returns the signal of what is given now.
+function begin() {
+  newest.abort();
+  newest = new AbortController();
+  return newest.signal;
 }
 
-function say(answer, told, reading = null) {
+async function show(picture, signal) {
+  let since = performance.now();
+  const pause = async () => {
+    if (performance.now() - since < MOST_BUSY) return;
+    await new Promise(resolve => setTimeout(resolve));
+    signal.throwIfAborted();
+    since = performance.now();
+  };
+  try {
+    tell(await read(picture, pause));
+  } catch (error) {
+    if (!signal.aborted) throw error;
+  }
+}
+
+function tell(reading) {
+  const readings = reading?.lines.flat() ?? [];
+  if (reading === undefined) say("?", "The picture is too small or too narrow; give one of a whole digit.");
+  else if (readings.length === 0 && reading.unread === null)
+    say("?", "Nothing was found; give a picture with more contrast.");
+  else if (readings.every(({index}) => index === null)) say("?", "This is no digit.", readings[0]?.image ?? reading.unread);
+  else if (readings.length === 1) say(nameOf(readings[0]), "", readings[0].image, rowsOf(readings[0]));
+  else say(readings.map(nameOf).join(" "), "", null, [], reading.lines.map(rowOfFigures));
+}
+
+function say(answer, told, seen = null, classes = [], characters = []) {
   find("output").textContent = answer;
   find("#told").textContent = told;
-  find("#seen").hidden = reading === null;
-  if (reading) drawImage(find("#seen"), reading.image);
-  const shown = reading === null || reading.index === null ? [] : rowsOf(reading);
-  find("#classes").replaceChildren(...shown);
+  find("#seen").hidden = seen === null;
+  if (seen) drawImage(find("#seen"), seen);
+  find("#classes").replaceChildren(...classes);
+  find("#characters").replaceChildren(...characters);
+}
+
+const nameOf = ({index}) => index === null ? "?" : embedded.class_names[index];
+
+// Returns what the network got of each character of a line, with its name and probability below.
+function rowOfFigures(line) {
+  const row = document.createElement("div");
+  row.append(...line.map(reading => {
+    const figure = document.createElement("figure"), probability = Math.max(...reading.probabilities);
+    const [canvas, caption] = ["canvas", "figcaption"].map(tag => figure.appendChild(document.createElement(tag)));
+    const [name, told] = ["b", "span"].map(tag => caption.appendChild(document.createElement(tag)));
+    drawImage(canvas, reading.image);
+    name.textContent = nameOf(reading);
+    const certain = reading.index !== null && probability >= embedded.certain;
+    told.textContent = reading.index === null ? "no digit" : describeProbability(probability) + (certain ? "" : ", not sure");
+    figure.classList.toggle("uncertain", !certain);
+    return figure;
+  }));
+  return row;
 }
 
 function drawImage(canvas, image) {
@@ -91,15 +137,16 @@ function showOnSheet(url) {
 
 async function take(file) {
   if (!file) return;
-  const url = URL.createObjectURL(file);
+  const url = URL.createObjectURL(file), signal = begin();
   sheet.getContext?.("2d").clearRect(0, 0, sheet.width, sheet.height);
   showOnSheet(url);
+  say("…", "The picture is read.");
   let picture = null;
   try {
     picture = await pictureOf(url);
   } catch {}
-  if (shown !== url) return; // there is something newer
-  if (picture) show(picture);
+  if (signal.aborted) return;
+  if (picture) await show(picture, signal);
   else say("?", "The file is no picture that this browser can read; save it as PNG or JPEG.");
 }
 
@@ -117,17 +164,21 @@ document.addEventListener("paste", event => take(event.clipboardData.files[0]));
 
 if (sheet.getContext) {
   const drawn = {value: ""};
-  let asked = false; // a drawing is read at most once for each of the screen's frames
-  startBoard(find("#board"), drawn, () => {
+  const isEmpty = () => !/[^\0]/.test(atob(drawn.value));
+  let isNew = false, isReading = false; // while a drawing is read, newer ones wait, and only the last of them is read
+  startBoard(find("#board"), drawn, async () => {
     showOnSheet(null);
-    if (asked) return;
-    asked = true;
-    requestAnimationFrame(() => {
-      asked = false;
-      if (shown) return;
-      const drawing = atob(drawn.value);
-      if (/[^\0]/.test(drawing)) show(pictureOfDrawing(drawing, sheet.width));
-      else say("nothing yet", "");
-    });
+    if (isEmpty()) begin();
+    isNew = true;
+    if (isReading) return;
+    isReading = true;
+    while (isNew) {
+      isNew = false;
+      await new Promise(requestAnimationFrame);
+      if (shown) continue; // a picture has taken the drawing's place
+      if (isEmpty()) say("nothing yet", "");
+      else await show(pictureOfDrawing(atob(drawn.value), sheet.width), begin());
+    }
+    isReading = false;
   });
 }

@@ -146,10 +146,9 @@ function resizeAxis(data, outer, size, inner, end, newSize, filter) {
   return resized;
 }
 
-// The digit: {height, width, data: float32 (H, W, 3)} to the network's image, bytes (28, 28, 1), or null.
+// The digit: ink, float32 (H, W), to the box around it and the network's image, bytes (28, 28, 1), or null.
 
-function findCharacter(colours) {
-  const {ink: whole, faintest} = measureInk(colours);
+function findInInk(whole, faintest) {
   let ink = whole, threshold = inkThreshold(whole, faintest);
   for (const [candidate, level] of withoutSurroundings(whole, faintest)) {
     if (longerSide(digitMask(above(candidate, level))) > Math.sqrt(whole.data.length) / 10) {
@@ -158,7 +157,8 @@ function findCharacter(colours) {
     }
   }
   const mask = digitMask(above(ink, threshold));
-  return longerSide(mask) >= SMALLEST_SIDE / 2 ? layOut(trace(ink, mask, threshold)) : null;
+  const image = longerSide(mask) >= SMALLEST_SIDE / 2 ? layOut(trace(ink, mask, threshold)) : null;
+  return image === null ? null : {box: boxAround(mask), image};
 }
 
 // How much each pixel differs from the paper around it, float32 (H, W), and the value of the faintest ink.
@@ -236,11 +236,12 @@ function inkOf(colours) {
 function mostVaryingAxis(colours) {
   const count = colours.length / 3, means = [0, 0, 0];
   for (let i = 0; i < colours.length; i++) means[i % 3] += colours[i] / count;
-  const matrix = [[0, 0, 0], [0, 0, 0], [0, 0, 0]];
-  for (let i = 0; i < colours.length; i += 3)
-    for (let a = 0; a < 3; a++)
-      for (let b = 0; b < 3; b++)
-        matrix[a][b] += (colours[i + a] - means[a]) * (colours[i + b] - means[b]) / (count - 1);
+  const covariance = (a, b) => {
+    let total = 0;
+    for (let i = 0; i < colours.length; i += 3) total += (colours[i + a] - means[a]) * (colours[i + b] - means[b]);
+    return total / (count - 1);
+  };
+  const matrix = [0, 1, 2].map(a => [0, 1, 2].map(b => covariance(a, b)));
   const vectors = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]; // in columns
   for (let sweep = 0; sweep < 20; sweep++) {
     for (const [p, q] of [[0, 1], [0, 2], [1, 2]]) {
@@ -265,22 +266,21 @@ function fitPlane(grey, margin) {
   const side = Math.min(64, grey.height, grey.width);
   const values = resize(grey, side, side, BOX).data; // (side, side)
   const middles = Array.from({length: side}, (_, i) => (i + 0.5) / side);
+  const inputs = Array.from(values, (_, i) => [1, middles[Math.floor(i / side)], middles[i % side]]);
   const weights = new Float64Array(values.length).fill(1);
   let plane = [0, 0, 0];
   for (let iteration = 0; iteration < 10; iteration++) {
     const matrix = [[0, 0, 0], [0, 0, 0], [0, 0, 0]], right = [0, 0, 0];
-    for (let i = 0; i < values.length; i++) {
-      const inputs = [1, middles[Math.floor(i / side)], middles[i % side]];
+    inputs.forEach((input, i) => {
       for (let a = 0; a < 3; a++) {
-        right[a] += weights[i] * inputs[a] * values[i];
-        for (let b = 0; b < 3; b++) matrix[a][b] += weights[i] * inputs[a] * inputs[b];
+        right[a] += weights[i] * input[a] * values[i];
+        for (let b = 0; b < 3; b++) matrix[a][b] += weights[i] * input[a] * input[b];
       }
-    }
+    });
     plane = solve(matrix, right);
-    for (let i = 0; i < values.length; i++) {
-      const fitted = plane[0] + plane[1] * middles[Math.floor(i / side)] + plane[2] * middles[i % side];
-      weights[i] = 1 / Math.max(Math.abs(values[i] - fitted), 1);
-    }
+    inputs.forEach(([, row, column], i) => {
+      weights[i] = 1 / Math.max(Math.abs(values[i] - plane[0] - plane[1] * row - plane[2] * column), 1);
+    });
   }
   const height = grey.height + 2 * margin, width = grey.width + 2 * margin, data = new Float32Array(height * width);
   for (let row = 0, i = 0; row < height; row++) {
@@ -397,20 +397,16 @@ function isNear({height, width, data}, row, column, steps) {
 // Gives a shape strokes as wide as MNIST's, shrinks it and centres it; null if the shape is empty.
 function layOut(shape) {
   const [narrowest, widest] = STROKE_WIDTHS.map(width => DETAIL * width);
-  const closed = binaryClosing(padded(shape, roundHalfToEven(widest)), HOLE);
+  const closed = closeGaps(padded(shape, roundHalfToEven(narrowest)), HOLE, HOLE);
   if (!closed.data.includes(1)) return null;
   const {height, width} = closed;
   const inside = distanceTransform(closed);
-  const outside = distanceTransform(inverted(closed));
-  let sum = 0, count = 0;
-  for (let i = 0; i < inside.length; i++) {
-    sum += inside[i]; // 0 outside the shape
-    count += closed.data[i];
-  }
-  const stroke = 4 * (sum / count);
+  const stroke = 4 * (sum(inside) / sum(closed.data)); // 0 outside the shape
   const growth = (Math.min(widest, Math.max(narrowest, stroke)) - stroke) / 2;
-  const grown = {height, width, data: Uint8Array.from(inside, (value, i) => value - outside[i] > -growth ? 1 : 0)};
-  return grown.data.includes(1) ? centre(fit(grown)) : null;
+  const data = growth > 0
+    ? distanceTransform(inverted(closed)).map(distance => distance < growth ? 1 : 0)
+    : inside.map(distance => distance > -growth ? 1 : 0);
+  return data.includes(1) ? centre(fit({height, width, data})) : null;
 }
 
 // Shrinks a digit until its longer side has 20 pixels: bytes (h, w).
@@ -582,34 +578,100 @@ function minimumFilter(array, before, after) {
   });
 }
 
-// Fills the gaps of a mask that are narrower than a square of so many pixels.
-function binaryClosing(mask, size) {
-  const half = (size - 1) / 2;
-  return minimumFilter(inverted(minimumFilter(inverted(mask), half, half)), half, half);
-}
-
 // The distance of each of a mask's pixels to the nearest one outside it, float64; 0 outside it.
 // By Felzenszwalb and Huttenlocher, Theory of Computing 8, 2012: squared distances are lower envelopes of parabolas.
 function distanceTransform({height, width, data}) {
-  const far = height ** 2 + width ** 2;
-  const squares = {height, width, data: Float64Array.from(data, value => far * value)};
-  return alongBothAxes(squares, () => lowerEnvelope).data.map(Math.sqrt);
+  const distances = new Float64Array(data.length); // in the column, up or down
+  for (let i = 0; i < data.length; i++) if (data[i]) distances[i] = i < width ? height + width : distances[i - width] + 1;
+  for (let i = data.length - width - 1; i >= 0; i--) distances[i] = Math.min(distances[i], distances[i + width] + 1);
+  const lowest = new Int32Array(width), starts = new Float64Array(width), squares = new Float64Array(width);
+  for (let first = 0; first < data.length; first += width) {
+    for (let x = 0; x < width; x++) squares[x] = distances[first + x] ** 2;
+    const meets = (i, j) => (squares[i] + i * i - squares[j] - j * j) / (2 * i - 2 * j);
+    let k = 0;
+    [lowest[0], starts[0]] = [0, -Infinity];
+    for (let x = 1; x < width; x++) {
+      let start = meets(x, lowest[k]);
+      while (start <= starts[k]) start = meets(x, lowest[--k]);
+      k++;
+      [lowest[k], starts[k]] = [x, start];
+    }
+    const last = k;
+    k = 0;
+    for (let x = 0; x < width; x++) {
+      while (k < last && starts[k + 1] < x) k++;
+      if (data[first + x]) distances[first + x] = Math.sqrt((x - lowest[k]) ** 2 + squares[lowest[k]]);
+    }
+  }
+  return distances;
 }
 
-function lowerEnvelope(line) {
-  const lowest = [0], starts = [-Infinity];
-  for (let i = 1; i < line.length; i++) {
-    const meets = j => (line[i] + i * i - line[j] - j * j) / (2 * i - 2 * j);
-    while (meets(lowest[lowest.length - 1]) <= starts[starts.length - 1]) {
-      lowest.pop();
-      starts.pop();
+// What it has for masks; outside a mask there is nothing.
+
+const sum = values => values.reduce((a, b) => a + b, 0);
+const both = (mask, other) => ({...mask, data: mask.data.map((value, i) => value & other.data[i])});
+const either = (mask, other) => ({...mask, data: mask.data.map((value, i) => value | other.data[i])});
+const closeGaps = (mask, down, across) => erode(dilate(mask, down, across), down, across);
+
+function transposed({height, width, data}) {
+  const turned = {height: width, width: height, data: new Uint8Array(data.length)};
+  for (let row = 0, i = 0; row < height; row++)
+    for (let column = 0; column < width; column++, i++) turned.data[column * height + row] = data[i];
+  return turned;
+}
+
+// The middles of the windows of so many rows and columns in which all pixels are set.
+function erode(mask, down, across) {
+  const level = countAlong(mask, false, across >> 1, (across - 1) >> 1, across);
+  return countAlong(level, true, down >> 1, (down - 1) >> 1, down);
+}
+
+// The pixels of such windows around a mask's.
+function dilate(mask, down, across) {
+  return countAlong(countAlong(mask, false, (across - 1) >> 1, across >> 1, 1), true, (down - 1) >> 1, down >> 1, 1);
+}
+
+// The pixels for which at least so many are set among themselves and those just before and after them along an axis.
+function countAlong({height, width, data}, isDown, before, after, least) {
+  const counted = new Uint8Array(data.length);
+  const [lines, next, length, step] = isDown ? [width, 1, height, width] : [height, width, width, 1];
+  for (let line = 0; line < lines; line++) {
+    const first = line * next;
+    let count = 0;
+    for (let end = 0; end < length + after; end++) {
+      const gone = end - after - before - 1;
+      if (end < length) count += data[first + end * step];
+      if (gone >= 0) count -= data[first + gone * step];
+      if (end >= after) counted[first + (end - after) * step] = count >= least ? 1 : 0;
     }
-    starts.push(meets(lowest[lowest.length - 1]));
-    lowest.push(i);
   }
-  let k = 0;
-  return line.map((_, i) => {
-    while (k + 1 < starts.length && starts[k + 1] < i) k++;
-    return (i - lowest[k]) ** 2 + line[lowest[k]];
-  });
+  return {height, width, data: counted};
+}
+
+// The pixels at most so many steps up, down or aside from a mask's.
+function grown(mask, steps) {
+  const {height, width} = mask, data = new Uint8Array(height * width);
+  for (let row = 0, i = 0; row < height; row++)
+    for (let column = 0; column < width; column++, i++) data[i] = isNear(mask, row, column, steps) ? 1 : 0;
+  return {height, width, data};
+}
+
+// A mask and its holes, which cannot be left by steps up, down and aside.
+function filled({height, width, data}) {
+  const all = {height, width, data: new Uint8Array(data.length).fill(1)}, todo = [];
+  const leave = i => {
+    if (data[i] || !all.data[i]) return;
+    all.data[i] = 0;
+    todo.push(i);
+  };
+  for (let row = 0; row < height; row++) [row * width, (row + 1) * width - 1].forEach(leave);
+  for (let column = 0; column < width; column++) [column, (height - 1) * width + column].forEach(leave);
+  while (todo.length) {
+    const i = todo.pop(), column = i % width;
+    if (i >= width) leave(i - width);
+    if (i + width < data.length) leave(i + width);
+    if (column > 0) leave(i - 1);
+    if (column < width - 1) leave(i + 1);
+  }
+  return all;
 }
