@@ -80,7 +80,7 @@ def shared_programs():
     programs = {}
 
     def make_program(settings, sizes, mesh, **options):
-        key = (repr(deciding_settings(settings)), settings.epochs, sizes, mesh, tuple(options.items()))
+        key = (repr(deciding_settings(settings)), settings.epochs, sizes, mesh, repr(options))
         if key not in programs:
             programs[key] = program.make_program(settings, sizes, mesh, **options)
         return programs[key]

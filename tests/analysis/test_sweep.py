@@ -287,7 +287,7 @@ def test_at_once_as_on_a_gpu_trials_end_as_in_turn(command, arguments, begin, tm
     from cnn_jax.runs import train
 
     compiled, compile_group = [], train._compile_group
-    monkeypatch.setattr(train, "trains_at_once", lambda member: True)
+    monkeypatch.setattr(train, "trains_at_once", lambda member, sizes: True)
     monkeypatch.setattr(train, "_compile_group", lambda *of: compiled.append(len(of[0])) or compile_group(*of))
     enqueue(begin(epochs=2), 1e30, 0.02, *hopeless, 0.019, 0.018)
     arguments += ["--epochs", 2]

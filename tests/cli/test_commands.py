@@ -274,7 +274,7 @@ def test_a_runs_settings_are_read_as_they_were_written_also_by_an_earlier_progra
     folder.write_settings(settings)
     assert folder.read_settings() == settings
     values = json.loads(file.read_text())
-    later = {"class_names": None, "transposed": False, "model": None}
+    later = {"class_names": None, "transposed": False, "model": None, "hyperparameters": []}
     assert values == {name: value for name, value in json.loads(EARLIER).items() if name != "debug"} | later
 
     file.write_text(EARLIER)

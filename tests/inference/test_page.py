@@ -211,15 +211,15 @@ def test_200_pictures_are_read_as_predict_reads_them(driver, page, packaged, pic
     assert [] in found
 
 
-@pytest.mark.slow(seconds=90)
-def test_64_pictures_of_several_digits_are_read_line_by_line_as_predict_reads_them(driver, page, packaged, tmp_path):
+@pytest.mark.slow(seconds=60)
+def test_32_pictures_of_several_digits_are_read_line_by_line_as_predict_reads_them(driver, page, packaged, tmp_path):
     """Digits apart, touching, broken, on ruled and squared paper, in a shadow, in cells and in forms."""
-    files = [file for file, _ in draw_numbers(tmp_path)]
-    assert len(files) == 64
+    files = [file for file, _ in draw_numbers(tmp_path)][::2]  # of every manner
+    assert len(files) == 32
     found = read_on_page(driver, page, files)
     assert_same_readings(found, packaged, files)
     assert {len(lines) for lines in found} >= {1, 2, 3}
-    assert sum(len(line) for lines in found for line in lines) > 300
+    assert sum(len(line) for lines in found for line in lines) > 150
 
 
 @pytest.mark.slow(seconds=10)
