@@ -49,6 +49,19 @@ def start_browser(folder, *options, logs):
     return selenium.Chrome(wanted, selenium.ChromeService(shutil.which("chromedriver")))
 
 
+def touch(driver, selector, points):
+    """Put a finger at a place in an element, given in fractions of its size, move it to the others, and lift it."""
+    left, top, width, height = driver.execute_script(
+        "const {left, top, width, height} = document.querySelector(arguments[0]).getBoundingClientRect();"
+        "return [left, top, width, height]",
+        selector,
+    )
+    at = [[{"x": left + width * x, "y": top + height * y}] for x, y in points]
+    kinds = ["touchStart", *["touchMove"] * (len(at) - 1), "touchEnd"]
+    for kind, fingers in zip(kinds, [*at, []], strict=True):
+        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+
 def read_digit(file):
     """Return the digit in a picture as an image for the network, (28, 28, 1), uint8, 0 for no ink."""
     character = find_character(read_picture(str(file)).colours)

@@ -177,7 +177,7 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
         start_devices(shared.platform)
         dataset = load_run_data(dataclasses.replace(shared, batch_size=max(space.batch_sizes)))
         for recipe in space.recipes:
-            make_recipe(with_arguments(shared, {name: low for name, (low, _) in space.arguments.items()}, recipe), 1)
+            make_recipe(_with_arguments(shared, {name: low for name, (low, _) in space.arguments.items()}, recipe), 1)
         study = open_study(space, shared, fingerprint(dataset))
         while missing := max(0, trials - len(_ended(study))):
             with _asked(study, space, min(together, missing)) as asked:
@@ -465,7 +465,7 @@ def _check_against_run(trial: FrozenTrial, run: RunFolder) -> None:
         metrics = [line for line in run.read_metrics() if trial.last_step in (None, line.epoch)]
     except CnnJaxError:
         return  # a run that was damaged since says nothing of the study
-    numbers = {name: (trial.params[name], number) for name, number in arguments.items() if name in trial.params}
+    numbers = {name: (trial.params[name], number) for name, number in arguments.items()}
     if metrics and metrics[-1].tested_on == "validation":
         numbers["score"] = trial.values[0], float(np.mean(metrics[-1].accuracy))
     for name, (recorded, own) in numbers.items():
@@ -575,10 +575,10 @@ def _settings_of(trial: Trial, space: SearchSpace, shared: TrainSettings) -> Tra
         features=tuple(int(channels) for channels in trial.params["features"].split("x")),
     )
     arguments = {name: trial.params[name] for name in space.arguments}
-    return with_arguments(settings, arguments, space.named_recipes()[str(trial.params["recipe"])])
+    return _with_arguments(settings, arguments, space.named_recipes()[str(trial.params["recipe"])])
 
 
-def with_arguments(settings: TrainSettings, arguments: dict[str, float], recipe: str) -> TrainSettings:
+def _with_arguments(settings: TrainSettings, arguments: dict[str, float], recipe: str) -> TrainSettings:
     """Return the settings with a recipe and its arguments."""
     others = tuple(f"{name}={number!r}" for name, number in arguments.items() if name != "learning_rate")
     rate = arguments["learning_rate"]

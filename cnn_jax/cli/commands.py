@@ -325,7 +325,7 @@ def sweep(
       together (N): Trials that differ in the learning rate and hyperparameters alone, trained together: on an
         accelerator at once.
       learning_rate (LOW HIGH): The range to search, on a logarithmic scale.
-      hyperparameters (NAME=LOW:HIGH): Ranges of other arguments of the recipe, logarithmic unless they begin at 0.
+      hyperparameters (NAME=LOW:HIGH): Ranges of other arguments of the recipe, logarithmic where positive.
       batch_size (IMAGES): The batch sizes to choose from.
       features (N): The channels of both blocks to choose from, in pairs.
       recipe (NAME): The recipes to choose from, among them your own, FILE.py:FUNCTION.

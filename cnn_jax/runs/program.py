@@ -324,9 +324,9 @@ def make_recipe(settings: TrainSettings, steps: int, arguments: Mapping[str, rec
             require(rate == usual, "--learning-rate", rate, f"left out: {code} has no argument learning_rate")
         offered = {"steps": steps, **given}
         others = [name for name in takes if name not in ("steps", "learning_rate")]
-        for name in settings.recipe_arguments.keys() - {"learning_rate", *others}:
-            known = f"one of {', '.join(others)}, which {code} takes" if others else f"left out: {code} takes none"
-            require(False, "--hyperparameters", name, known)
+        known = f"one of {', '.join(others)}, which {code} takes" if others else f"left out: {code} takes none"
+        for name in settings.recipe_arguments:
+            require(name in ("learning_rate", *others), "--hyperparameters", name, known)
         recipe = function(**{name: value for name, value in offered.items() if name in takes})
     if inspect.iscoroutine(recipe):
         recipe.close()  # or Python says that it was never awaited

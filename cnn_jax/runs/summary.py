@@ -35,11 +35,11 @@ def introduce(settings: TrainSettings, dataset: Dataset, program: Program, displ
             f"warning: no training image has the class {textwrap.shorten(', '.join(missing), 60, placeholder=' ...')}"
         )
     how = "Adam at" if settings.recipe == "tutorial" else f"recipe {settings.recipe}, learning rate"
+    numbers = ", ".join([f"{settings.learning_rate:g}", *settings.hyperparameters])
     held_out = f"; {settings.validation:,} training images held out" if settings.validation else ""
     display.say(
         f"{settings.run_folder}: {settings.epochs:g} epochs of {program.steps_per_epoch:,} steps, "
-        f"batch {settings.batch_size}, {', '.join([f'{how} {settings.learning_rate:g}', *settings.hyperparameters])}, "
-        f"{settings.precision}, "
+        f"batch {settings.batch_size}, {how} {numbers}, {settings.precision}, "
         f"{settings.which_seeds}{held_out}"
     )
 

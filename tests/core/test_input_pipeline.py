@@ -131,7 +131,7 @@ def test_images_that_cannot_be_read_ahead_end_the_stream_with_their_own_error(da
 def test_a_stream_takes_no_more_memory_for_more_images_and_a_killed_one_continues_to_the_same_bits(
     tmp_path, monkeypatch
 ):
-    # The small form of what benchmarks/runs/feed/more_than_memory.json records: here the larger set has 0.6 GB.
+    # The small form of benchmarks/more_than_memory.py: here the larger set has 0.6 GB.
     monkeypatch.setattr(more_than_memory, "PROGRAM", TRAIN)
     few, many = (more_than_memory.Case(count, "stream") for count in (10_000, 200_000))
     for case in (few, many):

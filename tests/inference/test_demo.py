@@ -29,7 +29,7 @@ from cnn_jax.inference import demo
 from cnn_jax.inference.demo import guard
 from cnn_jax.inference.logits import saliency
 from cnn_jax.inference.pictures import draw_saliency, encode_png
-from tests.helpers import ROOT, start_browser
+from tests.helpers import ROOT, start_browser, touch
 
 
 def free_port():
@@ -627,25 +627,16 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     browser.refresh()
     wait_until(lambda: browser.find_elements("css selector", "#board canvas") and read_answer(browser))
-    rectangle = "(r => [r.left, r.top, r.width, r.height])(e.getBoundingClientRect())"
-
-    def touch(selector, fractions):
-        """Put a finger at a place in an element, given as fractions of its size, move it to the others, and lift it."""
-        (left, top, width, height), *_ = read_elements(browser, selector, rectangle)
-        points = [[{"x": left + width * x, "y": top + height * y}] for x, y in fractions]
-        kinds = ["touchStart", *["touchMove"] * (len(points) - 1)]
-        for kind, at in [*zip(kinds, points, strict=True), ("touchEnd", [])]:
-            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
 
     def touched():
-        touch("#board canvas", [(0.4, 0.5), (0.5, 0.5), (0.6, 0.5)])
+        touch(browser, "#board canvas", [(0.4, 0.5), (0.5, 0.5), (0.6, 0.5)])
         return ink_on_board(browser).any()
 
     wait_until(touched)  # the page is there before its script is
-    touch("#board [name=clear]", [(0.5, 0.5)])
+    touch(browser, "#board [name=clear]", [(0.5, 0.5)])
     wait_until(lambda: not ink_on_board(browser).any())
     seven = [(0.3 + 0.04 * i, 0.2) for i in range(11)] + [(0.7 - 0.02 * i, 0.2 + 0.06 * i) for i in range(11)]
-    touch("#board canvas", seven)
+    touch(browser, "#board canvas", seven)
     wait_until(lambda: read_answer(browser) == "7")
     # The finger drew, and did not scroll; a picture of what the network sees stands beside where it looked.
     assert browser.execute_script("return window.scrollY") == 0
@@ -662,10 +653,10 @@ def test_on_a_phone_a_finger_draws_a_digit_and_nothing_is_wider_than_the_screen(
     browser.find_element("css selector", "#board [name=clear]").click()
     wait_until(lambda: read_answer(browser) == "nothing yet")
     for x in (0.1, 0.3, 0.5, 0.7, 0.9):
-        touch("#board canvas", [(x, 0.25 + 0.05 * i) for i in range(11)])
+        touch(browser, "#board canvas", [(x, 0.25 + 0.05 * i) for i in range(11)])
     wait_until(lambda: len(browser.find_elements("css selector", ".answer figure")) == 5)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 320
-    touch(".answer .maps", [(0.5, 0.9 - 0.1 * i) for i in range(9)])
+    touch(browser, ".answer .maps", [(0.5, 0.9 - 0.1 * i) for i in range(9)])
     blocked = read_elements(browser, "body, body *", "getComputedStyle(e).touchAction == 'none' ? e.outerHTML : ''")
     assert list(filter(None, blocked)) == read_elements(browser, "#board canvas", "e.outerHTML")
 

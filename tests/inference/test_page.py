@@ -27,7 +27,7 @@ from tests.digits import (
     draw_no_digit,
     draw_numbers,
 )
-from tests.helpers import EMBEDDED, ROOT, start_browser
+from tests.helpers import EMBEDDED, ROOT, start_browser, touch
 
 CHANGE = "document.title = 'changed'"
 HOSTILE = f'</script><script>{CHANGE}</script><img src=x onerror="{CHANGE}"><!-- &amp; {{{{ 7 * 7 }}}}'
@@ -378,19 +378,6 @@ def test_a_drawn_digit_is_read_and_no_request_leaves_the_page(driver, page):
     )
     assert refused == "Failed to fetch"
     assert "Content Security Policy" in str(driver.get_log("browser"))
-
-
-def touch(driver, selector, points):
-    """Put a finger at a place in an element, given in fractions of its size, move it to the others, and lift it."""
-    left, top, width, height = driver.execute_script(
-        "const {left, top, width, height} = document.querySelector(arguments[0]).getBoundingClientRect();"
-        "return [left, top, width, height]",
-        selector,
-    )
-    at = [[{"x": left + width * x, "y": top + height * y}] for x, y in points]
-    kinds = ["touchStart", *["touchMove"] * (len(at) - 1), "touchEnd"]
-    for kind, fingers in zip(kinds, [*at, []], strict=True):
-        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ async function findCharacters(colours, costOf, pause) {
   }
   const found = lines.filter(line => line.length);
   if (one === null || costOf === null) return {lines: found, one};
-  const around = found.length ? areaOf(boxAroundBoxes(found.flat().map(({box}) => box))) : 0;
+  const around = found.length ? areaOf(boxOf(found.flat().map(({box}) => box))) : 0;
   const isOne = areaOf(one.box) >= ONE * around && costOf(one.image) <= Math.min(asSeveral - ANOTHER, READABLE);
   return {lines: isOne ? [[one]] : found, one};
 }
@@ -53,16 +53,10 @@ const areaOf = box => heightOf(box) * widthOf(box);
 const sizeOf = pieces => pieces.reduce((sum, {size}) => sum + size, 0);
 const tallestOf = pieces => pieces.reduce((most, piece) => Math.max(most, heightOf(piece)), 0);
 
-function boxAroundBoxes(boxes) {
-  const [first, ...others] = boxes, box = {...first};
-  for (const other of others) {
-    box.top = Math.min(box.top, other.top);
-    box.bottom = Math.max(box.bottom, other.bottom);
-    box.left = Math.min(box.left, other.left);
-    box.right = Math.max(box.right, other.right);
-  }
-  return box;
-}
+const boxOf = boxes => ({
+  top: Math.min(...boxes.map(({top}) => top)), bottom: Math.max(...boxes.map(({bottom}) => bottom)),
+  left: Math.min(...boxes.map(({left}) => left)), right: Math.max(...boxes.map(({right}) => right)),
+});
 
 // The connected parts of a mask.
 function partsOf(mask) {
@@ -169,10 +163,6 @@ function linesOf(found) {
 }
 
 const longerOf = box => Math.max(heightOf(box), widthOf(box));
-const boxOf = pieces => {
-  const {top, bottom, left, right} = boxAroundBoxes(pieces);
-  return {top, bottom, left, right};
-};
 
 // Whether a part lies so close below a stack of them that both may be of one character.
 function isBelow(part, stack, tallest) {
@@ -187,7 +177,7 @@ function isBelow(part, stack, tallest) {
 function shareBeside(box, line, near) {
   const distances = line.map(other => Math.max(other.left - box.right, box.left - other.right));
   const nearest = Math.min(...distances);
-  const {top, bottom} = boxAroundBoxes(line.filter((_, i) => distances[i] <= Math.max(near, nearest)));
+  const {top, bottom} = boxOf(line.filter((_, i) => distances[i] <= Math.max(near, nearest)));
   return (Math.min(box.bottom, bottom) - Math.max(box.top, top)) / heightOf(box);
 }
 
