@@ -172,13 +172,16 @@ if (sheet.getContext) {
     isNew = true;
     if (isReading) return;
     isReading = true;
-    while (isNew) {
-      isNew = false;
-      await new Promise(requestAnimationFrame);
-      if (shown) continue; // a picture has taken the drawing's place
-      if (isEmpty()) say("nothing yet", "");
-      else await show(pictureOfDrawing(atob(drawn.value), sheet.width), begin());
+    try {
+      while (isNew) {
+        isNew = false;
+        await new Promise(requestAnimationFrame);
+        if (shown) continue; // a picture has taken the drawing's place
+        if (isEmpty()) say("nothing yet", "");
+        else await show(pictureOfDrawing(atob(drawn.value), sheet.width), begin());
+      }
+    } finally {
+      isReading = false;
     }
-    isReading = false;
   });
 }
