@@ -171,6 +171,9 @@ def _value(parser: argparse.ArgumentParser, parameter: Parameter) -> dict[str, A
             parser.error(f"{parameter.option or ''} '': it must be {parameter.metavar}".strip())
         if parameter.metavar == "FILE" and word.endswith("/"):
             parser.error(f"{parameter.option or ''} {word}: it must be a file, not a folder".strip())
+        # As a path, gs://bucket would be a folder gs: in this one.
+        if parameter.metavar in ("FILE", "DIR") and re.match("[a-z][a-z0-9+.-]*://", word):
+            parser.error(f"{parameter.option or ''} {word}: it must be a file or folder of this machine".strip())
         if choices is None:
             try:
                 return kind(word)

@@ -42,6 +42,8 @@ SETTINGS = {
     "jax_random_seed_offset": 0,
     "jax_disable_most_optimizations": False,
 }
+# They log the traceback of a failed callback, which the failure that JAX raises then has, too.
+TWICE_TOLD = ("jax._src.callback", "jax._src.debugging")
 MOST_DEVICES = 1024  # parts that a CPU can be divided into; each takes threads, and many more never start
 
 
@@ -62,6 +64,8 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
     wanted = f"--platform {platform}" if platform else variables
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
+    for name in TWICE_TOLD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if _has_gpu():
         fix_algorithms()
     if keep_compiled:

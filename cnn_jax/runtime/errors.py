@@ -5,6 +5,7 @@ import contextvars
 import difflib
 import errno
 import os
+import re
 import resource
 import signal
 import sys
@@ -125,6 +126,8 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, UnicodeEncodeError):
         line = f"error: cannot read or write {error.object!a:.200} in {error.encoding}; set PYTHONUTF8=1 or rename it"
         exit_code = StorageError.exit_code
+    elif place_and_reason := _failed_callback(error):
+        line, exit_code = f"error: a callback failed in {place_and_reason}", UsageError.exit_code
     elif isinstance(error, FloatingPointError):  # with JAX_DEBUG_NANS
         line = f"error: the loss is not finite ({reason}); lower --learning-rate"
         exit_code = NonFiniteLossError.exit_code
@@ -202,6 +205,16 @@ def _remedy(error: OSError) -> str:
         case errno.EEXIST | errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.EINVAL:
             return "move away what is in its place"
     return "see to the disk"
+
+
+def _failed_callback(error: BaseException) -> str:
+    """Return where a Python function that compiled code calls back failed, and why; nothing if none did.
+
+    Only the user's own networks and recipes have such functions. JAX raises their failure as text.
+    """
+    text = r"CpuCallback error.*\n  File \"([^\n]*)\", line (\d+), in [^\n]*\n([^\n]*)"
+    failed = re.search(text, str(error), re.DOTALL)
+    return "{}, line {}: {}".format(*failed.groups()) if failed else ""
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -87,6 +87,8 @@ WRONG = {
     "--coordinator host:0 --num-processes 2 --process-id 0": "--coordinator host:0: it must be HOST:PORT",
     "--coordinator host:65536 --num-processes 2 --process-id 0": "--coordinator host:65536: it must be HOST:PORT",
     "--dataset-dir=": "--dataset-dir '': it must be DIR",
+    "--data-dir gs://bucket/data": "--data-dir gs://bucket/data: it must be a file or folder of this machine",
+    "--checkpoint-dir s3://bucket": "--checkpoint-dir s3://bucket: it must be a file or folder of this machine",
     "--run-name=": "--run-name '': it must be NAME",
     "--coordinator host --num-processes 2 --process-id 0": "--coordinator host: it must be HOST:PORT",
     "--coordinator host\udcff:1 --num-processes 2 --process-id 0": "--coordinator host.:1: it must be HOST:PORT",
@@ -229,6 +231,7 @@ MISTYPED = {
     "train --lerning-rate 3": "--lerning-rate, 3; .*--learning-rate RATE; cnn-jax train --help lists",
     "predict --jason a.png": "Unrecognized options: --jason; perhaps you meant: --json; cnn-jax predict --help",
     "export --to onnx --output new/": "--output new/: it must be a file, not a folder",
+    "export --to onnx --output gs://a/b": "--output gs://a/b: it must be a file or folder of this machine",
     "export mnist": "Missing from cnn-jax export: --to FORMAT, --output FILE; ",
     "evaluate": "Missing from cnn-jax evaluate: RUN; ",
 }

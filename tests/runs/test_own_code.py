@@ -238,3 +238,20 @@ def test_a_network_that_is_not_the_tutorials_goes_to_stablehlo_alone(train, comm
     code, _, err = command("export", tmp_path / "run", "--to", "stablehlo", "--output", tmp_path / "file")
     assert (code, err.count("\n")) == (2, 1)
     assert "Noisy fails on a batch of any size (TypeError: " in err
+
+
+@pytest.mark.slow(seconds=8)
+def test_a_callback_that_fails_is_told_once_with_its_line(program, small_mnist, tmp_path):
+    noisy = NOISY.replace("        x = nn.BatchNorm", "        jax.debug.callback(told, x)\n        x = nn.BatchNorm")
+    told = "\nimport jax\n\n\ndef told(x):\n    raise ValueError('no\\x1b[31m')\n"
+    (tmp_path / "idea.py").write_text(told + noisy)
+    process = program(
+        "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", "0.1",
+        "--model", f"{tmp_path / 'idea.py'}:Noisy",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (2, "")
+    assert (
+        err.splitlines()[-1] == f"error: a callback failed in {tmp_path / 'idea.py'}, line 6: ValueError: no\\x1b[31m"
+    )
+    assert "Traceback" not in err
