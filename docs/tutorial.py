@@ -746,6 +746,7 @@ assert not jnp.allclose(jnp.tanh(255 * sample), 255 * jnp.tanh(sample))
 # - `python train.py --epochs 15` trains the same network in full, and writes down how it went.
 # - Give `CNN(pool="avg")` in chapter 6, or `CNN(features=(8, 16))`, and run the page again. What changes, and which
 #   `assert` tells you so?
-# - Replace `tutorial(0.001)` by `fast(0.01, steps=1200)` from `cnn_jax.core.recipes`. How far do two epochs get then?
+# - Begin chapter 9 with `recipe = fast(0.01, steps=1200)` from `cnn_jax.core.recipes`, and make `take_step` and `state`
+#   anew as in chapter 7. How far do two epochs get then?
 # - Test with all biases set to zero: `with_biases_times(0, state.params)`. How much do they do for this network?
 # - [research.md](research.md) shows how to change the network, the recipe and the data in earnest.

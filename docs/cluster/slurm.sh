@@ -17,7 +17,8 @@ shared=${CNN_JAX_SHARED:-$SLURM_SUBMIT_DIR}
 export TFDS_DATA_DIR="$shared/tfds"
 export JAX_COMPILATION_CACHE_DIR="$shared/xla"
 
-# First on one node alone: wrong settings end the job here, and the data set is prepared only once.
+# First on one node alone: wrong settings end the job here. This writes nothing: prepare a tfds set other than mnist
+# beforehand, by a training on one machine with the same TFDS_DATA_DIR.
 python train.py --dry-run --checkpoint-dir "$shared/checkpoints" "$@"
 
 # JAX finds the other tasks, and the GPU of each, in SLURM's variables. A run needs all of its processes, so a task that
