@@ -144,6 +144,8 @@ class Checkpoints:
         return on_process_0(self._restore_latest, structure)
 
     def _restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:
+        if not self._writing:  # another process may have saved some, and deleted others, since this was opened
+            self._manager.reload()
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _quiet_orbax():
                 try:
@@ -155,6 +157,8 @@ class Checkpoints:
                         raise
                     reason, refused = _describe(error), lacks_access(error)
                 _let_orbax_end()
+            if not self._writing and not (self.folder / str(step)).is_dir():  # its writer has newer ones
+                return self._restore_latest(structure)
             if refused:
                 raise StorageError(
                     f"cannot read the checkpoint of step {step} in {self.folder} ({reason}); "

@@ -104,6 +104,20 @@ def test_who_only_reads_moves_nothing(trained, steps, tmp_path):
     assert sorted(path.name for path in steps.iterdir()) == ["1", "2"]
 
 
+def test_who_reads_while_another_saves_gets_the_newest_and_takes_none_for_damaged(trained, steps):
+    save(steps, trained, 1)
+    with open_checkpoints(steps, writing=False, warn=pytest.fail) as checkpoints:
+        save(steps, trained, 2, 3, 4, 5)  # which deletes the first
+        assert checkpoints.restore_latest(lambda meta: trained).meta["step"] == 5
+
+        def structure(meta):
+            if meta["step"] == 5:  # all that were there are deleted while the newest is read
+                save(steps, trained, 6, 7, 8)
+            return trained
+
+        assert checkpoints.restore_latest(structure).meta["step"] == 8
+
+
 def test_what_a_full_disk_left_half_written_is_gone_after_the_next_save(trained, steps, monkeypatch):
     def fail(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
