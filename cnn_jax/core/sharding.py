@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32, PyTree, UInt8, UInt32
 
@@ -36,7 +36,7 @@ def make_mesh(seeds: int, devices: Sequence[Any]) -> Mesh:
     """Lay out devices: over the seeds as far as they divide evenly, and over the images of a batch beyond that."""
     over_seeds = math.gcd(seeds, len(devices))
     shape = (over_seeds, len(devices) // over_seeds)
-    return jax.make_mesh(shape, (SEEDS, DATA), devices=devices, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True), (SEEDS, DATA))
 
 
 def count_parts(mesh: Mesh, batch_size: int) -> int:

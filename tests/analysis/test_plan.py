@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import time
@@ -217,6 +218,18 @@ def test_every_kind_of_accelerator_has_as_many_devices_as_its_name_says(name, de
     assert len(found) == devices
     if target.platform == "cuda":
         assert found[0].device_kind == GPUS[name.partition(":")[0]].name
+
+
+@pytest.mark.parametrize("name", ["v6e:4x4", "v5e:4x4", "v4:2x2x4", "h100:16"])
+@pytest.mark.parametrize("seeds", [1, 2, 8, 16, 48])
+def test_any_number_of_seeds_is_laid_out_over_all_devices(name, seeds):
+    from cnn_jax.analysis.targets import compile_only_devices
+
+    target = find_target(name)
+    pytest.importorskip(TPU_PACKAGE if target.platform == "tpu" else GPU_PACKAGE, reason="needs the extra plan")
+    mesh = make_mesh(seeds, compile_only_devices(target))
+    assert mesh.devices.shape == (math.gcd(seeds, 16), 16 // math.gcd(seeds, 16))
+    assert len({*mesh.devices.flat}) == 16
 
 
 def test_two_processes_compile_for_tpus_at_once(tmp_path):
