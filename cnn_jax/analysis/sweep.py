@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import sqlite3
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import optuna
 import scipy  # whose stats, which take half a second to import, come when they are first used
@@ -29,14 +31,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
 
-from cnn_jax.data.dataset import fingerprint
-from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings
-from cnn_jax.runs.program import make_recipe
+from cnn_jax.core.sharding import make_mesh
+from cnn_jax.data.dataset import Dataset, fingerprint
+from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings, differences
+from cnn_jax.runs.program import Sizes, check_resources, make_program
 from cnn_jax.runs.restore import load_run_data
 from cnn_jax.runs.settings import TrainSettings
 from cnn_jax.runs.summary import mean_interval
 from cnn_jax.runs.train import train_together
-from cnn_jax.runtime.devices import start_devices
+from cnn_jax.runtime.devices import device_bytes, start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import (
     CnnJaxError,
@@ -176,13 +179,18 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
         # What every trial would refuse is refused before there is a trial.
         start_devices(shared.platform)
         dataset = load_run_data(dataclasses.replace(shared, batch_size=max(space.batch_sizes)))
+        lowest = {name: low for name, (low, _) in space.arguments.items()}
+        mesh, tried = make_mesh(shared.seeds, jax.devices()), shared
+        for size, features in itertools.product(space.batch_sizes, space.features):
+            tried = dataclasses.replace(shared, batch_size=size, features=features)
+            check_resources(tried, Sizes.of(dataset, tried), mesh, device_bytes())
         for recipe in space.recipes:
-            make_recipe(_with_arguments(shared, {name: low for name, (low, _) in space.arguments.items()}, recipe), 1)
+            make_program(_with_arguments(tried, lowest, recipe), Sizes.of(dataset, tried), mesh)
         study = open_study(space, shared, fingerprint(dataset))
         while missing := max(0, trials - len(_ended(study))):
             with _asked(study, space, min(together, missing)) as asked:
                 for group in asked:
-                    _score(study, group, space, shared, display)
+                    _score(study, group, space, shared, dataset, display)
     best, pruned = (
         sorted(of_state, key=lambda scored: -scored[0])[:SHOWN_TRIALS]
         for of_state in (_scored(study), _scored(study, TrialState.PRUNED))
@@ -375,7 +383,7 @@ def _settings_of_trials(file: Path, trials: Sequence[FrozenTrial], runs: dict[in
         if shared and settings != shared:
             raise InputFileError(
                 f"{file} has trials of different settings, whose scores do not compare: in trial-{number}, "
-                f"{_differences(shared, settings)}; give another --study"
+                f"{'; '.join(differences(shared, settings))}; give another --study"
             )
         shared = settings
     if not shared and any(trial.state == TrialState.COMPLETE for trial in trials):
@@ -391,9 +399,9 @@ def _settings_of_trials(file: Path, trials: Sequence[FrozenTrial], runs: dict[in
 
 def _check_settings(shared: TrainSettings, recorded: dict, now: dict) -> None:
     """Refuse settings that are not a study's; raises UsageError, or InputFileError where the data have changed."""
-    if differences := _differences(recorded | {"data": None}, now | {"data": None}):
+    if differing := differences(recorded | {"data": None}, now | {"data": None}):
         raise UsageError(
-            f"the study {shared.checkpoint_dir} has other settings: {differences}; "
+            f"the study {shared.checkpoint_dir} has other settings: {'; '.join(differing)}; "
             "give them as they were, or another --study"
         )
     if now["data"] not in (None, recorded["data"]):
@@ -401,19 +409,6 @@ def _check_settings(shared: TrainSettings, recorded: dict, now: dict) -> None:
             f"the data in {shared.dataset_dir or shared.dataset} are not those that the study "
             f"{shared.checkpoint_dir} was begun with; bring them back, or give another --study"
         )
-
-
-def _differences(before: dict, now: dict) -> str:
-    def words(value: object) -> str:
-        if isinstance(value, list):
-            return ", ".join(map(str, value))
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    return "; ".join(
-        f"{name} was {words(before.get(name))} and is {words(now.get(name))}"
-        for name in now | before
-        if before.get(name) != now.get(name)
-    )
 
 
 def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
@@ -523,7 +518,12 @@ def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list
 
 
 def _score(
-    study: optuna.Study, trials: Sequence[Trial], space: SearchSpace, shared: TrainSettings, display: Display
+    study: optuna.Study,
+    trials: Sequence[Trial],
+    space: SearchSpace,
+    shared: TrainSettings,
+    dataset: Dataset,
+    display: Display,
 ) -> None:
     """Train what trials suggest, and tell each one's accuracy on the held-out images: the mean over its seeds."""
 
@@ -552,7 +552,7 @@ def _score(
         display.say(f"trials {', '.join(str(trial.number) for trial in trials)}: training together")
     elif not trials[0].number:
         display.say("trial 0: training")  # each later trial begins when the one before it is reported
-    results = train_together([_settings_of(trial, space, shared) for trial in trials], judge)
+    results = train_together([_settings_of(trial, space, shared) for trial in trials], dataset, judge)
     for trial, result in zip(trials, results, strict=True):
         if study.trials[trial.number].state != TrialState.RUNNING:
             continue  # ended early

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import socket
 import statistics
 import time
@@ -58,6 +59,19 @@ def deciding_settings(settings: TrainSettings) -> dict:
     if settings.hyperparameters:
         values["hyperparameters"] = settings.hyperparameters
     return {name: value.identity if isinstance(value, OwnCode) else _as_json(value) for name, value in values.items()}
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """Return in words how settings, as JSON's types, differ."""
+    names = [name for name in after | before if before.get(name) != after.get(name)]
+    return [f"{name} was {_in_words(before.get(name))} and is {_in_words(after.get(name))}" for name in names]
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    text = str(value).removesuffix(".0" if isinstance(value, float) else "")
+    return re.sub(r"(SHA-256 \w{12})\w{52}", r"\1...", text)
 
 
 def _as_json(value: object) -> object:
@@ -355,8 +369,8 @@ class RunFolder:
                 note(error)
 
     def move_aside(self) -> Path | None:
-        """Rename the folder to the first free `<name>.old-<n>`, and return that; None if there is no such folder."""
-        if not self.path.exists():
+        """Rename the folder to the first free `<name>.old-<n>`, and return that; None if it holds but its lock."""
+        if all(file.name == "lock" for file in self.path.glob("*")):
             return None
         aside = first_free(self.path.with_name(f"{self.path.name}.old-{n}") for n in itertools.count(1))
         self.path.rename(aside)
@@ -369,7 +383,10 @@ class RunFolder:
         Raises:
           RunLockedError: another process holds it.
           StorageError: something in it could not be written.
+          UsageError: it is a study's.
         """
+        if os.path.lexists(self.path / "study.db"):
+            raise UsageError(f"{self.path} is a study, not a run; give another --run-name")
         check_output_folder(self.path, _PLACE)
         with contextlib.ExitStack() as held:
             is_new = not self.path.exists()

@@ -1,7 +1,6 @@
 """A run's data by its settings, and a run as its newest checkpoint left it."""
 
 import dataclasses
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from cnn_jax.core.training import TrainState
 from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
-from cnn_jax.runs.folder import EpochMetrics, EpochRecord, RunFolder, deciding_settings
+from cnn_jax.runs.folder import EpochMetrics, EpochRecord, RunFolder, deciding_settings, differences
 from cnn_jax.runs.program import (
     Program,
     Sizes,
@@ -166,7 +165,7 @@ def restore_latest(
         if saved["recipe"] == now["recipe"] and saved.get("model") == now.get("model"):
             return jax.eval_shape(program.start)
         if saved.get("model") != now.get("model") or saved["recipe"] not in RECIPE_DEFAULTS:
-            raise UsageError("; ".join(_differences(saved, now)))
+            raise UsageError("; ".join(differences(saved, now)))
         its_own = dataclasses.replace(settings, recipe=saved["recipe"])
         return jax.eval_shape(make_program(its_own, sizes, program.mesh).start)
 
@@ -182,23 +181,12 @@ def differing_settings(saved: dict, now: dict) -> list[str]:
     """
     if saved["step"] == 0:
         return []
-    after, differences = now["settings"], _differences(saved["settings"], now["settings"])
+    after, differing = now["settings"], differences(saved["settings"], now["settings"])
     # The tutorial's steps are the same however many follow; a schedule's are not. Earlier programs record no epochs.
     epochs = saved.get("epochs", now["epochs"])
     if now["epochs"] < epochs or (now["epochs"] != epochs and after["recipe"] != "tutorial"):
-        differences.append(f"epochs was {epochs:g} and is {now['epochs']:g}")
-    return differences
-
-
-def _differences(before: dict, after: dict) -> list[str]:
-    def shown(value: object) -> str:
-        return re.sub(r"(SHA-256 \w{12})\w{52}", r"\1...", str(value))
-
-    return [
-        f"{name} was {shown(before.get(name))} and is {shown(after.get(name))}"
-        for name in after | before
-        if before.get(name) != after.get(name)
-    ]
+        differing += differences({"epochs": epochs}, {"epochs": now["epochs"]})
+    return differing
 
 
 def usable_states(
@@ -218,13 +206,13 @@ def usable_states(
       UsageError: weights that were imported are of another shape.
     """
     saved = restored.meta
-    imported = saved["step"] == 0 and saved["settings"] != now["settings"]
-    if not imported and saved["data"] != now["data"]:
-        raise InputFileError(
-            f"the data in {settings.dataset_dir or settings.dataset} are not those that the run "
-            f"{folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
-        )
-    if not imported:
+    # Weights that were imported have no step behind them: they go on with other settings, and so with other data.
+    if saved["step"] > 0 or saved["settings"] == now["settings"]:
+        if saved["data"] != now["data"]:
+            raise InputFileError(
+                f"the data in {settings.dataset_dir or settings.dataset} are not those that the run "
+                f"{folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
+            )
         return restored.state
     states = to_host(start_states(program))
     weights = jax.tree.map(lambda saved: saved[0], restored.state.params)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax import __version__
 from cnn_jax.core.evaluation import Evaluation
-from cnn_jax.core.input_pipeline import Feed, resident, streamed
+from cnn_jax.core.input_pipeline import Chunk, Feed, resident, streamed
 from cnn_jax.core.sharding import SEEDS, make_mesh, shard, to_host
 from cnn_jax.core.training import loop_steps
 from cnn_jax.data.dataset import Dataset, hold_out
@@ -83,12 +83,12 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
+def open_run(settings: TrainSettings, *, alone: bool = True) -> Iterator[Run]:
     """Start the devices and hold a run's folder until the block ends; a dry run holds nothing and writes nothing.
 
     Args:
       settings: The run's.
-      shown: Whether to show its progress.
+      alone: Whether this process trains nothing else: it joins the run's other processes then, and shows the progress.
 
     Raises:
       UsageError: there are no such devices.
@@ -97,11 +97,12 @@ def open_run(settings: TrainSettings, *, shown: bool = True) -> Iterator[Run]:
     clock, folder = Stopwatch(), RunFolder(settings.run_folder)
     with contextlib.ExitStack() as held:
         with clock.part("loading"):
-            held.enter_context(joined(settings.coordinator, settings.num_processes, settings.process_id))
+            if alone:
+                held.enter_context(joined(settings.coordinator, settings.num_processes, settings.process_id))
             start_devices(settings.platform, keep_compiled=not settings.dry_run)
         decided = {**vars(settings), **deciding_settings(settings)}
         require_agreement({name: value for name, value in decided.items() if name not in OWN}, "settings")
-        display = Display(shown=shown and is_process_0())
+        display = Display(shown=alone and is_process_0())
         if not settings.dry_run:
             on_process_0(_take_over, folder, settings.fresh, held, display)
         yield Run(folder, display, clock)
@@ -137,10 +138,9 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     display, clock, save_every = run.display, run.clock, settings.checkpoint_every_steps
     with clock.part("loading"):
         dataset = load_run_data(settings)
-    sizes, mesh = Sizes.of(dataset, settings), make_mesh(settings.seeds, jax.devices())
-    check_resources(settings, sizes, mesh, device_bytes())
-    streaming = streams(settings, dataset.train_images.nbytes, device_bytes())
-    program = make_program(settings, sizes, mesh, streams=streaming)
+    sizes = Sizes.of(dataset, settings)
+    program = fitting_program(settings, sizes, dataset)
+    require_agreement(program.streams, "room for the images (give all of them --feed stream or --feed resident)")
     with contextlib.ExitStack() as held:
         checkpoints = held.enter_context(open_run_checkpoints(settings, run))
         with clock.part("loading"):
@@ -164,10 +164,8 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
             held.enter_context(display.progress(total_steps=program.last_step, steps_done=first_step))
             write_scalars = held.enter_context(scalars(settings, run.folder, after_step=first_step))
             with clock.part("compiling"):
-                program = program._replace(epoch=compile_soon(program, program.epoch, np.int32(0)))
-                chunk = next(feed(program.epoch(np.int32(0)), 0))
-                states, memory = progress.states, device_bytes()
-                program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, memory)
+                (program, chunk), states = first_chunk(program, feed), progress.states
+                program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, device_bytes())
             if settings.profile is not None:
                 program = program._replace(run_steps=profiled(program.run_steps, settings.profile, display))
             while progress.step < program.last_step:
@@ -200,6 +198,19 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
     return Result(trained, accuracies, unscaled, trained_here=first_step < program.last_step)
 
 
+def fitting_program(settings: TrainSettings, sizes: Sizes, dataset: Dataset) -> Program:
+    """Return a run's program for the devices that are here; raises UsageError where it does not fit them."""
+    mesh, memory = make_mesh(settings.seeds, jax.devices()), device_bytes()
+    check_resources(settings, sizes, mesh, memory)
+    return make_program(settings, sizes, mesh, streams=streams(settings, dataset.train_images.nbytes, memory))
+
+
+def first_chunk(program: Program, feed: Feed) -> tuple[Program, Chunk]:
+    """Return a program with its `epoch` compiled, and its first chunk, for whose shapes the rest is compiled."""
+    program = program._replace(epoch=compile_soon(program, program.epoch, np.int32(0)))
+    return program, next(feed(program.epoch(np.int32(0)), 0))
+
+
 @dataclasses.dataclass(eq=False)
 class Member:
     """One of several runs that train together.
@@ -228,7 +239,9 @@ class Member:
 
 
 def train_together(
-    every: Sequence[TrainSettings], judge: Callable[[dict[int, list[EpochMetrics]]], Collection[int]]
+    every: Sequence[TrainSettings],
+    dataset: Dataset,
+    judge: Callable[[dict[int, list[EpochMetrics]]], Collection[int]],
 ) -> list[list[EpochMetrics] | NonFiniteLossError]:
     """Train runs that differ in their recipe's arguments alone, by epochs: at once on an accelerator, else in turn.
 
@@ -237,6 +250,7 @@ def train_together(
 
     Args:
       every: Their settings.
+      dataset: Their data.
       judge: Takes the epochs so far of each run that has some to come, by its place, whenever all of them have ended
         one more; returns the places of those that are to train further.
 
@@ -247,10 +261,9 @@ def train_together(
       CnnJaxError: as `train_run` does.
       StopSignalError: they were asked to stop, and were saved.
     """
-    dataset = load_run_data(every[0])
-    sizes, clock = Sizes.of(dataset, every[0]), Stopwatch()
+    sizes, clock, meta = Sizes.of(dataset, every[0]), Stopwatch(), describe_run(every[0], dataset)
     with contextlib.ExitStack() as held:
-        members = [held.enter_context(_open_member(settings, sizes, dataset)) for settings in every]
+        members = [held.enter_context(_open_member(settings, sizes, dataset, meta)) for settings in every]
         at_once = len(members) if trains_at_once(members[0], sizes) else 1
         steps = members[0].program.last_step
         stop = held.enter_context(listen_for_stop(may_wait))
@@ -275,6 +288,9 @@ def train_together(
                 stay = judge({place: member.metrics for place, member in left.items()})
                 for place, member in left.items():
                     member.trains = place in stay
+        if stop.signal_number is not None:  # it came after the last segment
+            first = members[0]
+            stop_run(stop, first.program, first.checkpoints, first.progress, first.metrics, first.meta, clock)
     return [member.failure or member.metrics for member in members]
 
 
@@ -285,14 +301,14 @@ def trains_at_once(member: Member, sizes: Sizes) -> bool:
 
 
 @contextlib.contextmanager
-def _open_member(settings: TrainSettings, sizes: Sizes, dataset: Dataset) -> Iterator[Member]:
-    """Hold a run's folder and checkpoints until the block ends, and restore what is there."""
-    with open_run(settings, shown=False) as run, open_run_checkpoints(settings, run) as checkpoints:
+def _open_member(settings: TrainSettings, sizes: Sizes, dataset: Dataset, meta: dict) -> Iterator[Member]:
+    """Hold a run's folder and checkpoints until the block ends, and restore what is there.
+
+    `meta` describes a run that differs in its recipe's arguments alone.
+    """
+    with open_run(settings, alone=False) as run, open_run_checkpoints(settings, run) as checkpoints:
         assert checkpoints is not None, "no such run is a dry run"
-        mesh, memory = make_mesh(settings.seeds, jax.devices()), device_bytes()
-        check_resources(settings, sizes, mesh, memory)
-        streaming = streams(settings, dataset.train_images.nbytes, memory)
-        program, meta = make_program(settings, sizes, mesh, streams=streaming), describe_run(settings, dataset)
+        program, meta = fitting_program(settings, sizes, dataset), meta | {"settings": deciding_settings(settings)}
         saved = restore_saved(settings, run, sizes, program, checkpoints, meta)
         run.folder.write_settings(settings)
         progress, metrics = restore_progress(settings, run, program, saved, meta)
@@ -311,19 +327,18 @@ def _compile_group(
     group: Sequence[Member], sizes: Sizes, dataset: Dataset, placed: dict[Mesh, tuple[Feed, TestSet]]
 ) -> Program:
     """Return what trains the members at once, compiled, and place the data for it if they are not there."""
-    first, memory, arguments = group[0], device_bytes(), None
+    first, arguments = group[0], None
     program, settings = first.program, first.settings
     if len(group) > 1:
         mesh = make_mesh(len(group) * settings.seeds, jax.devices())
-        check_resources(settings, sizes, mesh, memory, together=len(group))
+        check_resources(settings, sizes, mesh, device_bytes(), together=len(group))
         arguments = tuple(member.settings.recipe_arguments for member in group)
         program = make_program(settings, sizes, mesh, streams=program.streams, arguments=arguments)
     if program.mesh not in placed:
         placed[program.mesh] = place_data(settings, dataset, program)
     feed, test_set = placed[program.mesh]
-    program = program._replace(epoch=compile_soon(program, program.epoch, np.int32(0)))
-    chunk, states = next(feed(program.epoch(np.int32(0)), 0)), _join(group, program.mesh).states
-    return compile_program(program, settings, sizes, states, chunk, test_set, memory, arguments)
+    (program, chunk), states = first_chunk(program, feed), _join(group, program.mesh).states
+    return compile_program(program, settings, sizes, states, chunk, test_set, device_bytes(), arguments)
 
 
 def _train_members(

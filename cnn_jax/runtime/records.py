@@ -13,7 +13,7 @@ Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-RecipeText = Annotated[str, msgspec.Meta(pattern=r"^(tutorial|fast|accurate|\w+, SHA-256 [0-9a-f]{64})$")]
+RecipeText = Annotated[str, msgspec.Meta(pattern=r"^\w+(, SHA-256 [0-9a-f]{64})?$")]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Pair = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]*x[1-9][0-9]*$")]  # such as 32x64

@@ -232,6 +232,39 @@ def test_trials_of_other_shapes_do_not_train_together(command, arguments, begin,
     assert [trial.params["features"] for trial in trials] == ["4x8", "8x16", "4x8"]
 
 
+def test_what_every_trial_would_refuse_begins_no_study(command, arguments, small_mnist, tmp_path):
+    (tmp_path / "idea.py").write_text("Idea = 3")
+    many, few = ["--batch-size", 2**25, "--features", 10**6, 10**6], ["--model", tmp_path / "idea.py:Idea"]
+    for wrong, told in ((many[2:], "training needs more than"), (few, "it must be a class that inherits from")):
+        code, _, err = command("sweep", *SAME[:2], *arguments, "--batch-size", 50, *wrong)
+        assert code == 2
+        assert told in err.splitlines()[-1]
+        assert not (tmp_path / "sweep" / "study.db").exists()
+
+
+@pytest.mark.slow(seconds=10)
+def test_a_signal_after_a_trials_last_step_ends_the_sweep_which_goes_on_with_what_was_trained(
+    command, arguments, tmp_path, monkeypatch, without_report
+):
+    from cnn_jax.runs import train
+
+    evaluate = train.evaluate_seeds
+
+    def interrupted(*of):
+        monkeypatch.setattr(train, "evaluate_seeds", evaluate)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*of)
+
+    monkeypatch.setattr(train, "evaluate_seeds", interrupted)
+    sweep = ["sweep", *SAME, *arguments, "--trials", 2]
+    code, _, err = command(*sweep)
+    assert code == 128 + signal.SIGTERM
+    assert re.match(r"error: |stopped by SIGTERM after step (\d+) of \1, which is saved", err.splitlines()[-1])
+    assert [trial.state for trial in study_of(tmp_path).trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert command(*sweep)[0] == 0
+    assert [trial.state for trial in study_of(tmp_path).trials][1:] == [TrialState.COMPLETE] * 2
+
+
 @pytest.mark.slow(seconds=20)
 def test_a_killed_sweep_goes_on_with_all_trials_that_trained_together(
     command, program, arguments, begin, tmp_path, without_report
@@ -542,7 +575,7 @@ def test_a_study_that_cannot_be_used_is_named_and_left_as_it_is(command, argumen
     [
         ("epochs", "two"), ("epochs", True), ("epochs", -1), ("epochs", float("nan")), ("seed", 1.5), ("seeds", 0),
         ("validation", None), ("dataset", 5), ("dataset_dir", []), ("precision", "float8"), ("features", "4x8"),
-        ("features", ["4"]), ("batch_size", []), ("batch_size", [0]), ("recipe", ["slow"]), ("recipe", [["fast"]]),
+        ("features", ["4"]), ("batch_size", []), ("batch_size", [0]), ("recipe", ["slow!"]), ("recipe", [["fast"]]),
         ("data", "0" * 63), ("seed", 2**32), ("colour", "red"),
     ],
 )  # fmt: skip

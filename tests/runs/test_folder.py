@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from cnn_jax.runs.folder import RunFolder, check_output
-from cnn_jax.runtime.errors import InputFileError, StorageError
+from cnn_jax.runtime.errors import InputFileError, StorageError, UsageError
 from tests.helpers import ROOT, metrics_of
 
 pytestmark = pytest.mark.optax_promotes
@@ -99,7 +99,7 @@ def test_a_file_that_is_far_too_large_is_damaged_and_not_read(name, tmp_path):
         ({"colour": "red"}, "colour"),
         # These are possible, and not what the checkpoint was trained with.
         ({"batch_size": 50}, "batch_size was 100 and is 50"),
-        ({"features": [4, 8]}, r"features was \[2, 4\] and is \[4, 8\]"),
+        ({"features": [4, 8]}, r"features was 2, 4 and is 4, 8"),
         ({"learning_rate": 0.1}, "learning_rate was 0.001 and is 0.1"),
         ({"recipe": "accurate"}, "recipe was tutorial and is accurate"),
         ({"precision": "bfloat16"}, "precision was float32 and is bfloat16"),
@@ -291,6 +291,13 @@ def test_an_output_takes_no_place_of_a_data_sets_files(small_mnist, tfds_folder,
         assert (code, out) == (4, "")
         assert err == f"error: cannot write {file} (it is part of a data set); give another --output\n"
         assert file.read_bytes() == content
+
+
+def test_a_run_is_not_trained_in_a_studys_folder(tmp_path):
+    (tmp_path / "study.db").touch()
+    with pytest.raises(UsageError, match=r"is a study, not a run; give another --run-name$"):
+        RunFolder(tmp_path).locked().__enter__()
+    assert [file.name for file in tmp_path.iterdir()] == ["study.db"]
 
 
 def test_settings_that_cannot_be_read_are_named(tmp_path):

@@ -309,6 +309,13 @@ def test_fresh_moves_a_run_aside_and_starts_anew(train, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 1
 
 
+def test_fresh_speaks_of_no_earlier_run_where_there_is_none(train, tmp_path):
+    code, _, err = train("--fresh", "--learning-rate", "0.002", epochs=0.1)
+    assert code == 0
+    assert "earlier" not in err
+    assert not list(tmp_path.glob("run.old-*"))
+
+
 def test_other_settings_are_refused_and_named(train):
     train(epochs=2)
     code, _, err = train("--learning-rate", 0.01, epochs=1)
