@@ -111,7 +111,7 @@ def inspect_run(run: Path, *, data_dir: Path | None = None, platform: Platform |
     inspection = inspect_network(trained.model, variables, trained.dataset, trained.settings.validation)
     pictures = draw_pictures(inspection, trained.metrics, folder.pictures)
     which_seed = f", of seed {trained.settings.seed}" if trained.settings.seeds > 1 else ""
-    display.say(f"{len(pictures)} pictures{which_seed} after {trained.step:,} steps are in {folder.path / 'pictures'}")
+    display.say(f"{len(pictures)} pictures{which_seed} after {trained.step:,} steps are in {folder.pictures}")
 
 
 def plain_network(model: nn.Module, params: dict) -> PlainCNN | None:
@@ -130,7 +130,9 @@ def tabulate(model: nn.Module, dataset: Dataset) -> str:
     """
     console, style = LAYER_TABLE["console_kwargs"], LAYER_TABLE["table_kwargs"]
     tabulate_for = summary.tabulate(model, jax.random.key(0), console_kwargs=console, table_kwargs=style)
-    table = tabulate_for(scale_pixels(jnp.asarray(dataset.test_images[0])))
+    # The user's own networks take batches, and may do something else with one image that is none.
+    images = dataset.test_images[0] if isinstance(model, PlainCNN) else dataset.test_images[:1]
+    table = tabulate_for(scale_pixels(jnp.asarray(images)))
     return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 

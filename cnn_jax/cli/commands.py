@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes
@@ -26,12 +26,12 @@ from cnn_jax.runs.settings import (
     RANGE,
     RANGES,
     RATE,
+    RECIPE_DEFAULTS,
     RECIPES,
     SHORT,
     Epochs,
     Must,
     Platform,
-    RecipeName,
     TrainSettings,
     numbers_of,
     require,
@@ -309,7 +309,7 @@ def sweep(
     hyperparameters: Annotated[tuple[str, ...], RANGES] = (),
     batch_size: tuple[int, ...] = (50, 100, 200, 400),
     features: Pairs = SEARCHED_FEATURES,
-    recipe: Annotated[tuple[str, ...], RECIPES] = get_args(RecipeName),
+    recipe: Annotated[tuple[str, ...], RECIPES] = tuple(RECIPE_DEFAULTS),
     validation: Count = 5000,
     seeds: Count = 1,
     seed: int = 777,

@@ -280,7 +280,7 @@ def train(**settings: Any) -> Training:
     Raises:
       CnnJaxError: what ends the command with a line, such as StopSignalError after an interruption, which is saved.
     """
-    unknown = sorted(settings.keys() - vars(TrainSettings).keys() - {"recipe"})
+    unknown = sorted(settings.keys() - {field.name for field in dataclasses.fields(TrainSettings)})
     if unknown or settings.get("dry_run", False) is not False:
         raise UsageError(
             f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; see help(TrainSettings)"

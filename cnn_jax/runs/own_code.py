@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from cnn_jax.runtime.errors import CnnJaxError, UsageError, lacks_memory
+from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory
 from cnn_jax.runtime.files import read_file
 
 FORM = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
@@ -42,6 +42,8 @@ class OwnCode(str):
         if parts is None:
             raise UsageError(f"{word}: it must be FILE.py:NAME")
         code.file, code.name = Path(parts[1]), parts[2]
+        if re.search("[\ud800-\udfff]", str(code.file.resolve())):  # which a run's JSON cannot hold
+            raise UsageError(f"{word}: it must be text in UTF-8")
         try:
             code.source = read_file(code.file)
         except (OSError, ValueError) as error:
@@ -62,7 +64,7 @@ class OwnCode(str):
         Raises:
           UsageError: it fails, or defines nothing of that name.
         """
-        place = f"cnn_jax_own_code_{hashlib.sha256(self.source).hexdigest()}"
+        place = f"{OWN_MODULE}{hashlib.sha256(self.source).hexdigest()}"
         module = sys.modules.get(place)
         if module is None:
             # Dataclasses, as Flax's modules are, look their module up while they are made.

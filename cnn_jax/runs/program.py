@@ -371,16 +371,18 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
     require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"fewer, for less than {2**31:,} steps")
     height, width, channels = sizes.image_shape
     if settings.model is not None:  # of which nothing is known before it is compiled
-        return
-    first, second = settings.features
-    weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes
-    images = settings.batch_size // (mesh.shape[DATA] * count_parts(mesh, settings.batch_size))
+        what, weights, first_output = f"--model {settings.model}", 1, 0
+    else:
+        first, second = settings.features
+        weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes
+        images = settings.batch_size // (mesh.shape[DATA] * count_parts(mesh, settings.batch_size))
+        what, first_output = f"--features {first} {second}", images * height * width * first
     seeds_here = together * settings.seeds // mesh.shape[SEEDS]
-    needed = 4 * ((3 * seeds_here + 1) * weights + images * height * width * first)
+    needed = 4 * ((3 * seeds_here + 1) * weights + first_output)
     if needed > device_bytes:
         there = device_bytes / 2**30
         raise UsageError(
-            f"--features {first} {second} with --seeds {settings.seeds}{f', --together {together}' * (together > 1)} "
+            f"{what} with --seeds {settings.seeds}{f', --together {together}' * (together > 1)} "
             f"and --batch-size {settings.batch_size}: "
             f"training needs more than {min(needed >> 30, 10**9):,} GiB of memory and there are {there:,.1f}; "
             "make them smaller"

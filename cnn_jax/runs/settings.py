@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from cnn_jax.runs.own_code import FORM, OwnCode
 from cnn_jax.runtime.errors import UsageError
 
-RecipeName = Literal["tutorial", "fast", "accurate"]
 Platform = Literal["cpu", "gpu", "tpu"]
 
 
@@ -31,7 +30,7 @@ class RecipeDefaults(NamedTuple):
         return ", ".join(f"{value} {recipe}" for recipe, value in zip(RECIPE_DEFAULTS, values, strict=True))
 
 
-RECIPE_DEFAULTS: dict[RecipeName, RecipeDefaults] = {
+RECIPE_DEFAULTS: dict[str, RecipeDefaults] = {
     "tutorial": RecipeDefaults(15, 100, 0.001),
     "fast": RecipeDefaults(1.25, 100, 0.01),
     "accurate": RecipeDefaults(45, 100, 0.005),
@@ -40,7 +39,7 @@ RECIPE_DEFAULTS: dict[RecipeName, RecipeDefaults] = {
 
 def recipe_defaults(recipe: str) -> RecipeDefaults:
     """Return what a recipe trains with by default; one of the user's with what the tutorial does."""
-    return RECIPE_DEFAULTS.get(recipe, RECIPE_DEFAULTS["tutorial"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return RECIPE_DEFAULTS.get(recipe, RECIPE_DEFAULTS["tutorial"])
 
 
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
@@ -92,7 +91,7 @@ FOLDER_NAME = Must(
     re.compile(r"\w[\w.=+-]*").fullmatch,
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
-TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8, as Orbax needs it")
+TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8")
 OWN_MODEL = Must(FORM.fullmatch, "a class in a Python file, FILE.py:CLASS")
 NAMED_OR_OWN = f"one of {', '.join(sorted(RECIPE_DEFAULTS))}, or a function in a Python file, FILE.py:FUNCTION"
 RECIPE = Must(lambda recipe: recipe in RECIPE_DEFAULTS or FORM.fullmatch(recipe), NAMED_OR_OWN)
@@ -170,7 +169,7 @@ class TrainSettings:
     features: Annotated[tuple[int, int], EACH_AT_LEAST_1] = (32, 64)
     precision: Literal["float32", "bfloat16"] = "float32"
     dataset: str = "mnist"
-    dataset_dir: Path | None = None
+    dataset_dir: Annotated[Path | None, TEXT] = None
     class_names: Annotated[str | None, CLASS_NAMES] = None
     transposed: bool = False
     validation: Annotated[int | None, AT_LEAST_1] = None
@@ -181,12 +180,12 @@ class TrainSettings:
     target_accuracy: Annotated[float | None, FRACTION] = None
     feed: Literal["resident", "stream"] | None = None
     tensorboard: bool = False
-    profile: Path | None = None
+    profile: Annotated[Path | None, TEXT] = None
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     coordinator: Annotated[str | None, ADDRESS] = None
     num_processes: Annotated[int | None, PROCESSES] = None
     process_id: int | None = None
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, TEXT] = None
     checkpoint_dir: Annotated[Path, TEXT] = Path("checkpoints")
     platform: Platform | None = None
 
@@ -210,8 +209,8 @@ class TrainSettings:
                     object.__setattr__(self, name, OwnCode(getattr(self, name)))
                 except UsageError as error:
                     raise UsageError(f"{option_name(name)} {error}") from error
-        given = sorted(numbers_of(HYPERPARAMETER, self.hyperparameters).items())
-        object.__setattr__(self, "hyperparameters", tuple(f"{name}={number!r}" for name, (number,) in given))
+        arguments = sorted(numbers_of(HYPERPARAMETER, self.hyperparameters).items())
+        object.__setattr__(self, "hyperparameters", tuple(f"{name}={number!r}" for name, (number,) in arguments))
         require(self.seeds <= 2**32, "--seeds", self.seeds, f"at most {2**32:,}")
         require(0 <= self.seed <= 2**32 - self.seeds, "--seed", self.seed, f"from 0 to {2**32 - self.seeds}")
         if self.transposed and self.dataset_dir is None:

@@ -138,6 +138,8 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
         remedy = "allow more, or lower --batch-size, --features or --seeds"
         line = f"error: the memory does not suffice ({reason or name}); {remedy}"
         exit_code = UsageError.exit_code
+    elif place := _failing_own_code(error):
+        line, exit_code = f"error: {place}: {name}: {reason}; correct it", UsageError.exit_code
     elif isinstance(error, ImportError):
         line = f"error: cannot load {error.name or 'a library'} ({reason}); install cnn-jax anew, or allow more memory"
         exit_code = UsageError.exit_code
@@ -215,6 +217,17 @@ def _failed_callback(error: BaseException) -> str:
     text = r"CpuCallback error.*\n  File \"([^\n]*)\", line (\d+), in [^\n]*\n([^\n]*)"
     failed = re.search(text, str(error), re.DOTALL)
     return "{}, line {}: {}".format(*failed.groups()) if failed else ""
+
+
+# The names of the modules that the user's own networks and recipes are loaded as begin so.
+OWN_MODULE = "cnn_jax_own_code_"
+
+
+def _failing_own_code(error: BaseException) -> str:
+    """Return which line of the user's own network or recipe failed; nothing if none did."""
+    own = {module.__file__ for name, module in tuple(sys.modules.items()) if name.startswith(OWN_MODULE)}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
 
 
 def lacks_memory(error: BaseException) -> bool:

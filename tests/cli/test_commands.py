@@ -87,6 +87,8 @@ WRONG = {
     "--coordinator host:0 --num-processes 2 --process-id 0": "--coordinator host:0: it must be HOST:PORT",
     "--coordinator host:65536 --num-processes 2 --process-id 0": "--coordinator host:65536: it must be HOST:PORT",
     "--dataset-dir=": "--dataset-dir '': it must be DIR",
+    "--dataset-dir a\udcff": "--dataset-dir a.: it must be text in UTF-8",
+    "--model a\udcff.py:A": "--model a.[.]py:A: it must be text in UTF-8",
     "--data-dir gs://bucket/data": "--data-dir gs://bucket/data: it must be a file or folder of this machine",
     "--checkpoint-dir s3://bucket": "--checkpoint-dir s3://bucket: it must be a file or folder of this machine",
     "--run-name=": "--run-name '': it must be NAME",

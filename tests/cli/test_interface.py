@@ -205,7 +205,7 @@ def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path
     network = cnn_jax.load("run", seed=778)
     assert network.test().accuracy == training.accuracies[1]
     assert training.network().class_names == tuple("0123456789")
-    for wrong in ({"epoch": 3}, {"dry_run": True}):
+    for wrong in ({"epoch": 3}, {"dry_run": True}, {"run_folder": "a"}):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))}: train has no such setting"):
             cnn_jax.train(**wrong)
     mistyped = ({"epochs": "x"}, {"recipe": "slow"}, {"features": (1,)}, {"dataset_dir": 3}, {"seeds": 1.5})

@@ -255,3 +255,20 @@ def test_a_callback_that_fails_is_told_once_with_its_line(program, small_mnist, 
         err.splitlines()[-1] == f"error: a callback failed in {tmp_path / 'idea.py'}, line 6: ValueError: no\\x1b[31m"
     )
     assert "Traceback" not in err
+
+
+def test_a_network_that_fails_at_another_size_of_batches_is_named_with_its_line(train, tmp_path):
+    failing = "        if images.shape[0] > 100:\n            raise ValueError('too many')\n        x = nn.relu"
+    (tmp_path / "big.py").write_text(NOISY.replace("        x = nn.relu", failing))
+    code, out, err = train("--batch-size", 50, model=f"{tmp_path / 'big.py'}:Noisy", epochs=0.1)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'big.py'}, line 11: ValueError: too many; correct it"
+
+
+@pytest.mark.parametrize(("example", "weights"), [("mlp.py:MLP", "200,960"), ("deeper.py:Deeper", "")])
+def test_the_layers_of_ones_own_network_are_those_that_it_has_for_a_batch(example, weights, train, command, tmp_path):
+    assert train(model=f"{EXAMPLES}/{example}", epochs=0.1)[0] == 0
+    code, out, _ = command("inspect", tmp_path / "run")
+    assert code == 0
+    assert weights in out
+    assert "[1,28,28,1]" in out
