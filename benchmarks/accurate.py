@@ -17,7 +17,7 @@ from jax import lax
 
 from cnn_jax.core.evaluation import sum_over_images
 from cnn_jax.core.model import CNN
-from cnn_jax.core.recipes import Recipe, distort
+from cnn_jax.core.recipes import Recipe, distort, smoothed
 from cnn_jax.core.training import batch_indices, create_train_state, make_keys, train_step
 from cnn_jax.data.loading import load_dataset
 
@@ -44,16 +44,12 @@ def recipe_of(values: dict[str, jax.Array], steps: int, sgd: bool) -> Recipe:
         falling = values["end"] + (1 - values["end"]) * (1 + jnp.cos(jnp.pi * warming)) / 2
         return values["learning_rate"] * jnp.where(warmed < 1, (1 + 24 * warmed) / 25, falling)
 
-    def loss(logits, labels):
-        smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), values["smoothing"])
-        return optax.softmax_cross_entropy(logits, smooth)
-
     optimizer = optax.adamw(schedule, weight_decay=values["weight_decay"])
     if sgd:
         momentum = optax.sgd(schedule, momentum=0.9, nesterov=True)
         optimizer = optax.chain(optax.add_decayed_weights(values["weight_decay"]), momentum)
     moves = {name: values[name] for name in ("pixels", "degrees", "scale", "bend")}
-    return Recipe(optimizer, loss, functools.partial(distort, **moves), values["ema_decay"])
+    return Recipe(optimizer, smoothed(values["smoothing"]), functools.partial(distort, **moves), values["ema_decay"])
 
 
 def accuracies(
@@ -61,7 +57,7 @@ def accuracies(
 ) -> np.ndarray:
     """Train every variant without each of the first folds, and return the accuracies on those, (variants, folds)."""
     dataset, model = load_dataset("mnist", None, None), CNN()
-    parts = np.array_split(np.random.default_rng(0).permutation(images), FOLDS)
+    parts = np.split(np.random.default_rng(0).permutation(images)[: images // FOLDS * FOLDS], FOLDS)
     held_out = jnp.asarray(np.stack(parts[:folds]))
     trained = jnp.asarray([np.concatenate(parts[:fold] + parts[fold + 1 :]) for fold in range(folds)])
     pixels, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)

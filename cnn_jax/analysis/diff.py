@@ -22,7 +22,7 @@ from cnn_jax.inference.logits import logits
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import restore_run
 from cnn_jax.runs.settings import Platform, option_name
-from cnn_jax.runs.summary import Difference, difference_interval, mean_interval
+from cnn_jax.runs.summary import Difference, MeanInterval, difference_interval, mean_interval
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_values
 from cnn_jax.runtime.files import write_atomically
@@ -59,6 +59,11 @@ class ComparedRun(NamedTuple):
     def accuracies(self) -> list[float]:
         """The test accuracy of each seed, in [0, 1]."""
         return self.right.mean(axis=1).tolist()
+
+    @property
+    def interval(self) -> MeanInterval | None:
+        """That of the mean of its accuracies; None of one seed, which shows no spread."""
+        return mean_interval(self.accuracies) if len(self.seeds) > 1 else None
 
     def counts(self, seeds: Sequence[int]) -> list[int]:
         """Return how many images seeds are right on: whole numbers, whose equal differences stay equal."""
@@ -228,12 +233,13 @@ def seeds_needed(difference: float, variances: Sequence[float]) -> int | None:
     shares = sum((variance / total) ** 2 for variance in variances)
     # As many as if the variances were known, which is too few.
     known = sum(scipy.stats.norm.ppf([1 - LEVEL / 2, POWER])) ** 2 * total / difference**2
-    for seeds in itertools.count(max(2, math.ceil(known))):
+
+    def misses(seeds: int) -> float:
         freedom = (seeds - 1) / shares  # Welch's; of pairs, one less than there are
         critical, shift = scipy.stats.t.ppf(1 - LEVEL / 2, freedom), abs(difference) * math.sqrt(seeds / total)
-        if not scipy.stats.nct.cdf(critical, freedom, shift) > 1 - POWER:
-            return seeds
-    return None
+        return scipy.stats.nct.cdf(critical, freedom, shift)
+
+    return next(seeds for seeds in itertools.count(max(2, math.ceil(known))) if not misses(seeds) > 1 - POWER)
 
 
 def make_tables(runs: Sequence[ComparedRun], comparisons: Sequence[Comparison]) -> list[Table]:
@@ -256,7 +262,7 @@ def make_tables(runs: Sequence[ComparedRun], comparisons: Sequence[Comparison]) 
 
 def _run_rows(run: ComparedRun) -> dict[str, str]:
     accuracies, (step, last) = run.accuracies, run.steps
-    interval = mean_interval(accuracies) if len(accuracies) > 1 else None
+    interval = run.interval
     return {
         "test accuracy": describe_values(accuracies),
         "95 % interval": f"{interval.low:.4f} to {interval.high:.4f}" if interval else "none, of one seed",
@@ -286,7 +292,7 @@ def to_record(runs: Sequence[ComparedRun], comparisons: Sequence[Comparison], di
         accuracies, (step, last_step) = run.accuracies, run.steps
         record = {"run": run.name, "step": step, "last_step": last_step, "test_images": len(run.right[0])}
         record |= {"test_set": run.test_set, "test_accuracies": dict(zip(run.seeds, accuracies, strict=True))}
-        records.append(record | {"spread": mean_interval(accuracies)._asdict() if len(accuracies) > 1 else None})
+        records.append(record | {"spread": run.interval and run.interval._asdict()})
     facts = {fact: values for fact, *values in differing[2] if any(values)}
     return {"runs": records, "differing": facts, "comparisons": [comparison._asdict() for comparison in comparisons]}
 

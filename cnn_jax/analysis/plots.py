@@ -21,7 +21,8 @@ from matplotlib.ticker import MaxNLocator
 from cnn_jax.inference.logits import Reliability
 from cnn_jax.inference.pictures import draw_saliency
 from cnn_jax.inference.predict import describe_probability
-from cnn_jax.runs.folder import EpochMetrics, write_atomically
+from cnn_jax.runs.folder import EpochMetrics
+from cnn_jax.runtime.files import write_atomically
 
 COLOURS = {"cnn-jax": "#d1495b", "PyTorch": "#30638e"}
 # Blue below 0, white at 0, red above; the gaps between tiles are NaN.
@@ -91,7 +92,9 @@ def save_drawn(drawn: Iterable[tuple[str, Axes]], folder: Path) -> None:
             figure = axes.figure
             assert isinstance(figure, Figure)
             figure.set_size_inches(9, 5)
-            figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+            png = io.BytesIO()
+            figure.savefig(png, dpi=150, bbox_inches="tight", format="png")
+            write_atomically(folder / name, png.getvalue())
             plt.close(figure)
 
 

@@ -14,7 +14,7 @@ from cnn_jax.core.sharding import of_seed
 from cnn_jax.inference.page import templates_in
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import TrainedRun, evaluate_as_tutorial, evaluate_trained, restore_run
-from cnn_jax.runs.settings import Platform, TrainSettings
+from cnn_jax.runs.settings import Platform, TrainSettings, option_name
 from cnn_jax.runs.summary import describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
@@ -136,7 +136,7 @@ def _settings(settings: TrainSettings) -> Rows:
         if value is not None and value is not False:
             values = value if isinstance(value, tuple) else (value,)
             text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-            rows.append((f"--{name.replace('_', '-')}", text))
+            rows.append((option_name(name), text))
     return rows
 
 

@@ -163,7 +163,7 @@ def _find_features(builder: tfds.core.DatasetBuilder, name: str) -> _Features:
     """Find the image and the label of a set that has images of one size and one class label each."""
     features: Any = builder.info.features
     keys: Any = builder.info.supervised_keys
-    if keys and len(keys) == 2 and set(keys) <= set(features):
+    if keys and len(keys) == 2 and all(isinstance(key, str) and key in features for key in keys):
         image, label = (features[key] for key in keys)
         if isinstance(image, tfds.features.Image | tfds.features.Tensor) and isinstance(
             label, tfds.features.ClassLabel

@@ -124,8 +124,8 @@ def find_characters(colours: np.ndarray, cost: Cost | None) -> list[list[Charact
     if one is None:
         return lines
     around = _area(_around([character.box for line in lines for character in line])) if lines else 0
-    whole = _area(one.box) >= ONE * around and next(costs) <= min(as_several - ANOTHER, READABLE)
-    return [[one]] if whole else lines
+    is_one = _area(one.box) >= ONE * around and next(costs) <= min(as_several - ANOTHER, READABLE)
+    return [[one]] if is_one else lines
 
 
 def _parts(mask: np.ndarray) -> list[Piece]:

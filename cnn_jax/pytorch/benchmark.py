@@ -21,7 +21,7 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_worker, time_variant
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
-from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
+from cnn_jax.runtime.devices import describe_machine, start_devices, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.files import read_file, write_atomically
 from cnn_jax.runtime.records import decode
@@ -114,8 +114,8 @@ class BenchmarkResult:
 def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> None:
     """Measure every variant and write the table, the JSON and the plot."""
     display = Display()
-    leave_out_absent_accelerators()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share a GPU's memory
+    start_devices(None, keep_compiled=False)
     load_dataset("mnist", None, data_dir)  # prepares it, so that each process only loads it
     floor = measure_floor()
     display.say(f"floor: {floor.milliseconds:.2f} ms per step")

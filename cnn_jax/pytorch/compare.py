@@ -19,7 +19,7 @@ from cnn_jax.pytorch.processes import PARTS, SeedResult, ended_early, start_work
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.summary import difference_interval, equivalence_p, mean_interval
-from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, versions
+from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, start_devices, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import RunLockedError
 from cnn_jax.runtime.files import AlreadyLockedError, locked, read_file, write_atomically
@@ -149,6 +149,7 @@ def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display)
         what = f"from equal weights: {STEPS} steps in float32 and {FLOAT64_STEPS} in float64, in both frameworks"
         display.say(what)
         with display.waiting(what):
+            start_devices(None)  # not before: the trainings need an accelerator's memory
             dataset = load_dataset("mnist", None, data_dir)
             agreement = measure_agreement(dataset, seed=seed, steps=STEPS, float64_steps=FLOAT64_STEPS)
         _write(file, dataclasses.asdict(agreement) | {"gradients": max(agreement.gradients.values())})
@@ -189,6 +190,8 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> S
     arguments = ["--seed", seed, "--epochs", epochs, "--checkpoint-dir", run.parent, "--run-name", run.name]
     if data_dir is not None:
         arguments += ["--data-dir", data_dir]
+    if run.exists() and RunFolder(run).read_result() is None:
+        arguments.append("--fresh")  # a run that was killed would report the seconds since it went on
     command = [sys.executable, "-c", COMMAND, str(os.getpid()), "train", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as training, ending_together(training.pid):
         code = training.wait()

@@ -89,7 +89,8 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         found = f"--coordinator {coordinator}" if coordinator else "the cluster's environment"
         reason = str(error).partition("\n")[0][:120]
         raise UsageError(f"{found} does not name the processes of this run ({reason}); correct it") from error
-    watchdog.cancel()
+    finally:
+        watchdog.cancel()
 
 
 def _give_up(place: str) -> None:

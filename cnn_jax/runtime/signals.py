@@ -126,7 +126,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listen_for_stop(may_wait: Callable[[], bool] = lambda: False) -> Iterator[StopRequest]:
+def listen_for_stop(may_wait: Callable[[], bool] = lambda: False, *, at_once: str = AT_ONCE) -> Iterator[StopRequest]:
     """Turn the first of the signals into a request; a second SIGINT ends the process at once, with 130.
 
     Where the process waits for another one, which may be halted for hours, it cannot answer the request: the first
@@ -136,6 +136,7 @@ def listen_for_stop(may_wait: Callable[[], bool] = lambda: False) -> Iterator[St
 
     Args:
       may_wait: Returns, in any thread, whether what this process waits for, if it does nothing, is another one.
+      at_once: The line that a second SIGINT ends it with.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -150,7 +151,7 @@ def listen_for_stop(may_wait: Callable[[], bool] = lambda: False) -> Iterator[St
 
     def hear(signal_number: int) -> None:
         if signal_number == signal.SIGINT and next(interrupts) > 1:
-            _end_at_once(signal_number, AT_ONCE)
+            _end_at_once(signal_number, at_once)
         threading.Thread(target=end_if_it_waits, args=(signal_number,), daemon=True).start()
 
     def end_if_it_waits(signal_number: int) -> None:

@@ -407,6 +407,7 @@ def test_an_address_that_is_taken_or_of_another_machine_is_refused_in_one_line(c
             taken,
             ("--host", "203.0.113.9", "--port", free_port()),
             ("--host", "no address", "--port", 7860),
+            ("--host", 70 * "ä", "--port", 7860),
         ):
             code, out, err = command("demo", *address)
             assert (code, out) == (2, "")

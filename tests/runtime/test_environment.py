@@ -60,6 +60,14 @@ def test_what_jax_cannot_start_with_is_named(variables, complaint, started, tmp_
     assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
 
 
+def test_a_benchmark_cannot_start_with_it_either(started, tmp_path):
+    for name, value in (("XLA_FLAGS", "--nonsense"), ("JAX_PLATFORMS", "abacus")):
+        ended = started([sys.executable, "-m", "cnn_jax", "benchmark", "--output", tmp_path / "new"], **{name: value})
+        assert ended.stderr.splitlines()[-1].startswith(f"error: {name}={value}: ")
+        assert (ended.returncode, ended.stdout) == (2, "")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("JAX_NO_EXECUTION", "1"), ("JAX_HLO_SOURCE_FILE_CANONICALIZATION_REGEX", "(")]
 )

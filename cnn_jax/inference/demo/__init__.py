@@ -64,10 +64,12 @@ def serve(
       NoCheckpointError: there is no such run.
     """
     try:
+        host.encode("idna")  # where this fails, `create_server` would too, and leave a socket open
         listener = socket.create_server((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"--host {host} --port {port}: nothing can listen there ({error.strerror}); choose another --port or --host"
+            f"--host {host} --port {port}: nothing can listen there ({reason}); choose another --port or --host"
         ) from error
     with listener:
         start_devices(platform)
@@ -87,7 +89,7 @@ def serve(
             css=(PAGE / "style.css").read_text(encoding="utf-8"),
         )
         shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)  # Gradio makes it, and this page has no files
-        with listen_for_stop() as request, serve_guarded(page, listener, host):
+        with listen_for_stop(at_once="stopped by a second SIGINT") as request, serve_guarded(page, listener, host):
             display.say(f"draw a digit on http://{host}:{port}; Ctrl-C ends the page")
             while request.signal_number is None:
                 time.sleep(0.1)
