@@ -63,7 +63,7 @@ def port(tmp_path_factory):
         yield number
     finally:
         process.terminate()
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "", "the page is closed\n")
     assert list(files.iterdir()) == []
 
@@ -347,22 +347,25 @@ def test_an_answer_that_is_not_read_is_ended(large_page, monkeypatch):
 
 
 def test_a_second_request_that_is_never_finished_is_ended(large_page, monkeypatch):
-    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    monkeypatch.setattr(guard, "SECONDS", 1)
     with connect(large_page, HEAD.replace("GET / ", "GET /none ") + "\r\n") as connection:
-        while not connection.recv(2**10).endswith(b"no such request"):
-            pass
+        answer = b""
+        while not answer.endswith(b"no such request"):
+            part = connection.recv(2**10)
+            assert part, "it was ended before it was answered"
+            answer += part
         connection.sendall(b"G")
-        connection.settimeout(3)
+        connection.settimeout(10)
         assert read_to_the_end(connection) == 0
 
 
 def test_a_connection_lasts_longer_than_a_request_may(large_page, monkeypatch):
-    monkeypatch.setattr(guard, "SECONDS", 1)
+    monkeypatch.setattr(guard, "SECONDS", 2)
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", large_page, timeout=30)) as connection:
         connection.connect()
         connection.auto_open = 0
         for _ in range(4):
-            time.sleep(0.4)
+            time.sleep(0.7)
             connection.request("GET", "/none")
             assert connection.getresponse().read() == b"the page has no such request"
 
@@ -517,8 +520,8 @@ def browser(tmp_path, port):
 
 
 def wait_until(condition):
-    """Wait until a condition holds, at most 30 seconds."""
-    end = time.monotonic() + 30
+    """Wait until a condition holds, at most two minutes."""
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not come in time"
         time.sleep(0.1)
@@ -807,4 +810,4 @@ def test_the_page_shows_the_classes_names(packaged):
     names = ("<b>", "one & only", *"CDEFGHIJ")
     html = demo.render_answer(dataclasses.replace(packaged, class_names=names), ink_of_a_one())
     assert ("&lt;b&gt;" in html, "<b><b>" in html) == (True, False)
-    assert html.count("one &amp; only") in (1, 2)
+    assert html.count("one &amp; only") in (2, 3)  # its row and meter, and the answer where it is that

@@ -30,6 +30,7 @@ REQUESTS = re.compile(rf"(GET|HEAD) /|GET /({FILES})|POST {ANSWER}", re.ASCII)
 MAXIMUM_BODY = 2**16  # bytes; a drawing has 26 kB
 SECONDS = 10  # for a request, from the wait for it to the last byte of its answer
 CONNECTIONS, CONNECTIONS_PER_CLIENT = 256, 32  # a browser opens 6
+ANSWERS = 64  # in progress at once; those to connections that were ended go on to their ends
 # No other site may show the page in a frame, hold its window, or load its parts.
 ISOLATION = {
     "x-frame-options": "DENY",
@@ -102,6 +103,7 @@ class Guard:
     def __init__(self, app: ASGIApp, hosts: re.Pattern[str]) -> None:
         self._app = app
         self._hosts = hosts
+        self._answering = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or the start or end of the server."""
@@ -151,7 +153,14 @@ class Guard:
                 MutableHeaders(scope=message).update(ISOLATION)
             await send(message)
 
-        await self._app({**scope, "query_string": b"", "headers": headers.raw}, receive_body, send_isolated)
+        if self._answering >= ANSWERS:
+            await PlainTextResponse("too many answers are in progress; try again", 503)(scope, receive, send)
+            return
+        self._answering += 1
+        try:
+            await self._app({**scope, "query_string": b"", "headers": headers.raw}, receive_body, send_isolated)
+        finally:
+            self._answering -= 1
 
 
 def take_drawing(body: bytes) -> bytes:

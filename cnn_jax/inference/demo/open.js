@@ -6,11 +6,16 @@ pen.imageSmoothingQuality = "high";
 // A picture becomes ink that is as opaque as the picture is dark. It is shown whole, and beside it the board is as dark
 // as most of the picture, so that the picture has no edge there.
 const show = async file => {
+  const change = ++changes;
   let picture;
   try {
     picture = await createImageBitmap(file);
   } catch {
-    alert.textContent = `this browser finds no picture in ${file.name}; choose a PNG or JPEG file`;
+    if (change === changes) alert.textContent = `this browser finds no picture in ${file.name}; choose a PNG or JPEG file`;
+    return;
+  }
+  if (change !== changes) {
+    picture.close();
     return;
   }
   const scale = Math.min(board.width / picture.width, board.height / picture.height);
@@ -19,6 +24,7 @@ const show = async file => {
   pen.fillStyle = "white";  // behind what is transparent
   pen.fillRect(0, 0, board.width, board.height);
   pen.drawImage(picture, left, top, width, height);
+  picture.close();
   const pixels = pen.getImageData(left, top, width, height), colours = pixels.data;
   for (let i = 0; i < colours.length; i += 4) {
     colours[i + 3] = 255 - (0.299 * colours[i] + 0.587 * colours[i + 1] + 0.114 * colours[i + 2]);

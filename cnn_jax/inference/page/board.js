@@ -4,6 +4,7 @@ const pen = board.getContext("2d", {willReadFrequently: true});
 pen.lineWidth = board.dataset.pen;
 pen.lineCap = "round";
 let last = null;
+let changes = 0;  // a picture that is decoded late must not replace what came after it
 
 // The drawing's value is its opacity, one byte per pixel, in base64.
 const send = () => {
@@ -11,6 +12,7 @@ const send = () => {
   let ink = "";
   for (let i = 3; i < colours.length; i += 4) ink += String.fromCharCode(colours[i]);
   props.value = btoa(ink);
+  changes++;
   trigger("draw");
 };
 const clear = () => {
@@ -27,11 +29,12 @@ const drawTo = event => {
   send();
 };
 board.addEventListener("pointerdown", event => {
-  if (!event.isPrimary) return;  // a second finger
+  if (!event.isPrimary || event.button !== 0) return;  // a second finger, or another button
   board.setPointerCapture(event.pointerId);
   last = null;
   drawTo(event);
 });
-board.addEventListener("pointermove", event => { if (event.isPrimary && event.buttons) drawTo(event); });
+// A stroke that began elsewhere is none: the pointer is not the board's.
+board.addEventListener("pointermove", event => { if (board.hasPointerCapture(event.pointerId)) drawTo(event); });
 element.querySelector("[name=clear]").addEventListener("click", clear);
 document.addEventListener("keydown", event => { if (event.key == "Escape") clear(); });

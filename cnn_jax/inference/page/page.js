@@ -89,6 +89,8 @@ function rowOfFigures(line) {
     const figure = document.createElement("figure"), probability = Math.max(...reading.probabilities);
     const [canvas, caption] = ["canvas", "figcaption"].map(tag => figure.appendChild(document.createElement(tag)));
     const [name, told] = ["b", "span"].map(tag => caption.appendChild(document.createElement(tag)));
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", "what the network sees");
     drawImage(canvas, reading.image);
     name.textContent = nameOf(reading);
     const certain = reading.index !== null && probability >= embedded.certain;
