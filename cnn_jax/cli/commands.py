@@ -21,6 +21,8 @@ from cnn_jax.data.loading import count_train_examples
 from cnn_jax.runs.folder import RunFolder, check_output
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
+    CLASS_NAMES,
+    EACH_AT_LEAST_1,
     FOLDER_NAME,
     OWN_MODEL,
     RANGE,
@@ -372,8 +374,11 @@ def import_torch(
     common: CommonOptions,
     *,
     run_name: str | None = None,
+    features: Annotated[tuple[int, int], EACH_AT_LEAST_1] = TrainSettings.features,
     dataset: str = "mnist",
     dataset_dir: Path | None = None,
+    class_names: Annotated[str | None, CLASS_NAMES] = None,
+    transposed: bool = False,
 ) -> None:
     """Turn weights that PyTorch trained into a run, to test or to train further with train --run-name.
 
@@ -387,7 +392,13 @@ def import_torch(
       cnn-jax train --run-name model --epochs 1
     """
     settings = TrainSettings.of(
-        run_name=run_name or file.stem, dataset=dataset, dataset_dir=dataset_dir, **vars(common)
+        run_name=file.stem if run_name is None else run_name,
+        features=features,
+        dataset=dataset,
+        dataset_dir=dataset_dir,
+        class_names=class_names,
+        transposed=transposed,
+        **vars(common),
     )
     check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
     need("torch", extra="torch")

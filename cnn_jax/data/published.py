@@ -117,7 +117,7 @@ def _transposed(images: Images | RecordedImages) -> Images | RecordedImages:
 def _read_names(file: Path, first_label: int) -> tuple[str, ...]:
     """Read the names of classes from `labels.txt` or from a `mapping.txt`; raises as above."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if file.name == "labels.txt":
             names = lines
         else:
@@ -127,5 +127,5 @@ def _read_names(file: Path, first_label: int) -> tuple[str, ...]:
     except (OSError, ValueError, KeyError, OverflowError) as error:
         raise InputFileError(f"{file} is no list of class names ({error}); correct or remove it") from error
     if not names or "" in names or len(set(names)) < len(names):
-        raise InputFileError(f"{file} has no names, or the same name twice; correct or remove it")
+        raise InputFileError(f"{file} has no names, one that cannot be shown, or one twice; correct or remove it")
     return tuple(names)

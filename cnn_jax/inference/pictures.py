@@ -131,7 +131,7 @@ def _decode(file: str, content: bytes) -> Picture:
                 image.draft(image.mode, (2 * WORKING_SIZE, 2 * WORKING_SIZE))
                 image.load()
                 orientation = image.getexif().get(ORIENTATION, 1)
-                size = (height, width) if orientation >= 5 else (width, height)
+                size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
                 return Picture(_to_colours(_in_8_bits(file, image), orientation), size, several)
     except InputFileError:
         raise

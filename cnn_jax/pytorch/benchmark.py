@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_work
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
 from cnn_jax.runtime.devices import describe_machine, start_devices, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
-from cnn_jax.runtime.files import read_file, write_atomically
+from cnn_jax.runtime.files import first_free, read_file, write_atomically
 from cnn_jax.runtime.records import decode
 
 # What brings TensorFlow, under either name, where somebody has installed it.
@@ -124,7 +125,9 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
     variants = [variant for variant in VARIANTS if variant.platform in (None, platform)]
     machine, versions_here = describe_machine(), versions(*PACKAGES, *filter(_is_installed, TENSORFLOW_PACKAGES))
     output.mkdir(parents=True, exist_ok=True)
-    file = output / re.sub(r"[^\w]+", "-", f"{_device_name()}-{time.strftime('%Y-%m-%d')}").strip("-").lower()
+    name = re.sub(r"[^\w]+", "-", f"{_device_name()}-{time.strftime('%Y-%m-%d')}").strip("-").lower()
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    file = first_free(output / f"{each}.json" for each in names)  # an earlier result of the day is kept
     for number, (timings, left_out) in enumerate(_measure_in_turn(variants, rounds, steps, data_dir, display), start=1):
         result = BenchmarkResult(
             date=time.strftime("%Y-%m-%d"),

@@ -93,10 +93,12 @@ class Display:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        with self._progress:
-            self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
-            yield
-        self._progress = None
+        try:
+            with self._progress:
+                self._progress.add_task("", total=total_steps, completed=steps_done, status="compiling")
+                yield
+        finally:
+            self._progress = None
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:

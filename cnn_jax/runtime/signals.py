@@ -83,7 +83,7 @@ def _end_at_once(signal_number: int, line: str) -> NoReturn:
     for child in _children:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGTERM)
-            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            os.waitpid(child, 0)  # macOS has had `waitid` since Python 3.13 alone
     # Imported, perhaps at this very moment, after the first ones, in which there are no files.
     remove = getattr(sys.modules.get("cnn_jax.runtime.files"), "remove_temporary_files", None)
     if remove is not None:

@@ -117,9 +117,9 @@ def test_names_stand_in_a_file_beside_the_images(file, text, digits, tmp_path):
         ("mapping.txt", b"0 48\n2 49\n3 50", "mapping.txt is no list of class names"),
         ("mapping.txt", b"zero 48", "mapping.txt is no list of class names"),
         ("mapping.txt", b"0 48\n1 -1\n2 1", "mapping.txt is no list of class names"),
-        ("labels.txt", b"a\nb\na\n", "has no names, or the same name twice"),
-        ("labels.txt", b"", "has no names, or the same name twice"),
-        ("labels.txt", b"a\n\x1b[2J\nb", "has no names, or the same name twice"),
+        ("labels.txt", b"a\nb\na\n", "has no names, one that cannot be shown, or one twice"),
+        ("labels.txt", b"", "has no names, one that cannot be shown, or one twice"),
+        ("labels.txt", b"a\n\x1b[2J\nb", "has no names, one that cannot be shown, or one twice"),
         ("labels.txt", b"\xff\xfe", "labels.txt is no list of class names"),
     ],
 )
@@ -172,7 +172,7 @@ def test_names_travel_from_the_data_to_the_answers(digits, tmp_path, command):
     folder, runs = tmp_path / "data", ("--checkpoint-dir", tmp_path)
     folder.mkdir()
     write_set(folder, "emnist-letters-", images.swapaxes(1, 2), labels + 1)
-    options = ("--dataset-dir", folder, "--run-name", "run", "--epochs", 30, "--batch-size", 10)
+    options = ("--dataset-dir", folder, "--run-name", "run", "--epochs", 9, "--batch-size", 3)
     code, _, err = command("train", *options, *runs)
     assert code == 0, err
     assert "read upright" in err

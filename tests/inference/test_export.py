@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from cnn_jax.data.idx import read_idx
 from cnn_jax.inference import export
 from cnn_jax.inference.export import Input
 from cnn_jax.inference.pretrained import load_trained, read_trained
+from cnn_jax.runtime.errors import StorageError
 from tests.helpers import EMBEDDED, ROOT, write_idx
 
 FORMATS = ("torch", "safetensors", "onnx", "stablehlo", "html")
@@ -255,6 +257,27 @@ def test_a_run_of_other_images_channels_and_classes_is_exported_too(to, odd_run,
     assert err.endswith(f"{odd_run}, seed 777, after 18 steps is now {tmp_path}/network\n")
     if to == "safetensors":
         assert read_trained(tmp_path / "network").image_shape == (23, 21, 1)
+
+
+def test_rounding_may_decide_between_two_equal_logits_and_nothing_else_may(odd_run, monkeypatch):
+    network = load_trained(odd_run, None, pytest.fail)
+    kernel, bias = network.params["fc"]["kernel"].copy(), network.params["fc"]["bias"].copy()
+    kernel[:, 1] = kernel[:, 0]
+    bias[:2] = 10  # two classes that are equal, and ahead of all others
+    tied = dataclasses.replace(network, params=network.params | {"fc": {"kernel": kernel, "bias": bias}})
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (100, *network.image_shape), np.uint8)
+    dataset = SimpleNamespace(test_images=images, test_labels=rng.integers(0, 2, 100))
+
+    def found(added):
+        compute = lambda images: tied.logits(images) + np.eye(1, kernel.shape[1], 1, dtype=np.float32) * added  # noqa: E731
+        monkeypatch.setitem(export.FORMATS, "torch", export.FORMATS["torch"]._replace(load=lambda *of: compute))
+        return export.check("torch", None, tied, dataset, None, name="a file")
+
+    assert "the same accuracy" in found(0)
+    assert " in place of " in found(1e-6)
+    with pytest.raises(StorageError, match="differs from the network"):
+        found(0.01)
 
 
 def perturb(network):

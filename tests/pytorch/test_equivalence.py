@@ -329,3 +329,14 @@ def test_the_report_states_its_finding(tmp_path):
     assert "| of seeds 0 / 1 | 0.9800 / 0.9810 | 0.9910 / 0.9900 |" in accuracy_table(other)
     (tmp_path / "report.json").write_text(encode(other))
     assert read_report(tmp_path / "report.json") == other
+
+
+def test_what_is_exported_of_a_run_of_other_features_comes_back(trained_run, small_mnist, command, tmp_path):
+    run = trained_run("--features", 2, 4, epochs=1, reported=False)
+    assert command("export", run, "--to", "torch", "--output", tmp_path / "narrow.pt")[0] == 0
+    where = ("--checkpoint-dir", tmp_path)
+    code, _, err = command(
+        "import-torch", tmp_path / "narrow.pt", *where, "--dataset-dir", small_mnist, "--features", 2, 4
+    )
+    assert code == 0, err
+    assert command("evaluate", "narrow", *where)[1] == command("evaluate", run)[1]
