@@ -218,7 +218,7 @@ def test_matplotlibs_settings_decide_nothing_of_what_is_drawn_and_none_of_ours_i
         folder.mkdir()
         (folder / "matplotlibrc").write_text(settings)
         drawing = program("-c", DRAW, folder, env=os.environ | {"MATPLOTLIBRC": str(folder)})
-        _, err = drawing.communicate(timeout=60)
+        _, err = drawing.communicate(timeout=300)
         assert (drawing.returncode, err) == (0, "")
         pictures.append({file.name: file.read_bytes() for file in folder.glob("*.png")})
     assert len(pictures[0]) == 3

@@ -83,6 +83,13 @@ def nothing_starts(monkeypatch):
     monkeypatch.setattr(sweep, "start_devices", pytest.fail)
 
 
+@pytest.fixture(autouse=True)
+def plots(request, monkeypatch):
+    """Draw nothing but where the figures are the claim: they take longer than the trials."""
+    if "draws" not in request.node.name:
+        monkeypatch.setattr("cnn_jax.analysis.sweep.draw_study", lambda study: iter(()))
+
+
 def trial_of(score=0.9, **more):
     distributions = {name: CategoricalDistribution(values) for name, values in CHOICES.items()}
     distributions["learning_rate"] = FloatDistribution(0.0003, 0.03, log=True)
@@ -771,23 +778,23 @@ def test_two_processes_begin_a_study_at_once_and_never_take_the_same_waiting_tri
 @pytest.mark.slow
 def test_several_processes_share_a_study_and_a_stopped_trial_is_taken_up_again(program, arguments, tmp_path):
     arguments = [
-        "-m", "cnn_jax", "sweep", "--trials", 4, "--recipe", "tutorial", "--batch-size", 50, "--features", 8, 16,
+        "-m", "cnn_jax", "sweep", "--trials", 3, "--recipe", "tutorial", "--batch-size", 50, "--features", 8, 16,
         *arguments, "--epochs", 8,
     ]  # fmt: skip
     first = program(*arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "sweep" / "trial-0" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=300)
     assert first.returncode == 130, err
     others = [program(*arguments, env=os.environ) for _ in range(2)]
     for process in others:
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
     trials = study_of(tmp_path).trials
-    assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) in (4, 5)
+    assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) in (3, 4)
     assert trials[0].state == TrialState.FAIL
     again = [trial for trial in trials if trial.system_attrs.get("failed_trial") == 0]
     assert [trial.params for trial in again] == [trials[0].params]

@@ -195,6 +195,7 @@ def test_what_the_system_refuses_is_a_documented_failure_too(network, monkeypatc
             network.predict("a.png")
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_training_writes_the_run_that_the_command_writes(small_mnist, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training = cnn_jax.train(epochs=2, seeds=2, dataset_dir=small_mnist, run_name="run", features=(2, 4))
@@ -242,7 +243,7 @@ for platform in ("tpu", "cpu", None, "tpu"):
 
 def test_a_platform_that_is_refused_leaves_the_others_usable(program, small_mnist, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    out, err = program("-c", PLATFORMS, small_mnist, tmp_path, env=environment).communicate(timeout=60)
+    out, err = program("-c", PLATFORMS, small_mnist, tmp_path, env=environment).communicate(timeout=300)
     lines = [line for line in out.splitlines() if not line.startswith(("[Epoch", "Accuracy"))]
     assert len(lines) == 4, err
     assert lines[0].startswith("--platform tpu: JAX finds no such device here, or cannot start it (")

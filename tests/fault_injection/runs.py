@@ -24,12 +24,14 @@ class Trainer:
       mutant: The part of the program that is broken on purpose, a key of `mutants.MUTANTS`, or None.
       seeds: How many seeds a run trains.
       processes: How many processes train it.
+      program: What Python starts, unless it is a mutant.
     """
 
     data: Path
     mutant: str | None = None
     seeds: int = 1
     processes: int = 1
+    program: tuple[str, ...] = ("-m", "cnn_jax", "train")
 
     def start_all(self, folder: Path) -> list[subprocess.Popen]:
         """Start or continue training the run `run` in a folder, in as many processes as it has."""
@@ -42,9 +44,10 @@ class Trainer:
 
     def start(self, folder: Path, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
         """Start one process of the training."""
-        program = ["-m", "cnn_jax"] if self.mutant is None else ["-m", "tests.fault_injection.mutants", self.mutant]
+        mutant = ["-m", "tests.fault_injection.mutants", self.mutant, "train"]
+        program = self.program if self.mutant is None else mutant
         arguments = [
-            "train", "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
+            "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
             "--checkpoint-every-steps", STEPS_PER_CHECKPOINT, "--platform", "cpu", "--seeds", self.seeds,
             *options,
         ]  # fmt: skip

@@ -80,6 +80,8 @@ def random_kills(trainer: Trainer, reference: str, *, kills: int, rng: random.Ra
                     time.sleep(rng.uniform(1.5, 5.0 * trainer.processes))
                 killed = rng.choice(processes)
                 over = killed.poll() is not None
+                if _newest_step(run) > 0:
+                    tally.count("after a checkpoint")
                 killed.kill()
                 for process in processes:
                     code, complaint = _end(process)

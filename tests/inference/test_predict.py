@@ -92,7 +92,7 @@ def test_an_image_can_come_by_standard_input(three, program):
     files, digits = three
     with open(files[0], "rb") as image:
         process = program("-m", "cnn_jax", "predict", files[1], "-", stdin=image)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (0, f"{files[1]}: {digits[1]}\n-: {digits[0]}\n"), err
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", err)
 
@@ -100,7 +100,7 @@ def test_an_image_can_come_by_standard_input(three, program):
 def test_standard_input_from_a_terminal_is_refused_and_not_waited_for(program):
     leader, terminal = os.openpty()
     process = program("-m", "cnn_jax", "predict", "-", stdin=terminal)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     os.close(leader)
     os.close(terminal)
     assert process.returncode == 65
@@ -164,7 +164,7 @@ def test_every_input_that_can_be_read_is_answered(three, command, tmp_path):
 def test_a_digit_is_drawn_on_a_terminal_of_any_encoding(three, program):
     files, digits = three
     process = program("-m", "cnn_jax", "predict", files[0], env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (0, f"{files[0]}: {digits[0]}\n"), err
     assert set("".join(err.splitlines()[:14])) == set(" '.#")
 
@@ -181,7 +181,7 @@ def test_a_name_that_is_not_text_is_printed_with_its_bytes(three, program, tmp_p
     file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
     shutil.copy(files[0], file)
     process = program("-m", "cnn_jax", "predict", file, env=os.environ | {"PYTHONUTF8": "1"})
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (0, f"{tmp_path}/\\xff.png: {digits[0]}\n"), err
 
 

@@ -1,6 +1,7 @@
 """The benchmark's variants do the same work, and its table shows the measurements."""
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -44,14 +45,14 @@ def test_the_plain_flax_model_computes_what_ours_does():
         "TensorFlow, tf.function",
     ],
 )
-def test_a_variant_runs_as_many_steps_as_asked_over_the_end_of_an_epoch(name, real_images):
+def test_a_variant_runs_over_the_end_of_an_epoch(name, real_images):
     images, labels = real_images[0][:500, ..., np.newaxis], real_images[1][:500].astype(np.int32)
     small = Dataset("mnist", images, labels, images, labels, numbers(10))
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
     if variant.framework == "TensorFlow":
         pytest.importorskip("tensorflow", reason="needs TensorFlow, which the benchmark measures where it is installed")
     run = variant.make(small)
-    for steps in (3, 3, 16, 24):
+    for steps in (3, 3, 7):
         run(steps)
 
 
@@ -62,7 +63,7 @@ def send_environment(pipe, *names):
 
 def test_a_measured_process_has_loaded_neither_framework_before_its_clock_starts(program):
     code = "import sys, cnn_jax.pytorch.processes; print(sorted({'jax', 'torch', 'flax'} & sys.modules.keys()))"
-    out, err = program("-c", code).communicate(timeout=60)
+    out, err = program("-c", code).communicate(timeout=300)
     assert out == "[]\n", err
 
 
@@ -130,7 +131,8 @@ def test_a_process_that_dies_ends_the_command_in_one_line_that_names_it():
             worker.send(16)
 
 
-def test_the_floor_counts_the_products_of_a_step():
+def test_the_floor_counts_the_products_of_a_step(monkeypatch):
+    monkeypatch.setattr(benchmark_module, "_fastest", functools.partial(benchmark_module._fastest, repeats=1))
     floor = measure_floor()
     assert floor.flops == pytest.approx(2.277e9, rel=1e-3)
     assert 0 < floor.milliseconds == pytest.approx(1e3 * floor.flops / floor.flops_per_second)

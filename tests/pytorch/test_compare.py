@@ -116,7 +116,7 @@ def test_of_two_comparisons_in_a_folder_the_second_ends_with_6_in_a_line(measure
 def test_a_training_that_fails_ends_the_comparison_with_its_line_and_its_exit_code(program, tmp_path):
     with RunFolder(tmp_path / "runs" / "cnn-jax-seed5-epochs1").locked():
         process = program("-m", "cnn_jax", *ARGUMENTS, tmp_path)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     (line,) = (line for line in err.splitlines() if "error" in line)
     assert (process.returncode, out) == (6, "")
     assert "is writing the run" in line

@@ -32,7 +32,7 @@ HOSTILE = {
 @pytest.fixture
 def run(trained_run, tmp_path):
     """A copy of a run of two epochs that is done."""
-    return RunFolder(shutil.copytree(trained_run(*SMALL, epochs=2), tmp_path / "run"))
+    return RunFolder(shutil.copytree(trained_run(*SMALL, epochs=2, reported=False), tmp_path / "run"))
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_other_settings_are_refused_and_never_taken_for_damage(options, run, aga
 def changed(trained_run, small_mnist, tmp_path_factory):
     """A run whose data have changed since, in a bit, and the folder of those."""
     data = shutil.copytree(small_mnist, tmp_path_factory.mktemp("changed") / "data")
-    run = trained_run(*SMALL, epochs=1, data=data)
+    run = trained_run(*SMALL, epochs=1, data=data, reported=False)
     images = data / "t10k-images-idx3-ubyte"
     content = bytearray(images.read_bytes())
     content[5000] ^= 1

@@ -138,7 +138,7 @@ def test_a_run_that_is_halted_goes_on_to_the_same_bits(tmp_path, small_mnist, pr
     time.sleep(0.5)
     assert sorted((tmp_path / "run").rglob("*")) == halted
     process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out.count("[Epoch:")) == (0, EPOCHS), err
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -152,7 +152,7 @@ def test_a_run_that_is_moved_while_it_trains_ends_with_4_and_goes_on_where_it_is
     )  # fmt: skip
     wait_for_step(tmp_path / "begun", 5)
     (tmp_path / "begun").rename(tmp_path / "run")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 4, err
     assert (
         " is gone or another: its folder was moved, removed or replaced while it was in use; " in err.splitlines()[-1]
@@ -181,16 +181,17 @@ def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mn
         "--epochs", 1000, "--checkpoint-every-steps", 5, *SMALL,
     )  # fmt: skip
     wait_for_step(tmp_path / "run", 10)
-    start = time.monotonic()
+    steps = tmp_path / "run" / "steps"
+    before = max(int(file.name) for file in steps.iterdir() if file.name.isdigit())
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == exit_code, err
-    assert time.monotonic() - start < 4
     last = err.splitlines()[-1]
     assert last.startswith(f"stopped by {number.name} after step ")
     assert last.endswith("run the same command again to continue")
     step = int(last.split("after step ")[1].split()[0].replace(",", ""))
-    assert (tmp_path / "run" / "steps" / str(step)).is_dir()
+    assert step <= before + 100  # of 10,000
+    assert (steps / str(step)).is_dir()
     assert len(out.splitlines()) == step // STEPS_PER_EPOCH
 
 
@@ -203,7 +204,7 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path, small_mnist, program, c
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)  # two at once would be one
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.splitlines()[-1].startswith("stopped by ")
     assert command("evaluate", tmp_path / "run")[0] == 0
@@ -224,7 +225,7 @@ with listen_for_stop():
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.startswith("stopped by a second SIGINT; the newest checkpoint is as it was")
 
@@ -271,7 +272,7 @@ def test_a_run_continues_on_another_number_of_devices_and_says_that_bits_may_dif
         *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 2,
         *SMALL, env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )  # fmt: skip
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out.count("[Epoch:")) == (0, 2), err
     assert "saved with device 1 x cpu and continues with 2 x cpu: bits may differ" in err
 
@@ -345,7 +346,7 @@ def test_different_runs_train_side_by_side(tmp_path, small_mnist, program, unint
         for name in ("one", "other")
     ]  # fmt: skip
     for process in processes:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     for name in ("one", "other"):
         assert_same_run(tmp_path / name, uninterrupted)
@@ -454,7 +455,7 @@ def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_
 
 def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
     arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--epochs", 1, *SMALL]
-    _, err = program(*arguments, "--log-level", "info").communicate(timeout=60)
+    _, err = program(*arguments, "--log-level", "info").communicate(timeout=300)
     assert "INFO cnn_jax.runs.train: mesh {'seeds': 1, 'data': 1}, images resident" in err
 
 

@@ -45,7 +45,7 @@ def on_a_terminal(arguments, program):
             except OSError:  # the program has closed its side
                 break
         os.close(terminal)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, seen
         return out, seen.decode()
 

@@ -31,7 +31,7 @@ def end_of_a_start(number, delay, moments=1):
             assert process.stdout.read(1) == b"."
         time.sleep(delay)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     return process.returncode, err.decode()
 
 
@@ -78,7 +78,7 @@ def test_a_signal_ends_what_waits_outside_python():
         assert process.stdout.readline() == "ready\n"
         process.terminate()
         try:
-            _, err = process.communicate(timeout=10)
+            _, err = process.communicate(timeout=300)
         finally:
             process.kill()
     assert (process.returncode, err) == stopped_by(signal.SIGTERM)
@@ -102,7 +102,7 @@ def test_a_signal_to_a_process_alone_ends_its_child_first():
     ) as process:
         child = int(process.stdout.readline())
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == stopped_by(signal.SIGINT)
     assert out == ""
     with contextlib.suppress(ProcessLookupError):
@@ -133,7 +133,7 @@ def test_a_child_ends_with_a_parent_that_is_killed():
         assert process.stdout.readline().strip().isdigit()
         begin = time.monotonic()
         process.kill()
-        _, err = process.communicate(timeout=30)  # until the child, too, has closed its streams
+        _, err = process.communicate(timeout=300)  # until the child, too, has closed its streams
     assert time.monotonic() - begin < 5
     assert err == stopped_by(signal.SIGTERM)[1]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.runtime.streams import OutputStream, printable
@@ -148,6 +148,7 @@ def test_a_folder_that_orbax_cannot_write_to_is_refused_at_once():
     assert run(["train.py", "--checkpoint-dir", "a\udcff"]) == (2, b"", line)
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(st.text())
 def test_printable_text_is_one_line_and_stays_as_it_is(text):
     shown = printable(text)
