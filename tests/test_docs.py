@@ -250,7 +250,7 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
 
     page = "\n".join(blocks("python"))
     assert page.count("batch_size=100)\n") == 1
-    # A third of an epoch, which reaches the same accuracy in a third of the time.
+    # A third of an epoch suffices for the accuracy below.
     (tmp_path / "page.py").write_text(page.replace("batch_size=100)\n", "batch_size=100)[:200]\n"))
     process = program("page.py", cwd=tmp_path, env=os.environ | {"TFDS_DATA_DIR": str(tfds_folder), "XLA_FLAGS": ""})
     out, err = process.communicate(timeout=200)

@@ -5,13 +5,12 @@ import difflib
 import hashlib
 import re
 import sys
-import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory
+from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory, last_frame_in
 from cnn_jax.runtime.files import read_file
 
 FORM = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
@@ -94,11 +93,8 @@ class OwnCode(str):
         except BaseException as error:
             if lacks_memory(error):
                 raise
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
-            if isinstance(error, SyntaxError):
-                lines = [error.lineno]
-            where = f"line {lines[-1]}: " if lines else ""
+            raising = error if isinstance(error, SyntaxError) else last_frame_in([str(self.file)], error)
+            where = f"line {raising.lineno}: " if raising else ""
             reason = next(iter(str(error).strip().splitlines()), "")
             raise UsageError(f"{option} {self}: {where}{type(error).__name__}: {reason}") from error
 

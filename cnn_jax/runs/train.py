@@ -164,8 +164,9 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
             held.enter_context(display.progress(total_steps=program.last_step, steps_done=first_step))
             write_scalars = held.enter_context(scalars(settings, run.folder, after_step=first_step))
             with clock.part("compiling"):
-                (program, chunk), states = first_chunk(program, feed), progress.states
-                program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, device_bytes())
+                program, chunk = first_chunk(program, feed)
+                states, memory = progress.states, device_bytes()
+                program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, memory)
             if settings.profile is not None:
                 program = program._replace(run_steps=profiled(program.run_steps, settings.profile, display))
             while progress.step < program.last_step:
@@ -337,7 +338,8 @@ def _compile_group(
     if program.mesh not in placed:
         placed[program.mesh] = place_data(settings, dataset, program)
     feed, test_set = placed[program.mesh]
-    (program, chunk), states = first_chunk(program, feed), _join(group, program.mesh).states
+    program, chunk = first_chunk(program, feed)
+    states = _join(group, program.mesh).states
     return compile_program(program, settings, sizes, states, chunk, test_set, device_bytes(), arguments)
 
 

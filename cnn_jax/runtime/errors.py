@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from cnn_jax.runtime.streams import printable
 
@@ -226,8 +226,14 @@ OWN_MODULE = "cnn_jax_own_code_"
 def _failing_own_code(error: BaseException) -> str:
     """Return which line of the user's own network or recipe failed; nothing if none did."""
     own = {module.__file__ for name, module in tuple(sys.modules.items()) if name.startswith(OWN_MODULE)}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    frame = last_frame_in(own, error)
+    return f"{frame.filename}, line {frame.lineno}" if frame else ""
+
+
+def last_frame_in(files: Collection[str | None], error: BaseException) -> traceback.FrameSummary | None:
+    """Return where in some files an error was raised, or went through last; None if it did not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame for frame in reversed(frames) if frame.filename in files), None)
 
 
 def lacks_memory(error: BaseException) -> bool:
