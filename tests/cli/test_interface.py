@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import weakref
 
 import jax
@@ -31,14 +30,13 @@ def network():
 
 
 def test_importing_the_package_imports_neither_jax_nor_numpy_and_takes_milliseconds():
-    code = "import sys, cnn_jax; print(sorted({'jax', 'numpy', 'flax'} & sys.modules.keys()), dir(cnn_jax.train)[:0])"
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "pass"], check=True)
-    middle = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import cnn_jax"], check=True, cwd=ROOT)
-    assert (time.perf_counter() - middle) - (middle - begin) < 0.5
-    code = "import sys, cnn_jax; print(sorted({'jax', 'numpy', 'flax'} & sys.modules.keys()))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "[]\n"
+    code = (
+        "import sys, time; begin = time.process_time(); import cnn_jax; print(time.process_time() - begin); "
+        "print({'jax', 'numpy', 'flax'} & sys.modules.keys())"
+    )
+    seconds, heavy = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).splitlines()
+    assert float(seconds) < 0.5  # of the processor, because the machine may be busy
+    assert heavy == "set()"
     with pytest.raises(AttributeError, match="no attribute 'tain'"):
         _ = cnn_jax.tain
 

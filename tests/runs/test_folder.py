@@ -112,9 +112,7 @@ def test_a_file_that_is_far_too_large_is_damaged_and_not_read(name, tmp_path):
         ({"validation": 10**30}, "--validation"),
     ],
 )
-def test_settings_that_were_edited_are_named_and_the_same_training_command_mends_them(
-    changes, key, run, command, again
-):
+def test_settings_that_were_edited_are_named(changes, key, run, command):
     before = sorted(path.name for path in run.checkpoints.iterdir())
     edit(run.path / "config.json", **changes)
     code, out, err = command("evaluate", run.path)

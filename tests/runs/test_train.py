@@ -195,7 +195,7 @@ def test_a_signal_stops_a_run_after_saving(number, exit_code, tmp_path, small_mn
     assert len(out.splitlines()) == step // STEPS_PER_EPOCH
 
 
-def test_a_second_interrupt_ends_a_run_at_once(tmp_path, small_mnist, program, command):
+def test_two_interrupts_end_a_run_that_can_be_read(tmp_path, small_mnist, program, command):
     process = program(
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
         "--epochs", 1000, "--checkpoint-every-steps", 5, *SMALL,
