@@ -401,7 +401,6 @@ def import_torch(
         **vars(common),
     )
     check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
-    need("torch", extra="torch")
     from cnn_jax.pytorch.import_weights import import_weights
 
     import_weights(file, settings)

@@ -1,4 +1,4 @@
-"""The tutorial in PyTorch, and the comparison with it. Needs the extra `torch`.
+"""The tutorial in PyTorch, and the comparison with it. Needs the extra `torch`, but for weights in safetensors.
 
 tutorial.py        the tutorial's network and its training step in PyTorch
 import_weights.py  makes a run from a file of PyTorch weights

@@ -22,7 +22,7 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.compare import PACKAGES
 from cnn_jax.pytorch.processes import Round, Startup, StartupFailure, start_worker, time_variant
 from cnn_jax.pytorch.variants import BATCH_SIZE, VARIANTS, Variant
-from cnn_jax.runtime.devices import describe_machine, start_devices, versions
+from cnn_jax.runtime.devices import describe_machine, device_name, start_devices, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.files import first_free, read_file, write_atomically
 from cnn_jax.runtime.records import decode
@@ -125,14 +125,14 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
     variants = [variant for variant in VARIANTS if variant.platform in (None, platform)]
     machine, versions_here = describe_machine(), versions(*PACKAGES, *filter(_is_installed, TENSORFLOW_PACKAGES))
     output.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w]+", "-", f"{_device_name()}-{time.strftime('%Y-%m-%d')}").strip("-").lower()
+    name = re.sub(r"[^\w]+", "-", f"{device_name()}-{time.strftime('%Y-%m-%d')}").strip("-").lower()
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     file = first_free(output / f"{each}.json" for each in names)  # an earlier result of the day is kept
     for number, (timings, left_out) in enumerate(_measure_in_turn(variants, rounds, steps, data_dir, display), start=1):
         result = BenchmarkResult(
             date=time.strftime("%Y-%m-%d"),
             machine=machine,
-            device=_device_name(),
+            device=device_name(),
             versions=versions_here,
             rounds=number,
             steps_per_round=steps,
@@ -141,7 +141,7 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
             left_out=left_out,
         )
         # After each round: a benchmark that is stopped keeps those that it has measured.
-        write_atomically(file.with_suffix(".json"), json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+        write_atomically(file, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
         write_report(result, file.with_suffix(".md"))
     display.say(*file.with_suffix(".md").read_text().splitlines())
     display.say(f"written to {file.with_suffix('.md')}")
@@ -236,11 +236,6 @@ def _is_installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _device_name() -> str:
-    device = jax.devices()[0]
-    return describe_machine() if device.platform == "cpu" else device.device_kind
 
 
 def write_report(result: BenchmarkResult, file: Path) -> None:

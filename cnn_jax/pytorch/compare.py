@@ -19,7 +19,7 @@ from cnn_jax.pytorch.processes import PARTS, SeedResult, ended_early, start_work
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.summary import difference_interval, equivalence_p, mean_interval
-from cnn_jax.runtime.devices import describe_machine, leave_out_absent_accelerators, start_devices, versions
+from cnn_jax.runtime.devices import device_name, leave_out_absent_accelerators, start_devices, versions
 from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from cnn_jax.runtime.errors import RunLockedError
 from cnn_jax.runtime.files import AlreadyLockedError, locked, read_file, write_atomically
@@ -221,7 +221,7 @@ def summarize(results: Mapping[str, Sequence[SeedResult]], agreement: AgreementS
     return Report(
         epochs=epochs,
         date=time.strftime("%Y-%m-%d"),
-        machine=describe_machine(),
+        machine=device_name(),
         versions=versions(*PACKAGES),
         accuracy_difference={"mean": interval.mean, "low": interval.low, "high": interval.high},
         agreement=agreement,
@@ -288,9 +288,9 @@ def to_markdown(report: Report) -> str:
             "![cost of each epoch, test accuracy of each seed, and distance from equal weights](report.png)",
             "",
             f"{machine}; {package_versions}; {report.date}. Each run had its own process, and the two "
-            "frameworks took turns. PyTorch ran in its fastest float32 variant: channels_last, an allocator that keeps "
-            "its memory, and the data in memory. Its `compiling` is its first step. cnn-jax tests after every "
-            "epoch, PyTorch only twice, at the end. Times are medians over the seeds.",
+            "frameworks took turns. PyTorch ran with channels_last and the data in memory, and on a CPU with an "
+            "allocator that keeps its memory, which is its fastest float32 variant there. Its `compiling` is its first "
+            "step. cnn-jax tests after every epoch, PyTorch only twice, at the end. Times are medians over the seeds.",
             "",
         ]
     )

@@ -186,6 +186,12 @@ def describe_machine() -> str:
     return f"{name}, {_cores()} cores"
 
 
+def device_name() -> str:
+    """Return the first device's name; of a CPU, the machine's."""
+    device = jax.devices()[0]
+    return describe_machine() if device.platform == "cpu" else device.device_kind
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Return the version of each package; `cnn-jax` is this program's, and `python` the interpreter's."""
     own = {"cnn-jax": __version__, "python": system.python_version()}

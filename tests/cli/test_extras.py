@@ -18,6 +18,7 @@ COMMANDS = {
         "diff run other --checkpoint-dir {runs}",
         "predict {runs}/run/pictures/mistakes.png",
         "export --to safetensors --output {runs}/model.safetensors",
+        "import-torch {runs}/model.safetensors --checkpoint-dir {runs}",
         "export run --checkpoint-dir {runs} --to html --output {runs}/page.html",
     ),
     "export": (
