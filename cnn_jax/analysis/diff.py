@@ -19,7 +19,7 @@ from cnn_jax.analysis.report import render
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.data.dataset import fingerprint
 from cnn_jax.inference.logits import logits
-from cnn_jax.runs.folder import EpochMetrics, RunFolder
+from cnn_jax.runs.folder import EpochMetrics, RunFolder, in_words
 from cnn_jax.runs.restore import restore_run
 from cnn_jax.runs.settings import Platform, option_name
 from cnn_jax.runs.summary import Difference, MeanInterval, difference_interval, mean_interval
@@ -155,19 +155,13 @@ def measure_run(name: str, folder: RunFolder, data_dir: Path | None, display: Di
         answers = [logits(trained.model, each, dataset.test_images).argmax(axis=1) for each in variables]
     return ComparedRun(
         name=name,
-        facts={fact: _words(value) for fact, value in facts.items()},
+        facts={fact: in_words(value) for fact, value in facts.items()},
         seeds=[settings.seed + i for i in range(settings.seeds)],
         right=np.stack(answers) == dataset.test_labels,
         test_set=fingerprint(dataset, ["test"]),
         metrics=trained.metrics,
         steps=(trained.step, trained.program.last_step),
     )
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_words, value))
-    return "none" if value in (None, "") else str(value).removesuffix(".0" if isinstance(value, float) else "")
 
 
 def compare_runs(first: ComparedRun, other: ComparedRun) -> Comparison:

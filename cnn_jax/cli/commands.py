@@ -68,7 +68,9 @@ class CommonOptions:
 
     def run_folder(self, run: str) -> Path:
         """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`."""
-        return Path(run) if os.path.isdir(run) else self.checkpoint_dir / run
+        given, named = Path(run), self.checkpoint_dir / run
+        is_other = not (given / "config.json").exists() and (named / "config.json").exists()
+        return given if os.path.isdir(run) and not is_other else named
 
 
 def train(settings: TrainSettings) -> "Result | None":

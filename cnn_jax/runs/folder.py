@@ -64,12 +64,15 @@ def deciding_settings(settings: TrainSettings) -> dict:
 def differences(before: dict, after: dict) -> list[str]:
     """Return in words how settings, as JSON's types, differ."""
     names = [name for name in after | before if before.get(name) != after.get(name)]
-    return [f"{name} was {_in_words(before.get(name))} and is {_in_words(after.get(name))}" for name in names]
+    return [f"{name} was {in_words(before.get(name))} and is {in_words(after.get(name))}" for name in names]
 
 
-def _in_words(value: object) -> str:
+def in_words(value: object) -> str:
+    """Return a setting, as JSON's types, in words."""
+    if value in (None, ""):
+        return "none"
     if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
+        return " ".join(map(in_words, value))
     text = str(value).removesuffix(".0" if isinstance(value, float) else "")
     return re.sub(r"(SHA-256 \w{12})\w{52}", r"\1...", text)
 

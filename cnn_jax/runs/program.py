@@ -116,6 +116,11 @@ class Program(NamedTuple):
     sum_images: jax.stages.Wrapped
 
     @property
+    def platform(self) -> str:
+        """The platform of its devices, such as `cpu`."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def epochs(self) -> int:
         """How many epochs the run has; the last may end before its time."""
         return math.ceil(self.last_step / self.steps_per_epoch)
@@ -402,7 +407,7 @@ def compile_soon(program: Program, function: functools.partial, *arguments: np.i
     """
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
     lowered = jax.jit(function.func).lower(*function.args, *arguments)
-    if program.mesh.devices.flat[0].platform == "cpu":
+    if program.platform == "cpu":
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # from JAX 0.12 on, XLA has nothing but its emitters
             quickest = lowered.compile(compiler_options=options | {"xla_cpu_use_fusion_emitters": False})
             return functools.partial(quickest, *function.args)
@@ -435,7 +440,7 @@ def compile_program(
       The program, which trains as many seeds at once as fit the memory of an accelerator.
     """
     seeds_here = states.step.shape[0] // program.mesh.shape[SEEDS]
-    if seeds_here > 1 and program.mesh.devices.flat[0].platform != "cpu":
+    if seeds_here > 1 and program.platform != "cpu":
         one_each = dataclasses.replace(settings, seeds=program.mesh.shape[SEEDS])
         of_one = make_program(one_each, sizes, program.mesh, streams=program.streams)
         its_states, its_epoch = jax.eval_shape(of_one.start), jax.eval_shape(of_one.epoch, np.int32(0))

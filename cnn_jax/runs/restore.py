@@ -142,8 +142,8 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
     now = describe_run(settings, dataset)
-    if differences := differing_settings(restored.meta, now):
-        recorded = "; ".join(differences)
+    if differing := differing_settings(restored.meta, now):
+        recorded = "; ".join(differing)
         raise unreadable(folder.path / "config.json", f"by its checkpoint, {recorded}", REMEDY)
     states = usable_states(folder, restored, settings, program, now)
     metrics = recorded_metrics(folder, restored.meta, warn)
@@ -153,7 +153,7 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
 def restore_latest(
     checkpoints: Checkpoints, settings: TrainSettings, sizes: Sizes, program: Program
 ) -> Restored | None:
-    """Return a run's newest sound checkpoint, of whatever settings it is.
+    """Return a run's newest sound checkpoint, whatever its settings.
 
     Raises:
       UsageError: it is of other code of the user's, without which it cannot be read.

@@ -96,8 +96,14 @@ OWN_MODEL = Must(FORM.fullmatch, "a class in a Python file, FILE.py:CLASS")
 NAMED_OR_OWN = f"one of {', '.join(sorted(RECIPE_DEFAULTS))}, or a function in a Python file, FILE.py:FUNCTION"
 RECIPE = Must(lambda recipe: recipe in RECIPE_DEFAULTS or FORM.fullmatch(recipe), NAMED_OR_OWN)
 RECIPES = Must(lambda recipes: all(map(RECIPE.holds, recipes)), f"{NAMED_OR_OWN}, each")
-HYPERPARAMETERS = Must(lambda words: _are_numbers(HYPERPARAMETER, words), "NAME=NUMBER, once for each argument")
-RANGES = Must(lambda words: _are_numbers(RANGE, words), "NAME=LOW:HIGH, once for each argument")
+HYPERPARAMETERS = Must(
+    lambda words: _are_numbers(HYPERPARAMETER, words),
+    "NAME=NUMBER, once for each argument without an option of its own, with a number that float32 holds",
+)
+RANGES = Must(
+    lambda words: _are_numbers(RANGE, words),
+    "NAME=LOW:HIGH, once for each argument without an option of its own, with numbers that float32 holds",
+)
 SHORT = Must(lambda name: len(name.encode()) <= 255, "at most 255 bytes long")
 
 CLASS_NAMES = Must(

@@ -62,8 +62,17 @@ from cnn_jax.runtime.signals import StopRequest, listen_for_stop
 SEGMENT_SECONDS = 0.7
 FIRST_SEGMENT_STEPS = 5
 
-# The settings that each of several processes may have of its own.
-OWN = ("coordinator", "process_id", "dataset_dir", "data_dir", "checkpoint_dir", "platform", "log_level", "profile")
+# The settings that may differ from process to process.
+PER_PROCESS = (
+    "coordinator",
+    "process_id",
+    "dataset_dir",
+    "data_dir",
+    "checkpoint_dir",
+    "platform",
+    "log_level",
+    "profile",
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +84,13 @@ class Run(NamedTuple):
       folder: Its files.
       display: What is shown; nothing in any process but the first.
       clock: Where the time goes.
+      warn: Tells of what is damaged or changed, also where no progress is shown.
     """
 
     folder: RunFolder
     display: Display
     clock: Stopwatch
+    warn: Callable[[str], None]
 
 
 @contextlib.contextmanager
@@ -101,11 +112,11 @@ def open_run(settings: TrainSettings, *, alone: bool = True) -> Iterator[Run]:
                 held.enter_context(joined(settings.coordinator, settings.num_processes, settings.process_id))
             start_devices(settings.platform, keep_compiled=not settings.dry_run)
         decided = {**vars(settings), **deciding_settings(settings)}
-        require_agreement({name: value for name, value in decided.items() if name not in OWN}, "settings")
+        require_agreement({name: value for name, value in decided.items() if name not in PER_PROCESS}, "settings")
         display = Display(shown=alone and is_process_0())
         if not settings.dry_run:
             on_process_0(_take_over, folder, settings.fresh, held, display)
-        yield Run(folder, display, clock)
+        yield Run(folder, display, clock, warn=display.say if alone else Display().say)
 
 
 def _take_over(folder: RunFolder, fresh: bool, held: contextlib.ExitStack, display: Display) -> None:
@@ -167,13 +178,14 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 program, chunk = first_chunk(program, feed)
                 states, memory = progress.states, device_bytes()
                 program = compile_program(program, settings, sizes, states, chunk, epoch_test_set, memory)
+            calls = itertools.count(1)
             if settings.profile is not None:
-                program = program._replace(run_steps=profiled(program.run_steps, settings.profile, display))
+                program = program._replace(run_steps=profiled(program.run_steps, calls, settings.profile, display))
             while progress.step < program.last_step:
                 begin, end, seconds = progress.step, program.end_of_epoch(progress.step), 0.0
                 for segment in train_epoch(program, feed, progress, stop, save_every):
                     progress, seconds = segment.progress, seconds + segment.seconds
-                    require_finite(program, progress)
+                    require_finite(settings, program, progress)
                     show_segment(display, settings, program, progress, begin, seconds)
                     if save_every is not None and progress.step % save_every == 0 and progress.step < end:
                         save(checkpoints, progress, metrics, meta, clock)
@@ -182,7 +194,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 clock.seconds["training"] += seconds
                 with clock.part("testing"):
                     tests = evaluate_seeds(program, progress.states, epoch_test_set)
-                    require_finite(program, progress, tests)
+                    require_finite(settings, program, progress, tests)
                 compile_seconds = clock.seconds["compiling"] if begin == first_step else 0.0
                 metrics.append(epoch_metrics(settings, program, progress, tests, begin, seconds, compile_seconds))
                 with clock.part("saving"):
@@ -190,6 +202,8 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                 save(checkpoints, progress, metrics, meta, clock)
                 write_scalars(metrics[-1])
                 show_epoch(display, settings, program, metrics[-1])
+            if settings.profile is not None and next(calls) == 2:
+                display.say("no trace was written: the training was over with its first segment of steps")
     trained = TrainedRun(settings, program, to_host(progress.states), dataset, metrics, meta)
     with clock.part("testing"):
         # Without a validation set, the last epoch's test was this one.
@@ -252,8 +266,8 @@ def train_together(
     Args:
       every: Their settings.
       dataset: Their data.
-      judge: Takes the epochs so far of each run that has some to come, by its place, whenever all of them have ended
-        one more; returns the places of those that are to train further.
+      judge: Takes the epochs so far of each run that has some to come, by its index, whenever all of them have ended
+        one more; returns the indices of those that are to train further.
 
     Returns:
       Of each run its epochs, or why its loss is not finite.
@@ -270,25 +284,25 @@ def train_together(
         stop = held.enter_context(listen_for_stop(may_wait))
         group: list[Member] = []
         programs: dict[tuple[int, ...], Program] = {}
-        placed: dict[Mesh, tuple[Feed, TestSet]] = {}
+        data_on: dict[Mesh, tuple[Feed, TestSet]] = {}
         while going := [member for member in members if member.trains and member.progress.step < steps]:
             step = min(member.progress.step for member in going)
             wanted = [member for member in going if member.progress.step == step][:at_once]
             # Those that have ended keep their places in a compiled program until they fill half of it.
             if any(member not in group for member in wanted) or 2 * len(wanted) <= len(group):
                 group = wanted
-            places = tuple(map(members.index, group))
-            if places not in programs:
+            indices = tuple(map(members.index, group))
+            if indices not in programs:
                 with clock.part("compiling"):
-                    programs[places] = _compile_group(group, sizes, dataset, placed)
-            program = programs[places]
-            _train_members(group, wanted, program, *placed[program.mesh], stop, clock)
-            left = {place: member for place, member in enumerate(members) if member in going and member.trains}
+                    programs[indices] = _compile_group(group, sizes, dataset, data_on)
+            program = programs[indices]
+            _train_members(group, wanted, program, *data_on[program.mesh], stop, clock)
+            left = {i: member for i, member in enumerate(members) if member in going and member.trains}
             end = program.end_of_epoch(step)
             if end < steps and all(member.progress.step == end for member in left.values()):
-                stay = judge({place: member.metrics for place, member in left.items()})
-                for place, member in left.items():
-                    member.trains = place in stay
+                stay = judge({i: member.metrics for i, member in left.items()})
+                for i, member in left.items():
+                    member.trains = i in stay
         if stop.signal_number is not None:  # it came after the last segment
             first = members[0]
             stop_run(stop, first.program, first.checkpoints, first.progress, first.metrics, first.meta, clock)
@@ -297,8 +311,7 @@ def train_together(
 
 def trains_at_once(member: Member, sizes: Sizes) -> bool:
     """Whether runs like this one train at once: on accelerators, where the recipe can be made of traced arguments."""
-    platform = member.program.mesh.devices.flat[0].platform
-    return platform != "cpu" and takes_any_arguments(member.settings, member.program, sizes)
+    return member.program.platform != "cpu" and takes_any_arguments(member.settings, member.program, sizes)
 
 
 @contextlib.contextmanager
@@ -325,7 +338,7 @@ def _join(group: Sequence[Member], mesh: Mesh) -> Progress:
 
 
 def _compile_group(
-    group: Sequence[Member], sizes: Sizes, dataset: Dataset, placed: dict[Mesh, tuple[Feed, TestSet]]
+    group: Sequence[Member], sizes: Sizes, dataset: Dataset, data_on: dict[Mesh, tuple[Feed, TestSet]]
 ) -> Program:
     """Return what trains the members at once, compiled, and place the data for it if they are not there."""
     first, arguments = group[0], None
@@ -335,9 +348,9 @@ def _compile_group(
         check_resources(settings, sizes, mesh, device_bytes(), together=len(group))
         arguments = tuple(member.settings.recipe_arguments for member in group)
         program = make_program(settings, sizes, mesh, streams=program.streams, arguments=arguments)
-    if program.mesh not in placed:
-        placed[program.mesh] = place_data(settings, dataset, program)
-    feed, test_set = placed[program.mesh]
+    if program.mesh not in data_on:
+        data_on[program.mesh] = place_data(settings, dataset, program)
+    feed, test_set = data_on[program.mesh]
     program, chunk = first_chunk(program, feed)
     states = _join(group, program.mesh).states
     return compile_program(program, settings, sizes, states, chunk, test_set, device_bytes(), arguments)
@@ -371,7 +384,7 @@ def _train_members(
         its_states = jax.tree.map(lambda leaf, rows=rows: leaf[rows], states)
         its_own = Progress(progress.step, its_states, progress.losses[rows])
         try:
-            require_finite(program, its_own, tests[rows])
+            require_finite(member.settings, program, its_own, tests[rows])
         except NonFiniteLossError as error:
             member.trains, member.failure = False, error
             continue
@@ -413,7 +426,7 @@ def train_epoch(
             limit = min(chunk.stop, end) - first
             if save_every is not None:
                 limit = min(limit, save_every - step % save_every)
-            if program.mesh.devices.flat[0].platform != "cpu":
+            if program.platform != "cpu":
                 length = loop_steps(chunk.epoch.batches.shape[1])
             length = agree_on_length(min(length, limit), stop)
             if length == 0:
@@ -439,10 +452,13 @@ def agree_on_length(length: int, stop: StopRequest) -> int:
     return int(lengths[0])
 
 
-def require_finite(program: Program, progress: Progress, tests: Sequence[Evaluation] = ()) -> None:
+def require_finite(
+    settings: TrainSettings, program: Program, progress: Progress, tests: Sequence[Evaluation] = ()
+) -> None:
     """Refuse to go on with, test, write down or save weights that the last steps have spoiled.
 
     Args:
+      settings: The run's.
       program: The run's.
       progress: Where it is.
       tests: What its seeds' networks come to there, where they have been tested.
@@ -455,7 +471,7 @@ def require_finite(program: Program, progress: Progress, tests: Sequence[Evaluat
     remedy = "the newest checkpoint is from before; lower --learning-rate"
     if not np.isfinite(losses).all():
         i, seed = np.argwhere(~np.isfinite(losses.T))[0]
-        of_seed = f" of seed {seed + 1} of {len(losses)}" if len(losses) > 1 else ""
+        of_seed = f" of seed {settings.seed + seed}" if len(losses) > 1 else ""
         step = epoch * program.steps_per_epoch + i + 1
         raise NonFiniteLossError(f"the loss of step {step:,}{of_seed} is {losses[seed, i]}; {remedy}")
     if not np.isfinite([test.loss for test in tests]).all():
@@ -476,7 +492,7 @@ def open_run_checkpoints(settings: TrainSettings, run: Run) -> contextlib.Abstra
     """Open a run's checkpoints, to write them too; for a dry run only where there are any, to read."""
     if settings.dry_run and (settings.fresh or not on_process_0(run.folder.checkpoints.is_dir)):
         return contextlib.nullcontext()
-    return open_checkpoints(run.folder.checkpoints, writing=not settings.dry_run, warn=run.display.say)
+    return open_checkpoints(run.folder.checkpoints, writing=not settings.dry_run, warn=run.warn)
 
 
 def restore_saved(
@@ -513,9 +529,8 @@ def restore_saved(
     recorded = saved.meta
     if "epochs" not in recorded and recorded["step"] > 0:  # an earlier program's
         recorded = recorded | {"epochs": on_process_0(run.folder.read_settings).epochs}
-    differences = differing_settings(recorded, meta)
-    if differences:
-        raise UsageError(f"the run {folder} has other settings: {'; '.join(differences)}; {remedy}")
+    if differing := differing_settings(recorded, meta):
+        raise UsageError(f"the run {folder} has other settings: {'; '.join(differing)}; {remedy}")
     return saved._replace(state=usable_states(run.folder, saved, settings, program, meta))
 
 
@@ -532,11 +547,11 @@ def restore_progress(
             before, now = saved.meta.get(name, ""), meta[name]  # earlier programs recorded no flags
             if before != now:
                 saved_with = f"the run was saved with {name} {before or 'none'}"
-                run.display.say(f"{saved_with} and continues with {now or 'none'}: bits may differ")
+                run.warn(f"{saved_with} and continues with {now or 'none'}: bits may differ")
         step = saved.meta["step"]
         losses = np.array(saved.losses) if step > 0 else np.zeros((settings.seeds, program.steps_per_epoch), np.float32)
         progress = Progress(step, shard(saved.state, program.mesh, P(SEEDS)), losses)
-        metrics = on_process_0(recorded_metrics, run.folder, saved.meta, run.display.say)
+        metrics = on_process_0(recorded_metrics, run.folder, saved.meta, run.warn)
         if step == program.last_step:
             longer = "a larger --epochs continues it, " if settings.recipe == "tutorial" else ""
             run.display.say(f"this run is finished: {longer}--fresh starts anew")
@@ -566,9 +581,8 @@ def scalars(settings: TrainSettings, folder: RunFolder, *, after_step: int) -> I
         yield write
 
 
-def profiled(run_steps: Callable, folder: Path, display: Display) -> Callable:
+def profiled(run_steps: Callable, calls: Iterator[int], folder: Path, display: Display) -> Callable:
     """Return a function that runs steps and writes a trace of its second call: the first one warms the device up."""
-    calls = itertools.count(1)
 
     def run(*arguments):
         if next(calls) != 2:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import pytest
 
-from cnn_jax.cli.commands import COMMANDS, main, train
+from cnn_jax.cli.commands import COMMANDS, CommonOptions, main, train
 from cnn_jax.cli.parser import parse, parse_command
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.settings import RECIPE_DEFAULTS, TrainSettings
@@ -37,6 +37,21 @@ def test_a_recipe_brings_defaults_of_its_own():
         assert (settings.epochs, settings.batch_size, settings.learning_rate) == (epochs, batch_size, learning_rate)
         assert settings.run_folder.name == "mnist-seed777" + ("" if recipe == "tutorial" else f"-{recipe}")
     assert read("--recipe", "fast", "--epochs", "3").epochs == 3
+
+
+def test_a_run_is_found_by_its_folder_or_its_name_whatever_other_folder_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("fashion", "checkpoints/fashion", "here", "checkpoints/here"):
+        (tmp_path / folder).mkdir(parents=True)
+    for run in ("checkpoints/fashion", "here", "checkpoints/here"):
+        (tmp_path / run / "config.json").touch()
+    found = {name: str(CommonOptions().run_folder(name)) for name in ("fashion", "here", "checkpoints/here", "none")}
+    assert found == {
+        "fashion": "checkpoints/fashion",
+        "here": "here",
+        "checkpoints/here": "checkpoints/here",
+        "none": "checkpoints/none",
+    }
 
 
 def test_a_run_is_named_after_what_differs_from_the_defaults():

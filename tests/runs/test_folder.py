@@ -104,7 +104,7 @@ def test_a_file_that_is_far_too_large_is_damaged_and_not_read(name, tmp_path):
         ({"recipe": "accurate"}, "recipe was tutorial and is accurate"),
         ({"precision": "bfloat16"}, "precision was float32 and is bfloat16"),
         ({"seeds": 2}, "seeds was 1 and is 2"),
-        ({"validation": 30}, "validation was None and is 30"),
+        ({"validation": 30}, "validation was none and is 30"),
         ({"epochs": 1.0}, "epochs was 2 and is 1"),
         ({"features": [10**9, 10**9]}, "GiB of memory"),
         # With these, the data do not fit.

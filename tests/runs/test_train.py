@@ -1,5 +1,6 @@
 """A run can be stopped, killed and continued and ends in the same bits; what it writes is what it did."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -21,8 +22,10 @@ from cnn_jax.core.input_pipeline import Chunk
 from cnn_jax.core.sharding import make_mesh
 from cnn_jax.core.training import SeedEpoch
 from cnn_jax.runs import program as program_module
+from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.program import Progress
-from cnn_jax.runs.train import train_epoch
+from cnn_jax.runs.restore import load_run_data
+from cnn_jax.runs.train import train_epoch, train_together
 from cnn_jax.runtime.signals import StopRequest
 from tests.fault_injection.runs import read_newest
 from tests.helpers import TIMES, TRAIN, assert_same_run, damage_newest, metrics_of, wait_for_step
@@ -241,6 +244,17 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_of_runs_that_train_together_damage_is_told_too(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run(*SMALL, epochs=2, reported=False), tmp_path / "run")
+    damage_newest(run / "steps")
+    settings = dataclasses.replace(RunFolder(run).read_settings(), checkpoint_dir=tmp_path)
+    ((*epochs,),) = train_together([settings], load_run_data(settings), lambda metrics: metrics)
+    assert [each.epoch for each in epochs] == [1, 2]
+    _, err = capsys.readouterr()
+    assert "the checkpoint of step 20 is damaged" in err
+    assert "[Epoch:" not in err
+
+
 def test_a_run_without_a_sound_checkpoint_ends_with_3_and_says_what_to_do(train, tmp_path):
     assert train(epochs=1)[0] == 0
     damage_newest(tmp_path / "run" / "steps")
@@ -451,6 +465,12 @@ def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_
     assert code == 0
     assert f"steps is in {tmp_path / 'profile'}" in err
     assert any(path.suffix == ".pb" for path in (tmp_path / "profile").rglob("*"))
+
+
+def test_a_training_too_short_for_a_profile_says_so(train, tmp_path):
+    code, _, err = train("--profile", tmp_path / "profile", epochs=0.5)
+    assert code == 0
+    assert "no trace was written: the training was over with its first segment of steps" in err
 
 
 def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
