@@ -1,6 +1,5 @@
 """A page about a run: one HTML file that needs no other file, no network and no script."""
 
-import base64
 import contextlib
 import tempfile
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnn_jax.analysis.layers import Inspection, Picture, draw_pictures, inspect_network
+from cnn_jax.analysis.layers import Inspection, draw_pictures, inspect_network
 from cnn_jax.core.sharding import of_seed
-from cnn_jax.inference.page import templates_in
+from cnn_jax.inference.page import data_uri, templates_in
 from cnn_jax.runs.folder import EpochMetrics, RunFolder
 from cnn_jax.runs.restore import TrainedRun, evaluate_as_tutorial, evaluate_trained, restore_run
 from cnn_jax.runs.settings import Platform, TrainSettings, option_name
-from cnn_jax.runs.summary import describe_task, result_rows
+from cnn_jax.runs.summary import Result, describe_task, result_rows
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display, describe_seconds, describe_values
 from cnn_jax.runtime.files import write_atomically
@@ -38,34 +37,27 @@ def report_run(
     trained = restore_run(folder, data_dir, display.say)
     accuracies = [test.accuracy for test in evaluate_trained(trained)]
     file = output or folder.report
-    write_report(file, folder, trained, accuracies, evaluate_as_tutorial(trained))
+    write_report(file, folder, Result(trained, accuracies, evaluate_as_tutorial(trained), trained_here=False))
     display.say(f"the report is {file}")
 
 
-def write_report(
-    file: Path,
-    folder: RunFolder,
-    trained: TrainedRun,
-    accuracies: list[float],
-    unscaled_accuracies: list[float] | None,
-) -> None:
+def write_report(file: Path, folder: RunFolder, result: Result) -> None:
     """Write the page about a run; the one in the run's folder has its pictures beside it, too.
 
     Args:
       file: The page.
-      folder: The run's folder, with its result if it has ended.
-      trained: The run.
-      accuracies: Each seed's accuracy on the test images, in [0, 1].
-      unscaled_accuracies: The same on pixels in 0..255, as the tutorial tests; None for data without a tutorial.
+      folder: The run's folder, with what is written of its result if it has ended.
+      result: The run, and what it came to.
     """
+    trained = result.run
     settings, dataset, step = trained.settings, trained.dataset, trained.step
     variables = of_seed(trained.states.eval_variables, 0)
     inspection = inspect_network(trained.model, variables, dataset, settings.validation)
     metrics = trained.metrics
-    result = folder.read_result()
-    if result is not None and result.step != step:  # it was written before the run was continued
-        result = None
-    seconds = {} if result is None else result.seconds
+    written = folder.read_result()
+    if written is not None and written.step != step:  # before the run was continued
+        written = None
+    seconds = {} if written is None else written.seconds
     # The run itself may be one that cannot be written.
     beside = contextlib.nullcontext(folder.pictures) if file == folder.report else tempfile.TemporaryDirectory()
     with beside as place:
@@ -74,14 +66,14 @@ def write_report(
             title=folder.path.resolve().name,
             subtitle=describe_task(dataset, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))),
             which_seed=f" of seed {settings.seed}" if settings.seeds > 1 else "",
-            numbers=_numbers(trained, seconds, accuracies),
-            results=result_rows(trained, accuracies, unscaled_accuracies) + _last_epoch(metrics),
+            numbers=_numbers(trained, seconds, result.accuracies),
+            results=result_rows(result) + _last_epoch(metrics),
             times=[(name, describe_seconds(seconds)) for name, seconds in seconds.items()],
             pictures=draw_pictures(inspection, metrics, Path(place)),
             drawn=dataset.test_images.shape[-1] != 3,
             layers=_layers(inspection),
             settings=_settings(settings),
-            versions=[] if result is None else [*result.versions.items(), ("device", result.device)],
+            versions=[] if written is None else [*written.versions.items(), ("device", written.device)],
         )
     write_atomically(file, page)
 
@@ -89,7 +81,7 @@ def write_report(
 def render(template: str, **values: Any) -> str:
     """Return a page made from a template beside this file, in which every value is text."""
     environment = templates_in(Path(__file__).parent)
-    environment.filters["data_uri"] = _data_uri
+    environment.filters["data_uri"] = lambda picture: data_uri(picture.file.read_bytes())
     return environment.get_template(template).render(values)
 
 
@@ -138,8 +130,3 @@ def _settings(settings: TrainSettings) -> Rows:
             text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
             rows.append((option_name(name), text))
     return rows
-
-
-def _data_uri(picture: Picture) -> str:
-    """Return a picture as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(picture.file.read_bytes()).decode()

@@ -170,7 +170,7 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
     with warnings.catch_warnings(), _failures_named(file):
         # What is marked as experimental: heartbeats, what retries their trials, `constant_liar`, PartialFixedSampler.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # They are told to be alive, though this is not `Study.optimize`.
+        # This sends heartbeats, too, though it is not `Study.optimize`.
         warnings.filterwarnings("ignore", "Heartbeat of storage")
         # A trial that is taken up again keeps its numbers, wherever their ranges now are.
         warnings.filterwarnings("ignore", "Fixed parameter")

@@ -115,10 +115,8 @@ def train(settings: TrainSettings) -> "Result | None":
                 from cnn_jax.analysis.report import write_report
 
                 with run.clock.part("reporting"):
-                    write_report(
-                        run.folder.report, run.folder, result.run, result.accuracies, result.unscaled_accuracies
-                    )
-        rows = result_rows(result.run, result.accuracies, result.unscaled_accuracies)
+                    write_report(run.folder.report, run.folder, result)
+        rows = result_rows(result)
         rows += [(part, describe_seconds(seconds)) for part, seconds in run.clock.seconds.items()]
         if run.folder.unwritten:
             rows.append(("not written", run.folder.unwritten))

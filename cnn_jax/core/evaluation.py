@@ -15,7 +15,7 @@ from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 from cnn_jax.core.model import forward
 from cnn_jax.data.dataset import scale_pixels
 
-# Images at a time: 10,000 take 0.61 s on two cores of a Xeon so, and 0.81 s in batches of 250; fewer are no faster.
+# Images at a time: 10,000 take 0.61 s on two cores of a Xeon, and 0.81 s in batches of 250; fewer are no faster.
 BATCH_SIZE = 125
 
 

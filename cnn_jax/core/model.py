@@ -149,9 +149,9 @@ def forward_in_training(
     model: nn.Module, variables: PyTree, pixels: Float[Array, "n h w c"], dropout_key: Key[Array, ""] | None
 ) -> tuple[Float[Array, "n k"], PyTree]:
     """Return the logits and the network's new state; a `__call__` that takes `train` is told that it is training."""
-    told: dict[str, Any] = {"train": True} if "train" in inspect.signature(type(model).__call__).parameters else {}
+    flag: dict[str, Any] = {"train": True} if "train" in inspect.signature(type(model).__call__).parameters else {}
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply(variables, pixels, mutable=sorted({*variables} - {"params"}), rngs=rngs, **told)
+    return model.apply(variables, pixels, mutable=sorted({*variables} - {"params"}), rngs=rngs, **flag)
 
 
 def torch_uniform(fan_in: int) -> Callable[..., jax.Array]:

@@ -25,8 +25,8 @@ def cross_entropy(logits: Float32[Array, "n k"], labels: Int32[Array, " n"]) -> 
 
     The gradient of indexing by labels is a scatter-add: on a GPU one launch more, and in no fixed order.
     """
-    index = optax.softmax_cross_entropy_with_integer_labels
-    return lax.platform_dependent(logits, labels, cpu=index, default=smoothed(0.0))
+    indexed = optax.softmax_cross_entropy_with_integer_labels
+    return lax.platform_dependent(logits, labels, cpu=indexed, default=smoothed(0.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -270,7 +270,7 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
 
 
 def _published(label: Any, name: str) -> Published:
-    """Return what is known of a set: tfds's names of its classes, and how EMNIST is stored, which tfds changes not."""
+    """Return what is known of a set: tfds's names of its classes, and that EMNIST is stored transposed."""
     if split := re.match(r"emnist(?:/(\w+))?(?::|$)", name):
         return emnist(split[1] or "byclass")
     return Published(tuple(label.names or numbers(label.num_classes)))

@@ -216,23 +216,23 @@ def _write_onnx(trained: TrainedModel, file: Path, takes: Input) -> None:
         helper.make_node("Flatten", [x], ["flat"]),
         helper.make_node("Gemm", ["flat", "fc.weight", "fc.bias"], ["logits"], transB=1),
     ]
-    told = _describe(trained, takes)
+    metadata = _describe(trained, takes)
     dtype = helper.np_dtype_to_tensor_dtype(takes.dtype)
     shape = ["batch", *takes.shape(trained.image_shape)]
     graph = helper.make_graph(
         nodes,
         name="cnn",
-        inputs=[helper.make_tensor_value_info("images", dtype, shape, doc_string=told["input"])],
+        inputs=[helper.make_tensor_value_info("images", dtype, shape, doc_string=metadata["input"])],
         outputs=[
             helper.make_tensor_value_info(
-                "logits", TensorProto.FLOAT, ["batch", len(trained.class_names)], doc_string=told["output"]
+                "logits", TensorProto.FLOAT, ["batch", len(trained.class_names)], doc_string=metadata["output"]
             )
         ],
         initializer=[numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     operators = [helper.make_opsetid("", ONNX_OPERATORS)]
     model = helper.make_model(graph, opset_imports=operators, ir_version=ONNX_FORMAT, producer_name="cnn-jax")
-    helper.set_model_props(model, told)
+    helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)
     file.write_bytes(model.SerializeToString(deterministic=True))
 

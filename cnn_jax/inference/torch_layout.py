@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnn_jax.runtime.errors import InputFileError, UsageError
+from cnn_jax.runtime.errors import InputFileError
 
 # PyTorch's name of each weight, and ours.
 NAMES = {
@@ -75,12 +75,9 @@ def write_torch_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
     Raises:
       OSError: it could not be written.
-      UsageError: the extra `torch` is not installed.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UsageError("PyTorch weights need an extra: pip install 'cnn-jax[torch]'") from error
+    import torch
+
     content = io.BytesIO()  # PyTorch's own error about a file that it cannot write hides the reason
     torch.save({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, content)
     file.write_bytes(content.getvalue())

@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -24,11 +23,12 @@ from cnn_jax.data.loading import load_dataset
 from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
 from cnn_jax.runtime.errors import StorageError, one_line_failures, with_tracebacks
 from cnn_jax.runtime.records import Fraction, NonEmpty, NotNegative, Record, Seed
+from cnn_jax.runtime.signals import end_with_parent
 from cnn_jax.runtime.streams import guard_standard_streams
 
 # The time that a function gets to return once its pipe is closed: enough for PyTorch's and JAX's threads to end.
 SECONDS_TO_END = 2
-# What a training's seconds are told of.
+# The parts of a training whose seconds are recorded.
 PARTS = ("starting", "compiling", "training", "testing")
 
 
@@ -118,21 +118,16 @@ def start_worker(
 def _run(debug: bool, function: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
     # A terminal's Ctrl-C reaches every process. The parent answers it, and this one ends with the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by another"
+    assert parent.ident is not None
+    end_with_parent(parent.ident)
     # Libraries start processes and make locks as in any other program, not as a spawned process does by default.
     multiprocessing.set_start_method(None, force=True)
     guard_standard_streams()
     # stdout belongs to the command. When the parent is gone, nobody needs to know that the answer was not sent.
     with one_line_failures(debug), contextlib.redirect_stdout(sys.stderr), contextlib.suppress(BrokenPipeError):
         function(pipe, *arguments)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this process was started by another
-    parent.join()
-    time.sleep(SECONDS_TO_END)  # a function that waits for its pipe has ended by then, and one that computes has not
-    os._exit(1)
 
 
 @contextlib.contextmanager

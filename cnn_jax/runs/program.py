@@ -373,7 +373,7 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
       UsageError: that does not fit a device's memory, or the steps are too many to be counted in an int32.
     """
     steps = settings.epochs * (sizes.train_examples // settings.batch_size)
-    require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"fewer, for less than {2**31:,} steps")
+    require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"smaller, for fewer than {2**31:,} steps")
     height, width, channels = sizes.image_shape
     if settings.model is not None:  # of which nothing is known before it is compiled
         what, weights, first_output = f"--model {settings.model}", 1, 0

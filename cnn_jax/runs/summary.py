@@ -154,22 +154,13 @@ def write_result(result: Result, folder: RunFolder, clock: Stopwatch) -> None:
     folder.write_result(content)
 
 
-def result_rows(
-    trained: TrainedRun,
-    accuracies: list[float],
-    unscaled_accuracies: list[float] | None,
-) -> list[tuple[str, str]]:
-    """Return a run's result as names and values.
-
-    Args:
-      trained: The run.
-      accuracies: Each seed's accuracy on the test images, in [0, 1].
-      unscaled_accuracies: The same on pixels in 0..255; None for data without a tutorial.
-    """
+def result_rows(result: Result) -> list[tuple[str, str]]:
+    """Return a run's result as names and values."""
+    trained, accuracies = result.run, result.accuracies
     count = len(trained.dataset.test_labels)
     rows = [("test accuracy", f"{describe_values(accuracies)} on pixels in [0, 1], of {count:,} images")]
-    if unscaled_accuracies is not None:
-        rows.append(("as the tutorial tests", f"{describe_values(unscaled_accuracies)} on pixels in 0..255"))
+    if result.unscaled_accuracies is not None:
+        rows.append(("as the tutorial tests", f"{describe_values(result.unscaled_accuracies)} on pixels in 0..255"))
     if trained.metrics and trained.metrics[-1].tested_on == "validation":
         validated = describe_values(trained.metrics[-1].accuracy)
         rows.append(("validation accuracy", f"{validated} of {trained.settings.validation:,} images"))

@@ -238,8 +238,8 @@ def last_frame_in(files: Collection[str | None], error: BaseException) -> traceb
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or XLA did not get the memory, or the thread, that it asked for."""
-    told = str(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+    says_so = str(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)
 
 
 def lacks_access(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from cnn_jax.runtime.streams import write_last_line
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM")
 # nohup has SIGHUP ignored, for a program to outlive its terminal.
 SIGNALS = [number for number in map(signal.Signals.__getitem__, _ENDING) if signal.getsignal(number) != signal.SIG_IGN]
-# So long a process may wait for another one before a signal ends it; it then has used less than this share of a core.
+# A signal ends a process that has waited this long for another one, with less than this share of a core used.
 PATIENCE_SECONDS, IDLE = 1.5, 0.1
 AT_ONCE = "stopped by a second SIGINT; the newest checkpoint is as it was: run the same command again to continue"
 

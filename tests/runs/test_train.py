@@ -494,7 +494,10 @@ def test_the_log_level_shows_what_was_decided(program, small_mnist, tmp_path):
             "--features 32 64 with --seeds 10000000 and --batch-size 100: training needs more than",
         ),
         (("--epochs", 1e308), "--epochs 1e+308: it must be fewer"),
-        (("--epochs", 1e9, "--recipe", "fast"), "--epochs 1e+09: it must be fewer, for less than 2,147,483,648 steps"),
+        (
+            ("--epochs", 1e9, "--recipe", "fast"),
+            "--epochs 1e+09: it must be smaller, for fewer than 2,147,483,648 steps",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -4,7 +4,6 @@ The board is our own canvas. Gradio's editors send a drawing only at the end of 
 sends its pixels at every move, always the same number of them, so that nothing has to be decoded or kept.
 """
 
-import base64
 import functools
 import os
 import secrets
@@ -24,7 +23,7 @@ from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.demo.guard import read_drawing, serve_guarded
 from cnn_jax.inference.logits import saliency
-from cnn_jax.inference.page import BOARD, CERTAIN, PEN, templates_in
+from cnn_jax.inference.page import BOARD, CERTAIN, PEN, data_uri, templates_in
 from cnn_jax.inference.page import FOLDER as PAGE
 from cnn_jax.inference.pictures import draw_saliency, encode_png
 from cnn_jax.inference.predict import as_text, describe_probability
@@ -145,8 +144,8 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
         side=SIZE,
         text=as_text(readings, trained.class_names) if readings else "nothing yet",
         characters=[
-            {"picture": _data_uri(each.image[..., 0]), "name": as_text([each], trained.class_names),
-             "saliency": _data_uri(draw_saliency(each.image, map_)) if each.index is not None else "",
+            {"picture": data_uri(encode_png(each.image[..., 0])), "name": as_text([each], trained.class_names),
+             "saliency": data_uri(encode_png(draw_saliency(each.image, map_))) if each.index is not None else "",
              "probability": describe_probability(float(each.probabilities.max())),
              "certain": each is blank or is_certain(each)}
             for each, map_ in zip(shown, maps, strict=True)
@@ -156,7 +155,7 @@ def render_answer(trained: TrainedModel, ink: np.ndarray) -> str:
         class_names=trained.class_names,
         layers=[
             {"height": layer.shape[0], "width": layer.shape[1], "features": layer.shape[2],
-             "picture": _data_uri(_sheet(layer))}
+             "picture": data_uri(encode_png(_sheet(layer)))}
             for layer in run_network(trained, images[0])
         ],
     )  # fmt: skip
@@ -194,8 +193,3 @@ def _sheet(maps: np.ndarray) -> np.ndarray:
     grey = np.pad(grey, ((0, 1), (0, 1), (0, -features % MAPS_PER_ROW)), constant_values=GAP_GREY)
     rows = grey.reshape(height + 1, width + 1, -1, MAPS_PER_ROW).transpose(2, 0, 3, 1)
     return rows.reshape(-1, MAPS_PER_ROW * (width + 1))[:-1, :-1]
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    """Return a picture, (H, W) or (H, W, 3), uint8, as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()

@@ -73,6 +73,11 @@ def templates_in(*folders: Path) -> jinja2.Environment:
     )
 
 
+def data_uri(png: bytes) -> str:
+    """Return a PNG file as the address of a picture that stands in the page itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def read_page(file: Path, trained: TrainedModel) -> TrainedModel:
     """Return a network with the weights that its page has."""
     (embedded,) = EMBEDDED.findall(file.read_text(encoding="utf-8"))
