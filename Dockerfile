@@ -1,5 +1,5 @@
 # The image that docs/cluster/kubernetes.yaml names, for NVIDIA GPUs; without the argument, for CPUs:
-#   docker build --tag cnn-jax:0.1.0 --build-arg EXTRA=cuda .
+#   docker build --tag cnn-jax:0.2.0.dev0 --build-arg EXTRA=cuda .
 FROM python:3.13-slim
 
 ARG EXTRA=""

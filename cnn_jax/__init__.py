@@ -14,7 +14,7 @@ if 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < 2**24:
 if TYPE_CHECKING:
     from cnn_jax.cli.interface import load, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["load", "train"]
 
 
