@@ -32,7 +32,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from cnn_jax.core.sharding import make_mesh
-from cnn_jax.data.dataset import Dataset, fingerprint
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings, differences
 from cnn_jax.runs.program import Sizes, check_resources, make_program
 from cnn_jax.runs.restore import load_run_data
@@ -186,7 +186,7 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
             check_resources(tried, Sizes.of(dataset, tried), mesh, device_bytes())
         for recipe in space.recipes:
             make_program(_with_arguments(tried, lowest, recipe), Sizes.of(dataset, tried), mesh)
-        study = open_study(space, shared, fingerprint(dataset))
+        study = open_study(space, shared, dataset.sha256)
         while missing := max(0, trials - len(_ended(study))):
             with _asked(study, space, min(together, missing)) as asked:
                 for group in asked:

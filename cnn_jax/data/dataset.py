@@ -1,6 +1,7 @@
 """Image classification sets as arrays on the host. Nothing here needs JAX."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,11 @@ class Dataset:
         """How many classes there are."""
         return len(self.class_names)
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The fingerprint of all of it, for which recorded images are read once."""
+        return fingerprint(self, ("train", "test"))
+
 
 class DatasetSizes(NamedTuple):
     """What is known of a data set before it is loaded.
@@ -120,7 +126,7 @@ def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Images, Labels]:
     return training, dataset.train_images[kept:], dataset.train_labels[kept:]
 
 
-def fingerprint(dataset: Dataset, splits: Sequence[str] = ("train", "test")) -> str:
+def fingerprint(dataset: Dataset, splits: Sequence[str]) -> str:
     """Return the SHA-256, in hexadecimal, of the images and labels of a data set's splits, with their shapes."""
     sha256 = hashlib.sha256()
     for name in (f"{split}_{kind}" for split in splits for kind in ("images", "labels")):

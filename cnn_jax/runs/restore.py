@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cnn_jax.core.evaluation import Evaluation
 from cnn_jax.core.sharding import SEEDS, make_mesh, shard, to_host
 from cnn_jax.core.training import TrainState
-from cnn_jax.data.dataset import Dataset, check_sizes, fingerprint
+from cnn_jax.data.dataset import Dataset, check_sizes
 from cnn_jax.data.loading import load_dataset
 from cnn_jax.runs.checkpoint import Checkpoints, Restored, open_checkpoints
 from cnn_jax.runs.folder import EpochMetrics, EpochRecord, RunFolder, deciding_settings, differences
@@ -249,7 +249,7 @@ def describe_run(settings: TrainSettings, dataset: Dataset) -> dict:
         "settings": deciding_settings(settings),
         "epochs": settings.epochs,
         "versions": versions("cnn-jax", "jax", "jaxlib", "flax", "optax"),
-        "data": fingerprint(dataset),
+        "data": dataset.sha256,
         "class_names": list(dataset.class_names),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "XLA_FLAGS": compiler_flags(),

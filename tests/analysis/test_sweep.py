@@ -39,10 +39,9 @@ SAME = ["--trials", 1, "--features", 4, 8, 8, 16, "--recipe", "tutorial", "--bat
 @pytest.fixture(scope="session")
 def small_data(small_mnist):
     """The SHA-256 of the small set."""
-    from cnn_jax.data.dataset import fingerprint
     from cnn_jax.data.loading import load_dataset
 
-    return fingerprint(load_dataset("mnist", small_mnist, None))
+    return load_dataset("mnist", small_mnist, None).sha256
 
 
 @pytest.fixture
@@ -324,7 +323,9 @@ def test_a_trial_that_will_not_win_ends_early_and_better_ones_do_not(command, ar
 
 @pytest.mark.slow(seconds=15)
 @pytest.mark.parametrize("hopeless", [(0.00001,), (0.00001, 0.00002)], ids=["kept in its place", "compiled anew"])
-def test_at_once_as_on_a_gpu_trials_end_as_in_turn(command, arguments, begin, tmp_path, monkeypatch, hopeless):
+def test_at_once_as_on_a_gpu_trials_end_as_in_turn(
+    command, arguments, begin, trained_run, tmp_path, monkeypatch, hopeless
+):
     """The first diverges; the hopeless end early, and leave the program with it once they are half of it."""
     from cnn_jax.runs import train
 
@@ -343,9 +344,9 @@ def test_at_once_as_on_a_gpu_trials_end_as_in_turn(command, arguments, begin, tm
     assert states == [TrialState.COMPLETE if len(run.read_metrics()) == 2 else TrialState.PRUNED for run in runs]
     monkeypatch.undo()
     for run, rate in ((runs[1], 0.02), (runs[-1], 0.018)):
-        alone = ["train", *arguments, "--features", 4, 8, "--batch-size", 50, "--learning-rate", rate]
-        assert command(*alone, "--run-name", "alone", "--fresh")[0] == 0
-        for line, of_training in zip(run.read_metrics(), RunFolder(tmp_path / "alone").read_metrics(), strict=True):
+        as_alone = ("--features", 4, 8, "--batch-size", 50, "--validation", 300, "--learning-rate", rate)
+        alone = RunFolder(trained_run(*as_alone, epochs=2, reported=False))
+        for line, of_training in zip(run.read_metrics(), alone.read_metrics(), strict=True):
             assert line.cost == pytest.approx(of_training.cost, rel=1e-3)
             assert line.accuracy == pytest.approx(of_training.accuracy, abs=0.02)
 
@@ -781,7 +782,7 @@ def test_two_processes_begin_a_study_at_once_and_never_take_the_same_waiting_tri
 def test_several_processes_share_a_study_and_a_stopped_trial_is_taken_up_again(program, arguments, tmp_path):
     arguments = [
         "-m", "cnn_jax", "sweep", "--trials", 3, "--recipe", "tutorial", "--batch-size", 50, "--features", 8, 16,
-        *arguments, "--epochs", 8,
+        "--learning-rate", 0.003, 0.003, *arguments, "--epochs", 8,
     ]  # fmt: skip
     first = program(*arguments)
     deadline = time.monotonic() + 300
