@@ -4,6 +4,7 @@ It also writes the reports of the recorded benchmarks and of the comparison anew
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -101,6 +102,32 @@ def h100_table() -> str:
     return markdown_table(("step of 100 images", "ms", "cnn-jax, float32 = 1"), rows)
 
 
+def streaming_table() -> str:
+    """Return the table of trainings on more images than memory; speeds are compared within each round."""
+    recorded = json.loads((RESULTS / "runs" / "feed" / "more_than_memory.json").read_text())
+    resident, *_ = recorded["cases"]
+    rows = []
+    for case in recorded["cases"]:
+        pairs = zip(resident["rounds"], case["rounds"], strict=True)
+        speed = statistics.median(first["step_milliseconds"] / own["step_milliseconds"] for first, own in pairs)
+        memory, anonymous = (max(one[f"{kind}_bytes"] for one in case["rounds"]) for kind in ("resident", "anonymous"))
+        loading = statistics.median(one["loading_seconds"] for one in case["rounds"])
+        streams = "disk" if case["uncached"] else "disk, through the system's cache"
+        rows.append(
+            (
+                f"{case['images']:,}",
+                f"{case['images'] * math.prod(recorded['image_shape']) / 1e9:.1f} GB",
+                streams if case["feed"] == "stream" else "memory",
+                f"{speed:.0%}".replace("%", " %"),
+                f"{memory / 1e9:.2f} GB",
+                f"{anonymous / 1e9:.2f} GB",
+                describe_seconds(loading),
+            )
+        )
+    header = ("images", "size", "read from", "speed", "memory at most", "without files' pages", "loading")
+    return markdown_table(header, rows)
+
+
 def fault_injection_table() -> str:
     """Return the table of how often each fault was injected, and how often a promise was broken."""
     return trials_table(json.loads((RESULTS / "fault_injection" / "result.json").read_text()))
@@ -114,6 +141,7 @@ TABLES = {
     "tried for accurate": tried_table,
     "H100": h100_table,
     "fault injection": fault_injection_table,
+    "more than memory": streaming_table,
 }
 
 

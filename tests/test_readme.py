@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from tests.helpers import ROOT
@@ -36,6 +37,16 @@ def milliseconds(name):
     """The median milliseconds of each variant of a step in a recorded benchmark."""
     variants = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["variants"]
     return {variant: values["milliseconds"] for variant, values in variants.items()}
+
+
+def test_the_recorded_stream_stays_small_and_takes_no_longer_per_image_of_a_larger_set():
+    recorded = json.loads((BENCHMARKS / "runs" / "feed" / "more_than_memory.json").read_text())
+    _, smaller, larger, _ = recorded["cases"]
+    assert (larger["images"], recorded["same_bits"]) == (2_000_000, True)
+    assert 0 < recorded["killed_after_step"] < recorded["steps"] == 400
+    assert all(one["resident_bytes"] < 1.5e9 for one in larger["rounds"])
+    of_smaller, of_larger = ([one["step_milliseconds"] for one in case["rounds"]] for case in (smaller, larger))
+    assert np.median(np.divide(of_smaller, of_larger)) >= 0.95
 
 
 def test_the_comparisons_prose_gives_the_numbers_of_the_results():
