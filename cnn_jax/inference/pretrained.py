@@ -45,7 +45,7 @@ DIGITS = numbers(10)
 # What is shown as a digit is one with at least this probability, as are 99.2 % of the 20,000 training images of MNIST
 # that the detector was not trained on.
 LEAST_PROBABILITY, LEAST_BESIDE_DIGITS = 0.28, 0.05
-AT_ONCE = 64  # images that the networks judge together
+AT_ONCE = 16  # images that the networks judge together
 
 
 class Provenance(Record, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import textwrap
 import time
 import warnings
@@ -236,6 +237,9 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
         raise NoCheckpointError(f"{folder} holds no checkpoint; train the run first")
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
+        # What a kill or a full disk left half written. Orbax would remove it in a thread that may outlive the manager.
+        for begun in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(begun, ignore_errors=True)
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
         handlers.add(STATE, args, ocp.StandardCheckpointHandler())
@@ -245,7 +249,6 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
         options = ocp.CheckpointManagerOptions(
             create=False,
             read_only=not writing,
-            cleanup_tmp_directories=writing,  # what a kill or a full disk left half written
             preservation_policy=preservation_policy.LatestN(KEPT_CHECKPOINTS),
             # A blocking save of this network takes about 30 ms: saving in the background would gain nothing.
             enable_async_checkpointing=False,

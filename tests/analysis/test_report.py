@@ -118,14 +118,14 @@ def test_the_page_shows_the_settings_the_versions_the_time_and_the_layers(of_thr
 def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
     hostile = tmp_path / '<img src=x onerror=alert(1)> & "quoted" {{ 7 * 7 }}'
     shutil.copytree(small_mnist, hostile)
-    page = read(trained_run(epochs=1, data=hostile))
+    page = read(trained_run("--features", 4, 8, epochs=1, data=hostile))
     assert f"--dataset-dir {hostile}" in page.text
     assert len(_images(page)) == 9
 
 
 def test_classes_that_have_names_are_told_by_them(trained_run):
     names = ["T-shirt/top", "<b>", *"cdefghij"]
-    text = read(trained_run("--class-names", ",".join(names), epochs=1)).text
+    text = read(trained_run("--features", 4, 8, "--class-names", ",".join(names), epochs=1)).text
     confusions = re.search(r"predicted class, most often (.*?)\. ", text)[1]
     named = re.findall(r"(\S+) as (\S+) \(\d+\)", confusions)
     assert len(named) == 3
@@ -141,7 +141,7 @@ def test_control_characters_of_a_name_are_escaped(of_three_seeds, command, tmp_p
 
 
 def test_a_run_with_held_out_images_shows_both_accuracies(trained_run):
-    text = read(trained_run("--validation", 100, epochs=1)).text
+    text = read(trained_run("--features", 4, 8, "--validation", 100, epochs=1)).text
     assert re.search(r"test accuracy 0\.\d{4} on pixels in \[0, 1\], of 260 images", text)
     assert re.search(r"validation accuracy 0\.\d{4} of 100 images", text)
 
@@ -160,7 +160,7 @@ def test_the_accuracies_are_those_of_the_weights_whatever_the_result_says(comman
 
 
 def test_a_run_between_two_ends_does_not_show_the_earlier_ones_times(trained_run, command, tmp_path):
-    folder = shutil.copytree(trained_run(epochs=2), tmp_path / "run")
+    folder = shutil.copytree(trained_run("--features", 4, 8, epochs=2), tmp_path / "run")
     assert "Time loading" in read(folder).text
     shutil.rmtree(folder / "steps" / "20")
     assert command("report", folder)[0] == 0

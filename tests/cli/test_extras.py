@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-TRAIN = "train --dataset-dir {data} --checkpoint-dir {runs} --epochs 1 --run-name run"
+TRAIN = "train --dataset-dir {data} --checkpoint-dir {runs} --epochs 1 --features 4 8 --run-name run"
 COMMANDS = {
     "": (
         TRAIN,
@@ -22,12 +22,12 @@ COMMANDS = {
         "export run --checkpoint-dir {runs} --to html --output {runs}/page.html",
     ),
     "export": (
-        "export --to onnx --output {runs}/model.onnx",
-        "export --to stablehlo --output {runs}/model.stablehlo",
+        "export {run} --to onnx --output {runs}/model.onnx",
+        "export {run} --to stablehlo --output {runs}/model.stablehlo",
     ),
     "torch": (
-        "export --to torch --output {runs}/model.pt",
-        "import-torch {runs}/model.pt --checkpoint-dir {runs}",
+        "export {run} --to torch --output {runs}/model.pt",
+        "import-torch {runs}/model.pt --dataset-dir {data} --features 4 8 --checkpoint-dir {runs}",
         "evaluate model --checkpoint-dir {runs}",
     ),
     "sweep": ("sweep --trials 1 --epochs 0.1 --dataset-dir {data} --checkpoint-dir {runs} --validation 500",),
@@ -72,7 +72,9 @@ def packages_of(extra):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", COMMANDS)
-def test_commands_need_nothing_but_what_their_extra_brings(extra, program, small_mnist, tfds_folder, tmp_path):
+def test_commands_need_nothing_but_what_their_extra_brings(
+    extra, program, trained_run, small_mnist, tfds_folder, tmp_path
+):
     if extra == "torch":
         pytest.importorskip("torch", reason="needs the extra torch")
     if extra == "plan":
@@ -80,9 +82,9 @@ def test_commands_need_nothing_but_what_their_extra_brings(extra, program, small
     packages, others = packages_of(extra)
     assert "jax" in packages
     assert "pytest" in others
-    code = HIDE.format(others=others)
+    code, run = HIDE.format(others=others), trained_run("--features", 4, 8, epochs=1, reported=False)
     for line in COMMANDS[extra]:
-        code += f"main({line.format(data=small_mnist, runs=tmp_path).split()})\n"
+        code += f"main({line.format(data=small_mnist, run=run, runs=tmp_path).split()})\n"
     process = program("-c", code, env=os.environ | {"TFDS_DATA_DIR": str(tfds_folder)})
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, f"{out}\n{err}"

@@ -77,7 +77,7 @@ def test_a_streamed_run_ends_in_the_bits_of_a_resident_one(command, small_mnist,
     for kind in ("resident", "stream"):
         code, _, err = command(
             "train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path / kind, "--run-name", "run",
-            "--epochs", 2, "--feed", kind, *options,
+            "--epochs", 2, "--feed", kind, "--features", 4, 8, *options,
         )  # fmt: skip
         assert code == 0, err
     assert_same_run(tmp_path / "stream" / "run", tmp_path / "resident" / "run")
@@ -85,7 +85,7 @@ def test_a_streamed_run_ends_in_the_bits_of_a_resident_one(command, small_mnist,
 
 @pytest.mark.slow
 def test_a_stopped_stream_goes_on_in_the_middle_of_an_epoch(command, small_mnist, tmp_path):
-    arguments = ["train", "--dataset-dir", small_mnist, "--run-name", "run", "--feed", "stream"]
+    arguments = ["train", "--dataset-dir", small_mnist, "--run-name", "run", "--feed", "stream", "--features", 4, 8]
     assert command(*arguments, "--checkpoint-dir", tmp_path / "whole", "--epochs", 2)[0] == 0
     assert command(*arguments, "--checkpoint-dir", tmp_path / "cut", "--epochs", 1.4)[0] == 0
     code, _, err = command(*arguments, "--checkpoint-dir", tmp_path / "cut", "--epochs", 2)
@@ -132,7 +132,7 @@ def test_a_stream_takes_no_more_memory_for_more_images_and_a_killed_one_continue
     tmp_path, monkeypatch
 ):
     # The small form of benchmarks/more_than_memory.py: here the larger set has 0.6 GB.
-    monkeypatch.setattr(more_than_memory, "PROGRAM", TRAIN)
+    monkeypatch.setattr(more_than_memory, "PROGRAM", (*TRAIN, "--features", "8", "16"))
     few, many = (more_than_memory.Case(count, "stream") for count in (10_000, 200_000))
     for case in (few, many):
         more_than_memory.make_set(tmp_path / str(case.images), case.images)

@@ -49,8 +49,10 @@ def train(train_set, program, *, steps=10):
 @pytest.mark.parametrize("recipe", ["tutorial", pytest.param("accurate", marks=pytest.mark.slow)])
 def test_each_seed_ends_as_its_own_single_run(train_set, recipe):
     states, losses = train(train_set, program_of(777, 3, recipe=recipe))
+    run_steps = program_of(777, 1, recipe=recipe).run_steps  # compiled once: no seed is part of it
     for i in range(3):
-        alone, alone_losses = train(train_set, program_of(777 + i, 1, recipe=recipe))
+        program = program_of(777 + i, 1, recipe=recipe)._replace(run_steps=run_steps)
+        alone, alone_losses = train(train_set, program)
         np.testing.assert_allclose(losses[i], alone_losses[0], rtol=1e-5)
         for one, other in zip(jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True):
             np.testing.assert_allclose(one[i], other[0], atol=1e-4)
@@ -161,7 +163,6 @@ print(losses.tolist())
 @pytest.mark.parametrize(
     ("recipe", "seeds", "mesh"),
     [
-        ("tutorial", 1, {"seeds": 1, "data": 8}),
         ("accurate", 1, {"seeds": 1, "data": 8}),
         ("tutorial", 4, {"seeds": 4, "data": 2}),
     ],
@@ -172,7 +173,7 @@ def test_one_device_or_eight_give_the_same_costs(train_set, program, tmp_path, r
     np.save(images, train_set[0])
     np.save(labels, train_set[1])
     code = DEVICES.format(recipe=recipe, seeds=seeds, mesh=mesh, images=images, labels=labels)
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     process = program("-c", code, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
     one_device = program_of(0, seeds, recipe=recipe)
     assert dict(one_device.mesh.shape) == {"seeds": 1, "data": 1}

@@ -24,6 +24,7 @@ class Trainer:
       mutant: The part of the program that is broken on purpose, a key of `mutants.MUTANTS`, or None.
       seeds: How many seeds a run trains.
       processes: How many processes train it.
+      epochs: How long it trains.
       program: What Python starts, unless it is a mutant.
     """
 
@@ -31,6 +32,7 @@ class Trainer:
     mutant: str | None = None
     seeds: int = 1
     processes: int = 1
+    epochs: int = EPOCHS
     program: tuple[str, ...] = ("-m", "cnn_jax", "train")
 
     def start_all(self, folder: Path) -> list[subprocess.Popen]:
@@ -47,7 +49,7 @@ class Trainer:
         mutant = ["-m", "tests.fault_injection.mutants", self.mutant, "train"]
         program = self.program if self.mutant is None else mutant
         arguments = [
-            "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", EPOCHS,
+            "--dataset-dir", self.data, "--checkpoint-dir", folder, "--run-name", "run", "--epochs", self.epochs,
             "--checkpoint-every-steps", STEPS_PER_CHECKPOINT, "--platform", "cpu", "--seeds", self.seeds,
             *options,
         ]  # fmt: skip

@@ -96,10 +96,8 @@ def test_on_a_full_disk_the_output_is_named_and_nothing_is_left_behind(exported,
 
 
 @pytest.fixture(scope="module")
-def odd_run(tmp_path_factory):
-    """A run of images of 23x21 pixels, of four classes."""
-    from cnn_jax.cli.commands import main
-
+def odd_data(tmp_path_factory):
+    """A folder of images of 23x21 pixels, of four classes."""
     folder = tmp_path_factory.mktemp("odd")
     images = read_idx(EMBEDDED / "train-images-idx3-ubyte.xz", ndim=3)[:2000]
     labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", ndim=1)[:2000]
@@ -107,10 +105,13 @@ def odd_run(tmp_path_factory):
     for prefix, part in (("train", slice(600)), ("t10k", slice(600, 700))):
         write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
         write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels[part])
-    where = ["--dataset-dir", str(folder), "--checkpoint-dir", str(folder)]
-    with jax.numpy_dtype_promotion("standard"):
-        main(["train", *where, "--run-name", "run", "--epochs", "3", "--features", "5", "7"])
-    return folder / "run"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def odd_run(trained_run, odd_data):
+    """A run of them."""
+    return trained_run("--features", 5, 7, epochs=3, data=odd_data, reported=False)
 
 
 @pytest.fixture
@@ -127,9 +128,9 @@ def odd_program(odd_run, command, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def odd_images(odd_run):
+def odd_images(odd_run, odd_data):
     """That run's test images, (100, 23, 21, 1), uint8, and their logits, (100, 4)."""
-    images = read_idx(odd_run.parent / "t10k-images-idx3-ubyte", ndim=3)[..., np.newaxis]
+    images = read_idx(odd_data / "t10k-images-idx3-ubyte", ndim=3)[..., np.newaxis]
     return images, load_trained(odd_run, None, pytest.fail).logits(images)
 
 

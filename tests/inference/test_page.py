@@ -288,7 +288,7 @@ def test_what_is_no_digit_and_no_picture_is_told(driver, page, packaged, picture
     driver.get(page.as_uri())
     for name, told in {
         "text.png": "The file is no picture that this browser can read; save it as PNG or JPEG.",
-        "narrow.png": "The picture is too small or too narrow; give one of a whole digit.",
+        "narrow.png": "The picture is too small or too narrow; give a larger one.",
         "blank.png": "Nothing was found; give a picture with more contrast.",
         "scribble.png": "This is no digit.",
     }.items():

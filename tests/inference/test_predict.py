@@ -189,7 +189,8 @@ def test_a_name_that_is_not_text_is_printed_with_its_bytes(three, program, tmp_p
 @pytest.mark.usefixtures("without_report")
 def test_a_run_reads_with_its_own_weights(three, command, small_mnist, tmp_path):
     where = ("--checkpoint-dir", tmp_path)
-    assert command("train", "--dataset-dir", small_mnist, "--run-name", "run", "--epochs", 1, *where)[0] == 0
+    quick = ("--epochs", 1, "--features", 4, 8)
+    assert command("train", "--dataset-dir", small_mnist, "--run-name", "run", *quick, *where)[0] == 0
     files, _ = three
     code, out, err = command("predict", *files, "--run", "run", *where, "--json", "--one")
     assert code == 0, err

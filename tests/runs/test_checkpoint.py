@@ -94,6 +94,15 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(trained,
     assert sorted(path.name for path in (tmp_path / "quarantine").iterdir()) == ["2", "2-1"]
 
 
+def test_what_a_kill_left_half_written_is_gone_as_soon_as_the_checkpoints_are_open_to_write(trained, steps):
+    save(steps, trained, 1)
+    begun = shutil.copytree(steps / "1", steps / "2.orbax-checkpoint-tmp")
+    assert restore(steps, trained, writing=False) == (1, [])
+    assert begun.is_dir()
+    with open_checkpoints(steps, writing=True, warn=pytest.fail):
+        assert not begun.exists()
+
+
 def test_who_only_reads_moves_nothing(trained, steps, tmp_path):
     save(steps, trained, 1, 2)
     damage_newest(steps)

@@ -82,8 +82,7 @@ with results_delivered():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("bad", "stream"), [*((bad, "stderr") for bad in BAD), (">/dev/full", "stdout")])
 def test_a_training_whose_log_or_result_cannot_be_written_is_saved_all_the_same(bad, stream, small_mnist, tmp_path):
     arguments = [*TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run"]
     code, out, err = run([*arguments, "--epochs", 1, "--features", 4, 8], **{stream: bad})

@@ -1,4 +1,4 @@
-"""A page to draw digits on that shows the network's answer while you draw; only this file uses Gradio.
+"""A page to draw on that shows the network's answer while you draw; only this file uses Gradio.
 
 The board is our own canvas. Gradio's editors send a drawing only at the end of a stroke, and as a file; this one
 sends its pixels at every move, always the same number of them, so that nothing has to be decoded or kept.
@@ -23,7 +23,7 @@ from cnn_jax.core.model import ConvBlock
 from cnn_jax.data.dataset import scale_pixels
 from cnn_jax.inference.demo.guard import read_drawing, serve_guarded
 from cnn_jax.inference.logits import saliency
-from cnn_jax.inference.page import BOARD, CERTAIN, PEN, data_uri, templates_in
+from cnn_jax.inference.page import BOARD, CERTAIN, PEN, data_uri, subject_of, templates_in
 from cnn_jax.inference.page import FOLDER as PAGE
 from cnn_jax.inference.pictures import draw_saliency, encode_png
 from cnn_jax.inference.predict import as_text, describe_probability
@@ -89,7 +89,7 @@ def serve(
         )
         shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)  # Gradio makes it, and this page has no files
         with listen_for_stop(at_once="stopped by a second SIGINT") as request, serve_guarded(page, listener, host):
-            display.say(f"draw a digit on http://{host}:{port}; Ctrl-C ends the page")
+            display.say(f"draw a {subject_of(trained)} on http://{host}:{port}; Ctrl-C ends the page")
             while request.signal_number is None:
                 time.sleep(0.1)
     display.say("the page is closed")
@@ -101,7 +101,9 @@ def build_page(trained: TrainedModel) -> gr.Blocks:
     def answer(drawing: str) -> str:
         return render_answer(trained, read_drawing(drawing))
 
-    heading = TEMPLATES.get_template("heading.html").render(name=trained.name, accuracy=trained.test_accuracy)
+    heading = TEMPLATES.get_template("heading.html").render(
+        subject=subject_of(trained), name=trained.name, accuracy=trained.test_accuracy
+    )
     parts = [TEMPLATES.get_template(name) for name in ("board.html", "open.html")]
     board_html = "\n".join(part.render(board=BOARD, pen=PEN) for part in parts)
     board_js = "".join(file.read_text(encoding="utf-8") for file in (PAGE / "board.js", FOLDER / "open.js"))

@@ -55,11 +55,16 @@ def write_page(trained: TrainedModel, file: Path) -> None:
         sources=sources,
         name=trained.name,
         accuracy=trained.test_accuracy,
-        subject="digit" if trained.reads_digits else "character" if trained.preparation == "character" else "picture",
+        subject=subject_of(trained),
         board=BOARD,
         pen=PEN,
     )
     file.write_text(page, encoding="utf-8")
+
+
+def subject_of(trained: TrainedModel) -> str:
+    """Return what a network reads, in a word."""
+    return "digit" if trained.reads_digits else "character" if trained.preparation == "character" else "picture"
 
 
 def templates_in(*folders: Path) -> jinja2.Environment:

@@ -63,7 +63,7 @@ async function show(picture, signal) {
 
 function tell(reading) {
   const readings = reading?.lines.flat() ?? [];
-  if (reading === undefined) say("?", "The picture is too small or too narrow; give one of a whole digit.");
+  if (reading === undefined) say("?", "The picture is too small or too narrow; give a larger one.");
   else if (readings.length === 0 && reading.unread === null)
     say("?", "Nothing was found; give a picture with more contrast.");
   else if (readings.every(({index}) => index === null)) say("?", "This is no digit.", readings[0]?.image ?? reading.unread);
