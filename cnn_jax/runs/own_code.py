@@ -95,7 +95,8 @@ class OwnCode(str):
                 raise
             raising = error if isinstance(error, SyntaxError) else last_frame_in([str(self.file)], error)
             where = f"line {raising.lineno}: " if raising else ""
-            reason = next(iter(str(error).strip().splitlines()), "")
+            lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]
+            reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
             raise UsageError(f"{option} {self}: {where}{type(error).__name__}: {reason}") from error
 
     def describe_change(self, before: bytes) -> str:

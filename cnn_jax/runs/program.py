@@ -266,6 +266,12 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
         raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
     if "params" not in variables:
         raise UsageError(f"--model {code}: it has no weights to train")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise UsageError(
+                f"--model {code}: it keeps {name}, {leaf.dtype} {leaf.shape}, which no checkpoint can hold"
+            )
     require_trainable(code, "--model", model, recipes.tutorial(1.0), sizes)
     return model
 

@@ -133,7 +133,7 @@ def test_a_run_is_not_taken_for_one_of_another_network(train, command, small_mni
     plain = ["train", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run", "--epochs", 1]
     code, _, err = command(*plain)
     assert (code, err.count("\n")) == (2, 1)
-    assert re.search("model was Noisy, SHA-256 [0-9a-f]{12}... and is None", err)
+    assert re.search("model was Noisy, SHA-256 [0-9a-f]{12}... and is none", err)
     (tmp_path / "run" / "model.py").write_text(NOISY + "\n# edited\n")
     code, _, err = command("evaluate", tmp_path / "run")
     assert (code, err.count("\n")) == (65, 1)
@@ -157,6 +157,30 @@ WRONG_MODELS = {
         "of images (2, 28, 28, 1) it makes float32 (2, 28, 28, 1), and logits would be float32 (2, 10)",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x[:, :10, 0, 0]":
         "it has no weights to train",
+    """from flax import linen as nn
+class Idea(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.param("none", nn.initializers.zeros, (0, 3))
+        return nn.Dense(10)(x.reshape(len(x), -1))""":
+        "it keeps params.none, float32 (0, 3), which no checkpoint can hold",
+    """import jax.numpy as jnp
+from flax import linen as nn
+class Idea(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        kept = self.variable("kept", "all", lambda: jnp.zeros(3))
+        kept.value = jnp.zeros(4) if train else kept.value
+        return nn.Dense(10)(x.reshape(len(x), -1))""":
+        "TypeError: scan body function carry input and carry output must have equal types, but they differ: The input",
+    """import jax
+from flax import linen as nn
+class Idea(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.variable("kept", "key", lambda: jax.random.key(0))
+        return nn.Dense(10)(x.reshape(len(x), -1))""":
+        "it keeps kept.key, key<fry> (), which no checkpoint can hold",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    n: int\n    def __call__(self, x):\n        return x":
         "TypeError: ",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    n: tuple = ([],)":
