@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory, last_frame_in
+from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory, last_frame_in, text_of
 from cnn_jax.runtime.files import read_file
 
 FORM = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
@@ -95,7 +95,7 @@ class OwnCode(str):
                 raise
             raising = error if isinstance(error, SyntaxError) else last_frame_in([str(self.file)], error)
             where = f"line {raising.lineno}: " if raising else ""
-            lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]
+            lines = [*filter(None, map(str.strip, text_of(error).splitlines())), ""]
             reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
             raise UsageError(f"{option} {self}: {where}{type(error).__name__}: {reason}") from error
 

@@ -110,7 +110,7 @@ def one_line_failures(debug: bool) -> Iterator[None]:
 
 def describe_failure(error: BaseException) -> tuple[str, int]:
     """Return the line that reports a failure, and the exit code that it ends the program with."""
-    reason = str(error).partition("\n")[0]
+    reason = text_of(error).partition("\n")[0]
     name = type(error).__name__
     exit_code = CnnJaxError.exit_code
     if isinstance(error, StopSignalError):
@@ -154,7 +154,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
         line = f"{told}; unset that, and report what fails without"
         exit_code = UsageError.exit_code
     else:
-        told = " ".join(str(error).split())
+        told = " ".join(text_of(error).split())
         line = f"error: the program failed, {name}: {told}; please report it with what --debug shows"
     return printable(line), exit_code
 
@@ -215,7 +215,7 @@ def _failed_callback(error: BaseException) -> str:
     Only the user's own networks and recipes have such functions. JAX raises their failure as text.
     """
     text = r"CpuCallback error.*\n  File \"([^\n]*)\", line (\d+), in [^\n]*\n([^\n]*)"
-    failed = re.search(text, str(error), re.DOTALL)
+    failed = re.search(text, text_of(error), re.DOTALL)
     return "{}, line {}: {}".format(*failed.groups()) if failed else ""
 
 
@@ -236,9 +236,16 @@ def last_frame_in(files: Collection[str | None], error: BaseException) -> traceb
     return next((frame for frame in reversed(frames) if frame.filename in files), None)
 
 
+def text_of(error: BaseException) -> str:
+    """Return what an exception says of itself; nothing where that fails, as in code of the user's."""
+    with contextlib.suppress(Exception):
+        return str(error)
+    return ""
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or XLA did not get the memory, or the thread, that it asked for."""
-    says_so = str(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
+    says_so = text_of(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)
 
 

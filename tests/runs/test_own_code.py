@@ -151,6 +151,7 @@ WRONG_MODELS = {
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
     "raise SystemExit(0)": "line 1: SystemExit: 0",
     "raise BaseException('\x1b[31m')": "line 1: BaseException: \\x1b[31m",
+    "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute": "line 3: Mute: ",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return 1 / 0":
         "line 4: ZeroDivisionError: division by zero",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x":
