@@ -214,7 +214,7 @@ def test_a_study_searches_the_recipes_arguments_too(command, arguments, tmp_path
     before = files_of(tmp_path / "sweep")
     code, _, err = command("sweep", *same, "--hyperparameters", "weight_decay=0.01:0.5")
     assert code == 2
-    assert_one_line(err, "hyperparameters was smoothing, weight_decay and is weight_decay")
+    assert_one_line(err, "hyperparameters was smoothing weight_decay and is weight_decay")
     assert files_of(tmp_path / "sweep") == before
     assert command("sweep", *same, "--hyperparameters", "weight_decay=0.1:0.2", "smoothing=0:0.1")[0] == 0
 
