@@ -266,18 +266,12 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
         raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
     if "params" not in variables:
         raise UsageError(f"--model {code}: it has no weights to train")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise UsageError(
-                f"--model {code}: it keeps {name}, {leaf.dtype} {leaf.shape}, which no checkpoint can hold"
-            )
     require_trainable(code, "--model", model, recipes.tutorial(1.0), sizes)
     return model
 
 
 def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Recipe, sizes: Sizes) -> None:
-    """Refuse code of the user's with which no step can be taken, or one that means something else; computes nothing.
+    """Refuse code of the user's whose steps cannot be taken or saved, or mean something else; computes nothing.
 
     Raises:
       UsageError: naming it, and why.
@@ -294,7 +288,11 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
         for what, made, wanted in found:
             if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
                 raise TypeError(f"of two images it makes {made}, and the {what} would be {wanted}")
-        jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
+        state, _ = jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise UsageError(f"{option} {code}: it keeps {name}, {leaf.dtype} {leaf.shape}, which no checkpoint holds")
 
 
 def _step_of_two(key: Array, model: nn.Module, recipe: Recipe, sizes: Sizes) -> tuple[TrainState, Array]:

@@ -64,15 +64,8 @@ FIRST_SEGMENT_STEPS = 5
 
 # The settings that may differ from process to process.
 PER_PROCESS = (
-    "coordinator",
-    "process_id",
-    "dataset_dir",
-    "data_dir",
-    "checkpoint_dir",
-    "platform",
-    "log_level",
-    "profile",
-)
+    "coordinator", "process_id", "dataset_dir", "data_dir", "checkpoint_dir", "platform", "log_level", "profile",
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -164,7 +164,7 @@ class Idea(nn.Module):
     def __call__(self, x):
         self.param("none", nn.initializers.zeros, (0, 3))
         return nn.Dense(10)(x.reshape(len(x), -1))""":
-        "it keeps params.none, float32 (0, 3), which no checkpoint can hold",
+        "it keeps params.none, float32 (0, 3), which no checkpoint holds",
     """import jax.numpy as jnp
 from flax import linen as nn
 class Idea(nn.Module):
@@ -181,7 +181,7 @@ class Idea(nn.Module):
     def __call__(self, x):
         self.variable("kept", "key", lambda: jax.random.key(0))
         return nn.Dense(10)(x.reshape(len(x), -1))""":
-        "it keeps kept.key, key<fry> (), which no checkpoint can hold",
+        "it keeps model_state.kept.key, key<fry> (), which no checkpoint holds",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    n: int\n    def __call__(self, x):\n        return x":
         "TypeError: ",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    n: tuple = ([],)":
@@ -208,6 +208,7 @@ WRONG_RECIPES = {
     "return Recipe(optax.sgd(0.1), augment=lambda keys, images: images[:1])": "and the images would be ",
     "return Recipe(optax.sgd(0.1), augment=lambda images: images)": "TypeError: ",
     "return Recipe(optax.sgd(0.1), ema_decay='x')": "Error: ",
+    "return Recipe(optax.add_noise(0.1, 0.5, 0))": "it keeps opt_state.rng_key, key<fry> (), which no checkpoint holds",
     "return 3": "it returns int, and should a cnn_jax.core.recipes.Recipe",
 }
 
