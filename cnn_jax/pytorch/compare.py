@@ -121,8 +121,7 @@ def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path 
             held.enter_context(locked(output / "runs" / "lock"))
         except AlreadyLockedError as error:
             raise RunLockedError(
-                f"process {error.holder} is writing the comparison {output}; "
-                "wait for it, stop it, or give another --output"
+                f"{error.holder} is writing the comparison {output}; wait for it, stop it, or give another --output"
             ) from error
         results = {framework: [] for framework in FRAMEWORKS}
         for each in range(seed, seed + seeds):

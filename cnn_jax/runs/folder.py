@@ -401,8 +401,7 @@ class RunFolder:
                     held.enter_context(locked(self.path / "lock"))
             except AlreadyLockedError as error:
                 raise RunLockedError(
-                    f"process {error.holder} is writing the run {self.path}; "
-                    "wait for it, stop it, or give another --run-name"
+                    f"{error.holder} is writing the run {self.path}; wait for it, stop it, or give another --run-name"
                 ) from error
             for name in ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py"):
                 check_output_file(self.path / name, _PLACE)

@@ -135,7 +135,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
         line = f"error: JAX_TRANSFER_GUARD forbids what the program does ({reason}); unset it"
         exit_code = UsageError.exit_code
     elif lacks_memory(error):
-        remedy = "allow more, or lower --batch-size, --features or --seeds"
+        remedy = "allow more, or ask for less (in a training, of --batch-size, --features or --seeds)"
         line = f"error: the memory does not suffice ({reason or name}); {remedy}"
         exit_code = UsageError.exit_code
     elif place := _failing_own_code(error):

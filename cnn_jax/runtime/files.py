@@ -220,10 +220,10 @@ def first_free(paths: Iterable[Path]) -> Path:
 
 
 class AlreadyLockedError(Exception):
-    """Another process holds a lock.
+    """Somebody else holds a lock.
 
     Attributes:
-      holder: The number of that process, or `?`.
+      holder: Who, such as `process 123`.
     """
 
     def __init__(self, holder: str):
@@ -240,7 +240,7 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
       wait: Wait for another process to release it.
 
     Raises:
-      AlreadyLockedError: another process holds it, and this one does not wait.
+      AlreadyLockedError: another process or thread holds it, and this one does not wait.
       OSError: it cannot be written, or is a link, a folder, a device or a pipe.
     """
     _target(file)
@@ -253,7 +253,9 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             stream.seek(0)
-            raise AlreadyLockedError(stream.read().strip() or "?") from error
+            number = stream.read().strip() or "?"
+            itself = number == str(os.getpid())
+            raise AlreadyLockedError("another thread" if itself else f"process {number}") from error
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")
         stream.flush()

@@ -342,13 +342,15 @@ def test_a_run_that_another_process_writes_is_left_alone(train, tmp_path):
     import fcntl
 
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / "lock").open("w") as file:
+    with (tmp_path / "run" / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        code, out, err = train()
-    assert (code, out) == (6, "")
-    assert f"process {os.getpid()} is writing the run" in err
+        for holder, told in (os.getppid(), f"process {os.getppid()}"), (os.getpid(), "another thread"):
+            file.truncate(0)
+            file.write(f"{holder}\n")
+            file.flush()
+            code, out, err = train()
+            assert (code, out) == (6, "")
+            assert f"error: {told} is writing the run" in err
 
 
 @pytest.mark.slow
