@@ -265,12 +265,15 @@ def open_study(space: SearchSpace, shared: TrainSettings, data: str | None = Non
 def _begin_study(file: Path, settings: dict) -> None:
     """Write a study without trials; the file is whole or not there, whenever the process ends."""
     new = file.with_name("study.db.new")
-    new.write_bytes(b"")  # to SQLite, an empty database
-    storage = _open_storage(new, skip_table_creation=False)
-    study = optuna.create_study(study_name=file.parent.name, storage=storage, direction="maximize")
-    study.set_user_attr("settings", settings)
-    storage.engine.dispose()
-    new.replace(file)
+    try:
+        new.write_bytes(b"")  # to SQLite, an empty database
+        storage = _open_storage(new, skip_table_creation=False)
+        study = optuna.create_study(study_name=file.parent.name, storage=storage, direction="maximize")
+        study.set_user_attr("settings", settings)
+        storage.engine.dispose()
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
     sync(file.parent)
 
 
@@ -445,6 +448,8 @@ def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[
         if origin is not None and origin not in range(trial.number):
             raise ValueError(f"trial {trial.number} takes up trial {origin}")
         score = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
+        if score is None and trial.state == TrialState.COMPLETE:
+            raise ValueError(f"trial {trial.number} has no score")
         if score is not None and not 0 <= score <= 1:
             raise ValueError(f"trial {trial.number} has the score {score}")
         run = runs.get(trial.number if origin is None else origin)

@@ -18,6 +18,7 @@ NAMES = {
     "fc.bias": ("fc", "bias"),
 }
 LARGEST = 1e6  # of the weights: with three layers of these, 1,024 features and pixels of 255, logits still are float32
+SAVE_FLOAT32 = "save plain float32 tensors, such as model.float().state_dict()"
 SHOWN = 12  # complaints, two for each of the network's tensors
 # The two blocks divide an image's height and width by this.
 SHRINKING = 4
@@ -63,7 +64,9 @@ def params_from_torch(
             complaints.append(f"{name} holds values that are not finite, or so large that the logits may overflow")
     if complaints:
         shown = "; ".join(sorted(complaints)[:SHOWN]) + "; ..." * (len(complaints) > SHOWN)
-        raise InputFileError(f"{source} does not fit the network: {shown}; give the weights of one that does")
+        fits = all(complaint.endswith(", not float32") for complaint in complaints)
+        remedy = SAVE_FLOAT32 if fits else "give the weights of one that does"
+        raise InputFileError(f"{source} does not fit the network: {shown}; {remedy}")
     params = jax.tree.map(np.asarray, template)
     for name, (layer, kind) in NAMES.items():
         params[layer][kind] = _from_torch(tensors[name], params[layer][kind].shape, image_shape)

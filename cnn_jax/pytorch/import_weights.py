@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cnn_jax.core.sharding import make_mesh, of_seed
-from cnn_jax.inference.torch_layout import params_from_torch
+from cnn_jax.inference.torch_layout import SAVE_FLOAT32, params_from_torch
 from cnn_jax.runs.checkpoint import open_checkpoints
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.program import Sizes, make_program, start_states
@@ -21,7 +21,6 @@ from cnn_jax.runtime.errors import InputFileError, UsageError, lacks_memory
 
 MAXIMUM_BYTES = 2**30  # of a file, compressed or not; the tutorial's has 0.2 MiB
 _SAVE = "save weights with torch.save(model.state_dict(), ...)"
-_FLOAT32 = "save plain float32 tensors, such as model.float().state_dict()"
 
 
 def import_weights(file: Path, run: TrainSettings) -> None:
@@ -71,7 +70,7 @@ def read_torch_file(file: Path) -> dict[str, np.ndarray]:
             try:
                 return load_file(file)
             except AttributeError as error:  # it looks for NumPy's type of that name
-                raise InputFileError(f"{file} holds tensors of {error.name}; {_FLOAT32}") from error
+                raise InputFileError(f"{file} holds tensors of {error.name}; {SAVE_FLOAT32}") from error
         import torch
 
         with warnings.catch_warnings(action="ignore"):  # of tensors that PyTorch no longer recommends
@@ -99,7 +98,7 @@ def _to_numpy(file, name, tensor):
     except (TypeError, RuntimeError) as error:  # what NumPy does not have: bfloat16, sparse, quantised, without data
         nested = ", nested" if tensor.is_nested else ""
         kind = f"{tensor.dtype}, {tensor.layout}{nested}, on {tensor.device}".replace("torch.", "")
-        raise InputFileError(f"{file} holds {name} as {kind}; {_FLOAT32}") from error
+        raise InputFileError(f"{file} holds {name} as {kind}; {SAVE_FLOAT32}") from error
 
 
 def _check_size_and_checksums(file: Path) -> None:

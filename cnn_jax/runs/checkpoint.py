@@ -26,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from cnn_jax.core.training import TrainState
+from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.distributed import is_process_0, on_process_0
 from cnn_jax.runtime.errors import ALLOW_LARGER, NoCheckpointError, StorageError, UsageError, lacks_access, lacks_memory
 from cnn_jax.runtime.files import first_free, identity, require_in_place, sync, sync_tree
@@ -121,6 +122,7 @@ class Checkpoints:
                 reason = _describe(error)
                 remedy = ALLOW_LARGER if os.strerror(errno.EFBIG) in str(error) else "make room there"
             _let_orbax_end()
+            _remove_unfinished(self.folder)
         require_in_place(self.folder, self._identity)
         raise StorageError(
             f"cannot write the checkpoint of step {step} in {self.folder} ({reason}); "
@@ -169,7 +171,7 @@ class Checkpoints:
         if any(path.is_file() for path in self.quarantine.rglob("*")):
             raise NoCheckpointError(
                 f"no checkpoint of {self.folder} is sound; what was damaged is in {self.quarantine}; "
-                "start anew with --fresh"
+                + RunFolder(self.folder.parent).anew
             )
         return None
 
@@ -237,9 +239,7 @@ def open_checkpoints(folder: Path, *, writing: bool, warn: Callable[[str], None]
         raise NoCheckpointError(f"{folder} holds no checkpoint; train the run first")
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a kill or a full disk left half written. Orbax would remove it in a thread that may outlive the manager.
-        for begun in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(begun, ignore_errors=True)
+        _remove_unfinished(folder)
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
         handlers.add(STATE, args, ocp.StandardCheckpointHandler())
@@ -284,6 +284,12 @@ def _quiet_orbax() -> Iterator[None]:
     finally:
         for logger, level in loggers.items():
             logger.setLevel(level)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a kill or a full disk left half written; Orbax would, in a thread that may outlive the manager."""
+    for begun in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(begun, ignore_errors=True)
 
 
 def _let_orbax_end() -> None:

@@ -85,7 +85,6 @@ def _as_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-_PLACE = "--checkpoint-dir or --run-name"
 _COPY = "run, or a copy of it that can be written"
 
 
@@ -211,6 +210,18 @@ class RunFolder:
         self.unwritten: str | None = None
         self._lock: tuple[int, int] | None = None  # the identity of the file that this process has locked
 
+    @property
+    def name_option(self) -> str:
+        """The option that names this folder: of `train`, or of `sweep` where it is a trial's."""
+        return "--study" if os.path.lexists(self.path.parent / "study.db") else "--run-name"
+
+    @property
+    def anew(self) -> str:
+        """How to begin without what is there, as a part of a failure's line."""
+        if self.name_option == "--study":
+            return f"move {self.path} away, or give another --study"
+        return "give another --run-name, or --fresh"
+
     def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
 
@@ -224,7 +235,7 @@ class RunFolder:
         file = self.path / "config.json"
         if not os.path.lexists(file):
             raise NoCheckpointError(f"{self.path} is not a run (it has no config.json); {self._remedy()}")
-        remedy = "start the run's training command again, which writes it anew, or start anew with --fresh"
+        remedy = f"start the run's training command again, which writes it anew, or {self.anew}"
         values = decode(read_file(file), dict[str, Any], source=file, remedy=remedy)
         names = [field.name for field in dataclasses.fields(TrainSettings)]
         # Earlier programs may have had fewer settings beside those that the results depend on.
@@ -274,7 +285,7 @@ class RunFolder:
           InputFileError: it is damaged or was edited.
         """
         file = self.path / "metrics.jsonl"
-        remedy = "put it back, or start anew with --fresh"
+        remedy = f"put it back, or {self.anew}"
         lines = read_file(file).splitlines() if file.is_file() else []
         try:
             return [
@@ -390,24 +401,26 @@ class RunFolder:
         """
         if os.path.lexists(self.path / "study.db"):
             raise UsageError(f"{self.path} is a study, not a run; give another --run-name")
-        check_output_folder(self.path, _PLACE)
+        place = f"--checkpoint-dir or {self.name_option}"
+        check_output_folder(self.path, place)
         with contextlib.ExitStack() as held:
             is_new = not self.path.exists()
-            with output_errors(self.path, _PLACE):
+            with output_errors(self.path, place):
                 self.path.mkdir(parents=True, exist_ok=True)
                 sync(self.path.parent)
             try:
-                with output_errors(self.path / "lock", _PLACE):
+                with output_errors(self.path / "lock", place):
                     held.enter_context(locked(self.path / "lock"))
             except AlreadyLockedError as error:
                 raise RunLockedError(
-                    f"{error.holder} is writing the run {self.path}; wait for it, stop it, or give another --run-name"
+                    f"{error.holder} is writing the run {self.path}; "
+                    f"wait for it, stop it, or give another {self.name_option}"
                 ) from error
             for name in ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py"):
-                check_output_file(self.path / name, _PLACE)
+                check_output_file(self.path / name, place)
             for folder in (self.checkpoints, self.path / "quarantine"):
-                check_output_folder(folder, _PLACE)
-            self.check_report(option=_PLACE)
+                check_output_folder(folder, place)
+            self.check_report(option=place)
             self._lock = identity(self.path / "lock")
             try:
                 yield

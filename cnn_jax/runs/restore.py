@@ -211,7 +211,7 @@ def usable_states(
         if saved["data"] != now["data"]:
             raise InputFileError(
                 f"the data in {settings.dataset_dir or settings.dataset} are not those that the run "
-                f"{folder.path} was trained on; bring them back, or give another --run-name, or --fresh"
+                f"{folder.path} was trained on; bring them back, or {folder.anew}"
             )
         return restored.state
     states = to_host(start_states(program))
@@ -221,7 +221,7 @@ def usable_states(
         features, classes = saved["settings"]["features"], np.size(weights["fc"]["bias"])
         raise UsageError(
             f"the run {folder.path} has the weights of a network with --features {' '.join(map(str, features))} and "
-            f"{classes} classes; train it on with those, or give another --run-name, or --fresh"
+            f"{classes} classes; train it on with those, or {folder.anew}"
         )
     params = jax.tree.map(lambda now, saved: np.broadcast_to(saved, now.shape), states.params, weights)
     return states._replace(params=params, ema_params=None if states.ema_params is None else params)
@@ -236,7 +236,7 @@ def recorded_metrics(folder: RunFolder, meta: dict, warn: Callable[[str], None])
     if "metrics" not in meta:
         return folder.read_metrics()
     source = f"the checkpoint of step {meta['step']} in {folder.path}"
-    lines = [convert(line, EpochRecord, source=source, remedy="start anew with --fresh") for line in meta["metrics"]]
+    lines = [convert(line, EpochRecord, source=source, remedy=folder.anew) for line in meta["metrics"]]
     metrics = [EpochMetrics.of_record(line) for line in lines]
     if not folder.holds_metrics(metrics):
         warn(f"{folder.path / 'metrics.jsonl'} was edited or lost lines; the numbers are those of the checkpoint")

@@ -511,7 +511,7 @@ def restore_saved(
       InputFileError: the data have changed since.
       NoCheckpointError: there are checkpoints, and none is sound.
     """
-    folder, remedy = run.folder.path, "give them as they were, another --run-name, or --fresh"
+    folder, remedy = run.folder.path, f"give them as they were, or {run.folder.anew}"
     try:
         saved = None if checkpoints is None else restore_latest(checkpoints, settings, sizes, program)
     except UsageError as error:

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import time
 from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -21,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.restore import restore_run
 from cnn_jax.runs.settings import TrainSettings
+from cnn_jax.runtime.errors import StorageError
 from tests.helpers import assert_same_bits, write_idx
 
 pytestmark = pytest.mark.optax_promotes
@@ -566,6 +568,7 @@ def without_the_rate(folder):
         (with_the_rate("x"), 65, "the learning_rate x"),
         (with_the_rate(99.0), 65, "the learning_rate 99.0"),
         (without_the_rate, 65, "does not record learning_rate"),
+        (lambda folder: edit(folder, ["DELETE FROM trial_values"]), 65, "trial 0 has no score"),
         (edited("trials", "number", None), 65, "no trial 0"),
         (edited("trials", "number", 7), 65, "no trial 0"),
     ],
@@ -578,6 +581,22 @@ def test_a_study_that_cannot_be_used_is_named_and_left_as_it_is(command, argumen
     assert not re.search(r"\w(Error|Exception)\b|index out of range|line 1 column", err)  # Python's words
     assert ended == code
     assert files_of(begun) == before
+
+
+def test_a_study_that_finds_the_disk_full_leaves_nothing_of_itself(begin, tmp_path, monkeypatch):
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    monkeypatch.setattr(optuna, "create_study", mock.Mock(side_effect=full))
+    with pytest.raises(StorageError, match="disk is full"):
+        begin()
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["lock"]
+
+
+def test_what_is_in_the_way_of_a_trial_is_told_with_what_a_sweep_can_change(command, arguments, begun):
+    (begun / "trial-1").write_text("in the way")
+    code, _, err = command("sweep", *SAME, *arguments, "--trials", 2)
+    assert code == 4
+    assert_one_line(err.splitlines()[-1], begun / "trial-1", "give another --checkpoint-dir or --study")
 
 
 @pytest.mark.parametrize(

@@ -251,8 +251,8 @@ def too_large(tensors):
     [
         (without, "fc.bias is missing"),
         (with_another, "fc2.weight is not part of the network"),
-        (transposed, "fc.weight has shape (3136, 10), not (10, 3136)"),
-        (in_half, "layer1.0.weight is float16, not float32"),
+        (transposed, "fc.weight has shape (3136, 10), not (10, 3136); give the weights of one that does"),
+        (in_half, "layer1.0.weight is float16, not float32; save plain float32 tensors, such as model.float()"),
         (not_finite, "layer2.0.bias holds values that are not finite"),
         (too_large, "fc.bias holds values that are not finite, or so large that the logits may overflow"),
     ],

@@ -119,7 +119,7 @@ def test_changed_code_is_refused_with_what_changed_and_trains_under_another_name
         "idea.py: line 10 was 'x = nn.relu(nn.Dense(8)(images.reshape(images.shape[0], -1)))' and is 'x = nn.gelu("
         in err
     )
-    assert err.endswith("give them as they were, another --run-name, or --fresh\n")
+    assert err.endswith("give them as they were, or give another --run-name, or --fresh\n")
     assert steps == sorted((tmp_path / "run" / "steps").iterdir())  # nothing was taken for damage
     assert not (tmp_path / "run" / "quarantine").exists()
     assert train("--run-name", "gelu", epochs=1)[0] == 0

@@ -260,7 +260,7 @@ def test_a_run_without_a_sound_checkpoint_ends_with_3_and_says_what_to_do(train,
     for _ in range(2):
         code, out, err = train(epochs=1)
         assert (code, out) == (3, "")
-        assert err.splitlines()[-1].endswith("start anew with --fresh")
+        assert err.splitlines()[-1].endswith("give another --run-name, or --fresh")
     assert train("--fresh", epochs=1)[0] == 0
 
 
