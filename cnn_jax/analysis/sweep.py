@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import os
+import resource
 import sqlite3
 import statistics
 import threading
@@ -42,6 +43,7 @@ from cnn_jax.runs.train import train_together
 from cnn_jax.runtime.devices import device_bytes, start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import (
+    ALLOW_LARGER,
     CnnJaxError,
     InputFileError,
     NonFiniteLossError,
@@ -354,9 +356,10 @@ def _failures_named(file: Path, *, reading: bool = False) -> Iterator[None]:
             raise InputFileError(
                 f"{file} is damaged or not this study's ({reason}); bring a sound copy back, or give another --study"
             ) from error
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        remedy = ALLOW_LARGER if limited else "see to the disk and its permissions"
         raise StorageError(
-            f"{file} cannot be read or written ({reason}); see to the disk and its permissions, "
-            "or give another --checkpoint-dir"
+            f"{file} cannot be read or written ({reason}); {remedy}, or give another --checkpoint-dir"
         ) from error
 
 

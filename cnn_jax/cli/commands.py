@@ -31,6 +31,7 @@ from cnn_jax.runs.settings import (
     RECIPE_DEFAULTS,
     RECIPES,
     SHORT,
+    TEXT,
     Epochs,
     Must,
     Platform,
@@ -69,6 +70,8 @@ class CommonOptions:
     def run_folder(self, run: str) -> Path:
         """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`."""
         given, named = Path(run), self.checkpoint_dir / run
+        for folder in (given, named):
+            require(TEXT.holds(folder), "RUN", run, TEXT.needed)
         is_other = not (given / "config.json").exists() and (named / "config.json").exists()
         return given if os.path.isdir(run) and not is_other else named
 

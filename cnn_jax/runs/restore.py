@@ -121,23 +121,23 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
 
     Raises:
       NoCheckpointError: there is no such run, or no checkpoint in it that can be used.
-      InputFileError: config.json is not what the checkpoint was trained with, or the data have changed since.
+      InputFileError: config.json is not what the checkpoint was trained with, or the data have changed or moved since.
     """
     settings = folder.read_settings(data_dir)
+    if settings.dataset_dir is not None and not settings.dataset_dir.is_dir():
+        raise InputFileError(
+            f"the data that the run {folder.path} was trained on are no longer in {settings.dataset_dir}; bring them "
+            "back, or start its training command again with the --dataset-dir in which they are"
+        )
     with open_checkpoints(folder.checkpoints, writing=False, warn=warn) as checkpoints:
         mesh = make_mesh(settings.seeds, jax.devices())
         try:
             dataset = load_run_data(settings)
             sizes = Sizes.of(dataset, settings)
             check_resources(settings, sizes, mesh, device_bytes())
-        except UsageError as error:  # the run was trained, so it fitted
-            if settings.dataset_dir is not None and not settings.dataset_dir.is_dir():
-                raise
-            raise unreadable(folder.path / "config.json", error, REMEDY) from error
-        program = make_program(settings, sizes, mesh)
-        try:
+            program = make_program(settings, sizes, mesh)
             restored = restore_latest(checkpoints, settings, sizes, program)
-        except UsageError as error:
+        except UsageError as error:  # the run was trained, so it fitted
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")

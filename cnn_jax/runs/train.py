@@ -55,7 +55,7 @@ from cnn_jax.runs.summary import Result, epoch_metrics, introduce, show_epoch, s
 from cnn_jax.runtime.devices import describe_devices, device_bytes, start_devices
 from cnn_jax.runtime.display import Display, Stopwatch
 from cnn_jax.runtime.distributed import all_gather, is_process_0, joined, may_wait, on_process_0, require_agreement
-from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError, UsageError
+from cnn_jax.runtime.errors import NonFiniteLossError, StopSignalError, UsageError, text_of
 from cnn_jax.runtime.signals import StopRequest, listen_for_stop
 
 # The steps of a segment take about this long. After each, the bar moves and a signal is answered.
@@ -580,8 +580,16 @@ def profiled(run_steps: Callable, calls: Iterator[int], folder: Path, display: D
     def run(*arguments):
         if next(calls) != 2:
             return run_steps(*arguments)
-        with jax.profiler.trace(folder):
-            result = jax.block_until_ready(run_steps(*arguments))
+        result = None
+        try:
+            with jax.profiler.trace(folder):
+                result = jax.block_until_ready(run_steps(*arguments))
+        except Exception as error:
+            if result is None:
+                raise
+            reason = text_of(error).partition("\n")[0]
+            display.say(f"the trace in {folder} could not be written ({reason}); the training goes on")
+            return result
         *_, first, stop = arguments
         display.say(f"a trace of {stop - first} steps is in {folder}")
         return result

@@ -130,6 +130,9 @@ def check_output_file(file: Path, option: str) -> None:
     """
     with output_errors(file, option):
         _check_folder(_target(file).parent)
+        for stream in (1, 2):
+            if file.exists() and os.path.samestat(file.stat(), os.fstat(stream)):
+                raise OSError(errno.EINVAL, "the program prints there")
 
 
 def check_output_folder(folder: Path, option: str) -> None:

@@ -107,6 +107,7 @@ def test_a_file_that_is_far_too_large_is_damaged_and_not_read(name, tmp_path):
         ({"validation": 30}, "validation was none and is 30"),
         ({"epochs": 1.0}, "epochs was 2 and is 1"),
         ({"features": [10**9, 10**9]}, "GiB of memory"),
+        ({"hyperparameters": ["a=1"]}, "--hyperparameters a: it must be left out"),
         # With these, the data do not fit.
         ({"validation": 1029}, "--batch-size 100: it must be at most 1"),
         ({"validation": 10**30}, "--validation"),
@@ -123,6 +124,16 @@ def test_settings_that_were_edited_are_named(changes, key, run, command):
     # Nothing is taken for damage whose digest is right.
     assert sorted(path.name for path in run.checkpoints.iterdir()) == before
     assert not (run.path / "quarantine").exists()
+
+
+def test_a_run_whose_data_were_moved_says_what_gives_it_their_place(run, command, tmp_path):
+    edit(run.path / "config.json", dataset_dir=str(tmp_path / "moved"))
+    code, out, err = command("evaluate", run.path)
+    assert (code, out, err.count("\n")) == (65, "", 1)
+    told = (
+        f"the run {run.path} was trained on are no longer in {tmp_path}/moved; bring them back, or start its training"
+    )
+    assert told in err
 
 
 def test_the_training_command_writes_edited_settings_anew(run, command, again):

@@ -468,6 +468,15 @@ def test_a_profile_is_a_trace_of_steps_in_the_middle_of_the_training(train, tmp_
     assert any(path.suffix == ".pb" for path in (tmp_path / "profile").rglob("*"))
 
 
+def test_a_training_goes_on_where_its_profile_cannot_be_written(train, tmp_path):
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "plugins").write_text("in the way")
+    code, _, err = train("--profile", tmp_path / "profile", epochs=2)
+    assert code == 0
+    assert f"the trace in {tmp_path / 'profile'} could not be written (" in err
+    assert "; the training goes on\n" in err
+
+
 def test_a_training_too_short_for_a_profile_says_so(train, tmp_path):
     code, _, err = train("--profile", tmp_path / "profile", epochs=0.5)
     assert code == 0

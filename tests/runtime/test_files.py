@@ -205,6 +205,16 @@ def test_a_command_refuses_its_output_at_once(kind, command, tmp_path):
     assert_refused([*COMMANDS[command], "--output", path], path, "--output")
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_no_output_takes_the_place_of_what_is_printed(stream, tmp_path):
+    command = [sys.executable, "-m", "cnn_jax", *COMMANDS["export"], "--output", f"/dev/{stream}"]
+    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
+        ended = subprocess.run(command, cwd=ROOT, stdout=out, stderr=err, timeout=60, check=False)
+    assert (ended.returncode, (tmp_path / "stdout").read_text()) == (4, "")
+    line = f"error: cannot write /dev/{stream} (the program prints there); give another --output\n"
+    assert (tmp_path / "stderr").read_text() == line
+
+
 def assert_refused(arguments, path, options):
     """The program ends with 4 in a line, before JAX is imported."""
     code = "import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); "

@@ -147,6 +147,11 @@ def test_a_folder_that_orbax_cannot_write_to_is_refused_at_once():
     assert run(["train.py", "--checkpoint-dir", "a\udcff"]) == (2, b"", line)
 
 
+def test_nor_is_a_run_looked_for_there():
+    line = b"error: RUN a\\xff: it must be text in UTF-8\n"
+    assert run(["-m", "cnn_jax", "evaluate", "a\udcff"]) == (2, b"", line)
+
+
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.text())
 def test_printable_text_is_one_line_and_stays_as_it_is(text):
