@@ -12,10 +12,10 @@ if 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < 2**24:
     sys.dont_write_bytecode = True
 
 if TYPE_CHECKING:
-    from cnn_jax.cli.interface import load, train
+    from cnn_jax.cli.interface import CnnJaxError, load, train
 
 __version__ = "0.2.0.dev0"
-__all__ = ["load", "train"]
+__all__ = ["CnnJaxError", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

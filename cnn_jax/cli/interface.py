@@ -19,7 +19,7 @@ from cnn_jax.inference.predict import as_text, in_file
 from cnn_jax.inference.preprocess import Box, check_takes_pictures
 from cnn_jax.inference.pretrained import Reading, TrainedModel, load_packaged, load_trained_run
 from cnn_jax.runs.settings import TrainSettings
-from cnn_jax.runtime.devices import start_devices
+from cnn_jax.runtime.devices import require_own_devices, start_devices
 from cnn_jax.runtime.display import Display
 from cnn_jax.runtime.errors import CnnJaxError, StorageError, UsageError, describe_failure, lacks_memory
 from cnn_jax.runtime.records import typed_as
@@ -31,6 +31,7 @@ T = TypeVar("T")
 def _documented_failures() -> Iterator[None]:
     """Raise what the command would end with as a `CnnJaxError`, also where the system refuses a file or memory."""
     try:
+        require_own_devices()
         yield
     except CnnJaxError:
         raise

@@ -181,7 +181,10 @@ def differing_settings(saved: dict, now: dict) -> list[str]:
     """
     if saved["step"] == 0:
         return []
-    after, differing = now["settings"], differences(saved["settings"], now["settings"])
+    before, after = saved["settings"], now["settings"]
+    if saved["data"] == now["data"]:  # they may have been moved
+        before = before | {"dataset_dir": after["dataset_dir"]}
+    differing = differences(before, after)
     # The tutorial's steps are the same however many follow; a schedule's are not. Earlier programs record no epochs.
     epochs = saved.get("epochs", now["epochs"])
     if now["epochs"] < epochs or (now["epochs"] != epochs and after["recipe"] != "tutorial"):

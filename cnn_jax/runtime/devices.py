@@ -44,6 +44,7 @@ SETTINGS = {
 }
 # They log the traceback of a failed callback, which the failure that JAX raises then has, too.
 TWICE_TOLD = ("jax._src.callback", "jax._src.debugging")
+_processes_of_jax: set[int] = set()  # those in which JAX was started: this one, and what it was forked from
 MOST_DEVICES = 1024  # parts that a CPU can be divided into; each takes threads, and many more never start
 
 
@@ -59,6 +60,7 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
         process computes on another platform already.
     """
     _check_variables()
+    require_own_devices()
     # As the user gave them: some are set below.
     variables = _variables("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
     wanted = f"--platform {platform}" if platform else variables
@@ -78,6 +80,7 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
     try:
         with _quiet_plugins():
             started = jax.devices()[0].platform
+        _processes_of_jax.add(os.getpid())
     except Exception as error:  # a plugin lets through whatever it meets
         jax.config.update("jax_platforms", before)  # a later call may ask for another
         reason = re.split(r"\n| \((?:you may need|set JAX)", str(error))[0].strip("; ") or type(error).__name__
@@ -88,6 +91,19 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
     if platform not in (None, started):  # JAX starts once, and then gives what it has started
         jax.config.update("jax_platforms", before)
         raise UsageError(f"--platform {platform}: this process computes on {started} already; start a new one for it")
+
+
+def require_own_devices() -> None:
+    """Refuse to compute in a process that was forked from one in which JAX runs: it would wait for ever.
+
+    Raises:
+      UsageError: saying how to start one that can.
+    """
+    if _processes_of_jax - {os.getpid()}:
+        raise UsageError(
+            "this process was forked from one that has used JAX, and cannot use it; start processes by "
+            "multiprocessing.get_context('spawn')"
+        )
 
 
 def fix_algorithms() -> None:

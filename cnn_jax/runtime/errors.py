@@ -20,6 +20,9 @@ class CnnJaxError(Exception):
 
     exit_code = 8  # that of a failure that no subclass foresees: the program's own
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class UsageError(CnnJaxError):
     """The command line is wrong, or its settings do not fit the data, the machine or the run."""

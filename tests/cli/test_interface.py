@@ -223,16 +223,42 @@ def test_outside_the_main_thread_a_training_is_the_same(small_mnist, tmp_path):
     assert there.accuracies == cnn_jax.train(run_name="here", **settings).accuracies
 
 
+FORKED = """
+import os, warnings
+import cnn_jax
+warnings.simplefilter("ignore")  # JAX's of the fork
+network = cnn_jax.load()
+if os.fork() == 0:
+    for call in (lambda: network.predict("docs/four.jpg"), cnn_jax.load, lambda: cnn_jax.train(epochs=1)):
+        try:
+            call()
+        except cnn_jax.CnnJaxError as error:
+            print(error.exit_code, error, flush=True)
+    os._exit(0)
+os.wait()
+print(network.predict("docs/four.jpg")[0].text)
+"""
+
+
+def test_a_process_that_was_forked_says_so_and_does_not_wait_for_ever(program):
+    out, err = program("-c", FORKED).communicate(timeout=120)
+    *told, answer = out.splitlines()
+    line = (
+        "2 this process was forked from one that has used JAX, and cannot use it; start processes by multiprocessing."
+    )
+    assert [each.startswith(line) for each in told] == [True] * 3, out + err
+    assert answer == "4"
+
+
 PLATFORMS = """
 import sys
 from pathlib import Path
 import cnn_jax
-from cnn_jax.runtime.errors import CnnJaxError
 def trained(platform):
     settings = {"features": (2, 4), "dataset_dir": Path(sys.argv[1]), "checkpoint_dir": Path(sys.argv[2])}
     try:
         return cnn_jax.train(epochs=0.1, platform=platform, **settings).run.name
-    except CnnJaxError as error:
+    except cnn_jax.CnnJaxError as error:
         return str(error)
 for platform in ("tpu", "cpu", None, "tpu"):
     print(trained(platform))
@@ -261,4 +287,4 @@ def test_the_pages_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     exec(second.replace("epochs=2", f"epochs=1, features=(4, 8), dataset_dir={str(small_mnist)!r}"), scope)
     assert (tmp_path / "checkpoints" / "from-python" / "report.html").exists()
-    assert issubclass(UsageError, CnnJaxError)
+    assert cnn_jax.CnnJaxError is CnnJaxError

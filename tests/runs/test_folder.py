@@ -126,7 +126,7 @@ def test_settings_that_were_edited_are_named(changes, key, run, command):
     assert not (run.path / "quarantine").exists()
 
 
-def test_a_run_whose_data_were_moved_says_what_gives_it_their_place(run, command, tmp_path):
+def test_a_run_whose_data_were_moved_goes_on_with_them_where_they_are(run, command, small_mnist, tmp_path):
     edit(run.path / "config.json", dataset_dir=str(tmp_path / "moved"))
     code, out, err = command("evaluate", run.path)
     assert (code, out, err.count("\n")) == (65, "", 1)
@@ -134,6 +134,12 @@ def test_a_run_whose_data_were_moved_says_what_gives_it_their_place(run, command
         f"the run {run.path} was trained on are no longer in {tmp_path}/moved; bring them back, or start its training"
     )
     assert told in err
+    shutil.copytree(small_mnist, tmp_path / "moved")
+    assert command("evaluate", run.path)[0] == 0
+    where = ("--dataset-dir", tmp_path / "moved", "--checkpoint-dir", tmp_path, "--run-name", "run")
+    code, _, err = command("train", *where, *SMALL, "--epochs", 2)
+    assert code == 0, err
+    assert "this run is finished" in err
 
 
 def test_the_training_command_writes_edited_settings_anew(run, command, again):
