@@ -57,8 +57,10 @@ ANOTHER, CUT, NO_CHARACTER, LEFT_OUT = 0.2, 0.3, 5.0, 3.5
 # All that is found may be one character if the largest has this share of the box around it,
 # and if to read it costs at most this.
 ONE, READABLE = 0.7, 0.6
-# Cuts are at least this far apart, in heights of the line, and cross ink for at most this share of it.
-APART, THROUGH = 0.08, 0.45
+# Cuts go through rows at these shares of a part's height. They cross ink for at most this share of the line's height,
+# and between two lies at least this much ink, in squares of the line's height: a digit has about a tenth of it.
+STARTS = 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9
+THROUGH, LEAST_INK = 0.45, 0.02
 # Pixels around a character that may have some of its ink.
 BORDER = 2
 
@@ -358,30 +360,47 @@ def _columns(line: list[Piece]) -> list[list[Piece]]:
 def _cut(part: Piece, height: float) -> Iterator[Piece]:
     """Yield the pieces of a part that may be several characters, from left to right.
 
-    Each cut is the path from top to bottom, by single pixels down or down and aside, that crosses the least ink.
+    A cut is a path from top to bottom, by single pixels down or down and aside, that crosses the least ink of all
+    through a pixel of one of some rows. Those that cross the least ink come first; others neither cross them nor lie
+    close to them.
     """
     mask = part.mask
-    if mask.shape[1] <= SINGLE * height or mask.shape[0] <= SINGLE * height:
+    rows, columns = mask.shape
+    if columns <= SINGLE * height or rows <= SINGLE * height:
         yield part
         return
     down, up = _least_ink(mask), _least_ink(mask[::-1])[::-1]
-    middle = mask.shape[0] // 2
-    through = down[middle] + up[middle] - mask[middle]
-    apart = max(2, round(APART * height))
-    lowest = (through == ndimage.minimum_filter1d(through, 2 * apart + 1)) & (through <= THROUGH * height)
-    columns = np.nonzero(lowest)[0]
-    number = np.zeros(mask.shape, int)  # how many of the cuts lie to the left of each pixel
-    last = 0
-    for column in columns[(columns >= apart) & (columns < mask.shape[1] - apart)]:
-        if column - last >= apart:
-            last = column
-            path = _path(down, up, column, middle)
-            number += np.arange(mask.shape[1]) >= path[:, np.newaxis]
-    for i in range(number.max() + 1):
+    starts = [int(share * rows) for share in STARTS]
+    paths = _paths(down, up, starts)
+    through = (down + up - mask)[starts].ravel()
+    # How much ink of each row lies to the left of a path; none of it, or all of it, may not be a cut either.
+    left = np.pad(mask, ((0, 0), (1, 0))).cumsum(axis=1)[np.arange(rows), paths]
+    order = np.argsort(through, kind="stable")[: np.count_nonzero(through <= THROUGH * height)]
+    cuts: list[np.ndarray] = []
+    for ink in np.zeros(rows, int), mask.sum(axis=1):
+        order = order[_are_beside(left[order], ink, LEAST_INK * height**2)]
+    while len(order):
+        cuts.append(paths[order[0]])
+        order = order[_are_beside(left[order], left[order[0]], LEAST_INK * height**2)]
+    # How many of the cuts lie to the left of each pixel.
+    number = sum((np.arange(columns) >= cut[:, np.newaxis] for cut in cuts), np.zeros(mask.shape, int))
+    for i in range(len(cuts) + 1):
         piece = mask & (number == i)
-        if piece.any():
-            rows, columns = ndimage.find_objects(piece.astype(int))[0]
-            yield Piece(part.top + rows.start, part.left + columns.start, piece[rows, columns])
+        box = ndimage.find_objects(piece.astype(int))[0]
+        yield Piece(part.top + box[0].start, part.left + box[1].start, piece[box])
+
+
+def _are_beside(left: np.ndarray, other: np.ndarray, least: float) -> np.ndarray:
+    """Return which paths do not cross another, and have at least so much ink between them and it.
+
+    Args:
+      left: How much ink lies to the left of each path in each row, (N, h).
+      other: The same of the other one, (h,).
+      least: In pixels.
+    """
+    between = left - other
+    crossing = (between > 0).any(axis=1) & (between < 0).any(axis=1)
+    return ~crossing & (np.abs(between).sum(axis=1) >= least)
 
 
 def _least_ink(mask: np.ndarray) -> np.ndarray:
@@ -392,15 +411,22 @@ def _least_ink(mask: np.ndarray) -> np.ndarray:
     return least
 
 
-def _path(down: np.ndarray, up: np.ndarray, column: int, middle: int) -> np.ndarray:
-    """Return the column in each row, (h,), of the cheapest path through one pixel of the middle row."""
-    path = np.full(len(down), column)
-    for rows, least in (range(middle - 1, -1, -1), down), (range(middle + 1, len(down)), up):
-        current = column
-        for row in rows:
-            near = least[row, max(0, current - 1) : current + 2]
-            # Straight on, where nothing is gained by going aside.
-            straight = current - max(0, current - 1)
-            current += 0 if near[straight] == near.min() else int(near.argmin()) - straight
-            path[row] = current
-    return path
+def _paths(down: np.ndarray, up: np.ndarray, starts: list[int]) -> np.ndarray:
+    """Return the column in each row, (N * w, h), of the cheapest path through each pixel of N rows."""
+    height, width = down.shape
+    paths = np.tile(np.arange(width), (len(starts), height, 1))
+    above, below = _next_columns(down), _next_columns(up)
+    for path, start in zip(paths, starts, strict=True):
+        for row in range(start - 1, -1, -1):
+            path[row] = above[row][path[row + 1]]
+        for row in range(start + 1, height):
+            path[row] = below[row][path[row - 1]]
+    return paths.transpose(0, 2, 1).reshape(-1, height)
+
+
+def _next_columns(least: np.ndarray) -> np.ndarray:
+    """Return the columns, (h, w), in which paths through the columns of a neighbouring row are cheapest in each row."""
+    sides = np.pad(least, ((0, 0), (1, 1)), constant_values=np.iinfo(least.dtype).max)
+    # Straight on, where nothing is gained by going aside.
+    near = np.stack([least, sides[:, :-2], sides[:, 2:]])
+    return np.arange(least.shape[1]) + np.array([0, -1, 1])[near.argmin(axis=0)]

@@ -29,6 +29,8 @@ SMALLEST_PART = 0.05
 HOLE = 5
 # The stroke widths of 95 % of MNIST's digits lie between these two, in the network's pixels.
 STROKE_WIDTHS = (1.9, 4.0)
+# What is wider is a blot: MNIST's widest stroke has 6, and small digits by a thick pen have a little more.
+BLOT = 8
 
 
 class Character(NamedTuple):
@@ -208,7 +210,7 @@ def lay_out(shape: np.ndarray) -> np.ndarray | None:
     """Give a shape, (h, w) bool, DETAIL times its final size, strokes as wide as MNIST's, shrink it and centre it.
 
     Returns:
-      (28, 28, 1), uint8; None if the shape is empty.
+      (28, 28, 1), uint8; None if the shape is empty or a blot.
     """
     narrowest, widest = (DETAIL * width for width in STROKE_WIDTHS)
     closed = ndimage.grey_closing(np.pad(shape, round(narrowest)).astype(np.uint8), size=(HOLE, HOLE))
@@ -218,6 +220,8 @@ def lay_out(shape: np.ndarray) -> np.ndarray | None:
     inside = np.asarray(ndimage.distance_transform_edt(shape))
     # A stroke's pixels are on average a quarter of its width away from its edge.
     width = 4 * inside[shape].mean()
+    if width > BLOT * DETAIL:
+        return None
     growth = (np.clip(width, narrowest, widest) - width) / 2
     grown = np.asarray(ndimage.distance_transform_edt(~shape)) < growth if growth > 0 else inside > -growth
     return _centre(_fit(grown)) if grown.any() else None

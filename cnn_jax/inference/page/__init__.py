@@ -27,6 +27,7 @@ from cnn_jax.inference.pretrained import (
     DETECTOR,
     DIGITS,
     LEAST_BESIDE_DIGITS,
+    LEAST_OF_SEVERAL,
     LEAST_PROBABILITY,
     TrainedModel,
     read_trained,
@@ -101,6 +102,7 @@ def _embed(trained: TrainedModel) -> dict[str, Any]:
             "digits": len(DIGITS),
             "least": LEAST_PROBABILITY,
             "least_beside_digits": LEAST_BESIDE_DIGITS,
+            "least_of_several": LEAST_OF_SEVERAL,
         }
     return {
         "constants": {

@@ -6,7 +6,8 @@
 
 const {
   SLOPES, ENCLOSED, THIN, DASH, BESIDE, ACROSS, FAINT, SMALLEST_SHARE, SPECK, MOST_PARTS, STACKED, WHOLE, SHORTEST, SINGLE,
-  WIDEST, LOWEST, TALLEST, MOST_PIECES, ANOTHER, CUT, NO_CHARACTER, LEFT_OUT, ONE, READABLE, APART, THROUGH, BORDER,
+  WIDEST, LOWEST, TALLEST, MOST_PIECES, ANOTHER, CUT, NO_CHARACTER, LEFT_OUT, ONE, READABLE, STARTS, THROUGH, LEAST_INK,
+  BORDER,
 } = embedded.constants;
 
 // Returns the characters, {box, image}, of each line, and what all that is found is as one character, or null.
@@ -246,36 +247,51 @@ function bestOf({pieces, cuts, spans}, costs) {
 
 // The pieces of a part that may be several characters, from left to right, along the paths that cross the least ink.
 function cut(part, height) {
-  const {mask} = part;
-  if (mask.width <= SINGLE * height || mask.height <= SINGLE * height) return [part];
-  const {width} = mask, rows = [...Array(mask.height).keys()], middle = mask.height >> 1;
-  const down = leastInk(mask, rows), up = leastInk(mask, rows.slice().reverse());
-  const through = Array.from({length: width}, (_, x) => {
-    const i = middle * width + x;
-    return down[i] + up[i] - mask.data[i];
+  const {mask} = part, {width} = mask;
+  if (width <= SINGLE * height || mask.height <= SINGLE * height) return [part];
+  const rows = [...Array(mask.height).keys()], inkTo = rows.map(row => {
+    const ink = new Int32Array(width + 1);
+    for (let x = 0; x < width; x++) ink[x + 1] = ink[x] + mask.data[row * width + x];
+    return ink;
   });
-  const apart = Math.max(2, roundHalfToEven(APART * height)), places = reflections(width, apart);
-  const lefts = new Int32Array(mask.data.length); // how many of the cuts lie to the left of each pixel
-  let count = 0, last = 0;
-  for (let x = apart; x < width - apart; x++) {
-    const near = places.slice(x, x + 2 * apart + 1).map(place => through[place]);
-    if (through[x] > THROUGH * height || through[x] !== Math.min(...near) || x - last < apart) continue;
-    [count, last] = [count + 1, x];
-    pathThrough(down, up, mask, x, middle).forEach((beginning, row) => {
-      for (let column = beginning; column < width; column++) lefts[row * width + column]++;
-    });
+  const down = leastInk(mask, rows), up = leastInk(mask, rows.slice().reverse()), candidates = [];
+  for (const start of STARTS.map(share => Math.floor(share * mask.height)))
+    for (let x = 0; x < width; x++) {
+      const i = start * width + x, through = down[i] + up[i] - mask.data[i];
+      if (through > THROUGH * height) continue;
+      const path = pathThrough(down, up, mask, x, start);
+      candidates.push({through, path, left: path.map((column, row) => inkTo[row][column])});
+    }
+  candidates.sort((a, b) => a.through - b.through);
+  const besideOf = other => ({left}) => areBeside(left, other, LEAST_INK * height * height), cuts = [];
+  let open = candidates.filter(besideOf(rows.map(() => 0))).filter(besideOf(inkTo.map(ink => ink[width])));
+  while (open.length) {
+    cuts.push(open[0].path);
+    open = open.filter(besideOf(open[0].left));
   }
-  const pieces = [];
-  for (let number = 0; number <= count; number++) {
+  const lefts = new Int32Array(mask.data.length); // how many of the cuts lie to the left of each pixel
+  for (const path of cuts)
+    path.forEach((beginning, row) => {
+      for (let x = beginning; x < width; x++) lefts[row * width + x]++;
+    });
+  return Array.from({length: cuts.length + 1}, (_, number) => {
     const piece = {...mask, data: mask.data.map((value, i) => value && lefts[i] === number ? 1 : 0)};
     const box = boxAround(piece);
-    if (box === null) continue;
-    pieces.push({
+    return {
       top: part.top + box.top, bottom: part.top + box.bottom, left: part.left + box.left, right: part.left + box.right,
       size: sum(piece.data), mask: maskIn(box, piece, piece.data, 1),
-    });
+    };
+  });
+}
+
+// Whether two paths, with so much ink to the left of them in each row, do not cross, and have at least so much between.
+function areBeside(left, other, least) {
+  let between = 0, beyond = 0;
+  for (let row = 0; row < left.length; row++) {
+    between += Math.max(0, left[row] - other[row]);
+    beyond += Math.max(0, other[row] - left[row]);
   }
-  return pieces;
+  return Math.min(between, beyond) === 0 && between + beyond >= least;
 }
 
 // How many pixels of ink a path from the first of some rows to each pixel of a mask crosses at least.
@@ -290,12 +306,12 @@ function leastInk({width, data}, rows) {
   return least;
 }
 
-// The column in each row of the cheapest path through one pixel of the middle row.
-function pathThrough(down, up, {height, width}, column, middle) {
+// The column in each row of the cheapest path through one pixel of a row.
+function pathThrough(down, up, {height, width}, column, start) {
   const path = Array(height).fill(column);
   for (const [least, step] of [[down, -1], [up, 1]]) {
     let current = column;
-    for (let row = middle + step; row >= 0 && row < height; row += step) {
+    for (let row = start + step; row >= 0 && row < height; row += step) {
       const at = x => x < 0 || x >= width ? Infinity : least[row * width + x];
       const lowest = Math.min(at(current - 1), at(current), at(current + 1));
       if (at(current) !== lowest) current += at(current - 1) === lowest ? -1 : 1;

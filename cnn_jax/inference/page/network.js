@@ -23,9 +23,10 @@ async function read(imageData, pause = async () => {}) {
     const image = preparePicture(colours, network.image_shape, background);
     lines = image === null ? [] : [[image]];
   }
+  const sure = lines.flat().map(image => judge(image).digit >= detector?.least_of_several);
   const readings = lines.map(line => {
     const judged = line.map(judge);
-    let least = detector?.least;
+    let least = sure.length === 1 || sure.includes(true) ? detector?.least : 1;
     if (judged.some(({digit}) => digit >= least)) least = detector.least_beside_digits;
     return judged.map(({classes, digit}, i) => ({
       image: line[i], probabilities: classes,

@@ -8,7 +8,7 @@
 
 const {
   SIZE, FITTED_SIZE, WORKING_SIZE, DETAIL, SMALLEST_SIDE, FAINTEST, GRAIN, SHARE_OF_DARKEST, SMALLEST_PART, HOLE,
-  STROKE_WIDTHS,
+  STROKE_WIDTHS, BLOT,
 } = embedded.constants;
 
 // Pictures: ImageData to {height, width, data: float32 (H, W, 3)} in 0..255, as read_picture's.
@@ -407,6 +407,7 @@ function layOut(shape) {
   const {height, width} = closed;
   const inside = distanceTransform(closed);
   const stroke = 4 * (sum(inside) / sum(closed.data)); // 0 outside the shape
+  if (stroke > BLOT * DETAIL) return null;
   const growth = (Math.min(widest, Math.max(narrowest, stroke)) - stroke) / 2;
   const data = growth > 0
     ? distanceTransform(inverted(closed)).map(distance => distance < growth ? 1 : 0)
