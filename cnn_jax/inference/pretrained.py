@@ -47,7 +47,7 @@ DIGITS = numbers(10)
 LEAST_PROBABILITY, LEAST_BESIDE_DIGITS = 0.28, 0.05
 # Of several characters, one has at least this one: the search tries so many pieces of the ink that of nearly every
 # scribble one is read as a digit with less. No digit of `draw_numbers(seed=11)` to 13 is lost by it.
-LEAST_OF_SEVERAL = 0.75
+LEAST_OF_SEVERAL = 0.7
 AT_ONCE = 16  # images that the networks judge together
 
 
