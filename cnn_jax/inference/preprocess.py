@@ -29,7 +29,8 @@ SMALLEST_PART = 0.05
 HOLE = 5
 # The stroke widths of 95 % of MNIST's digits lie between these two, in the network's pixels.
 STROKE_WIDTHS = (1.9, 4.0)
-# What is wider is a blot: the widest stroke of 1,500 of MNIST's digits has 5.7, and small digits by a thick pen have a little more.
+# What is wider is a blot: the widest stroke of 1,500 of MNIST's digits has 5.7, and small digits by a thick pen have a
+# little more.
 BLOT = 8
 
 
