@@ -161,3 +161,12 @@ def test_digits_close_below_others_are_a_line_of_their_own():
     rows = np.vstack([np.full((40, ink.shape[1]), 250, np.uint8), ink, ink, np.full((40, ink.shape[1]), 250, np.uint8)])
     colours = np.repeat(rows[..., np.newaxis], 3, axis=-1).astype(np.float32)
     assert [len(line) for line in find_characters(colours, None)] == [3, 3]
+
+
+def test_a_printed_line_is_erased_where_it_runs_along_a_stroke_too():
+    picture, boxes = draw_row([8, 4, 8])
+    colours = np.repeat(np.asarray(picture)[..., np.newaxis], 3, axis=-1).astype(np.float32)
+    colours[78] = np.minimum(colours[78], 150)  # through the waists of the 8s, where the ink is as wide as it is tall
+    (line,) = find_characters(colours, None)
+    for character, box in zip(line, boxes, strict=True):
+        np.testing.assert_allclose(character.box, box, atol=6)

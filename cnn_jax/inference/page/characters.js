@@ -78,8 +78,9 @@ function withoutRulings(ink, threshold) {
   const mask = above(ink, threshold), {height, width} = mask;
   const thick = Math.max(THIN, roundHalfToEven(Math.sqrt(mask.data.length) / 50));
   const thin = without(mask, dilate(erode(mask, thick, thick), thick, thick));
-  const across = straight(closeGaps(thin, 1, DASH), Math.floor(width * 8 / 10));
-  const down = transposed(straight(transposed(closeGaps(thin, DASH, 1)), Math.floor(height * 9 / 10)));
+  // Where a line runs along a thick stroke, it goes on below it.
+  const across = straight(either(mask, closeGaps(thin, 1, DASH)), Math.floor(width * 8 / 10));
+  const down = transposed(straight(transposed(either(mask, closeGaps(thin, DASH, 1))), Math.floor(height * 9 / 10)));
   const lines = both(either(across, down), thin);
   for (const part of partsOf(mask)) {
     if (Math.min(heightOf(part), widthOf(part)) <= 2 * SMALLEST_SIDE) continue;
