@@ -43,8 +43,9 @@ SPECK = 3
 MOST_PARTS = 400
 # Parts may be of one character if one lies at most so far below the other, in heights of the taller.
 STACKED = 0.2
-# Two parts of more than this share of the tallest part's height are never of one character.
-WHOLE = 0.7
+# Two parts of more than this share of the tallest part's height are never of one character, and that part has at least
+# the other share of the tallest character's height.
+WHOLE, BROKEN = 0.7, 0.6
 # Parts are pieces of a line's characters if they are at least this tall, in heights of the picture's characters.
 SHORTEST = 0.25
 # A part wider and taller than this, in heights of its line, may be several characters.
@@ -264,7 +265,7 @@ def _is_below(part: Piece, stack: list[Piece], tallest: int) -> bool:
       tallest: The height of the picture's tallest part.
     """
     left, top, right, bottom = _box(stack)
-    if min(bottom - top, part.mask.shape[0]) > WHOLE * tallest:
+    if min(bottom - top, part.mask.shape[0]) > WHOLE * tallest or part.bottom - top > tallest / BROKEN:
         return False
     beside = min(right, part.right) - max(left, part.left)
     gap, taller = part.top - bottom, max(piece.mask.shape[0] for piece in (part, *stack))
@@ -299,7 +300,7 @@ def candidates_of(line: list[Piece]) -> Candidates:
     """Cut a line's parts, and join their pieces in all ways in which they may be characters."""
     _, top, _, bottom = _box(line)
     tallest = max(part.mask.shape[0] for part in line)
-    height = min(bottom - top, tallest / 0.6)  # of a line that is level, or whose characters are not all broken
+    height = min(bottom - top, tallest / BROKEN)  # of a line that is level, or whose characters are not all broken
     found = Candidates([], set(), [])
     for part in line:
         of_part = list(_cut(part, height))

@@ -170,3 +170,15 @@ def test_a_printed_line_is_erased_where_it_runs_along_a_stroke_too():
     (line,) = find_characters(colours, None)
     for character, box in zip(line, boxes, strict=True):
         np.testing.assert_allclose(character.box, box, atol=6)
+
+
+def test_the_loose_bar_of_a_digit_close_below_another_does_not_join_two_lines():
+    colours = np.full((200, 300, 3), 250, np.float32)
+    low = np.asarray(draw_row([0], height=42)[0])[40:102]  # with 10 pixels around it
+    tall = np.asarray(draw_row([0], height=62)[0])[40:122]
+    for left in 30, 150:
+        colours[20 : 20 + len(tall), left : left + tall.shape[1]] = tall[..., np.newaxis]
+        colours[112 : 112 + len(low), left : left + low.shape[1]] = low[..., np.newaxis]
+    colours[104:110, 75:105] = 10  # below the first of the taller digits, and above the first of the others
+    upper, lower = find_characters(colours, None)
+    assert [len(upper), len(lower)] == [2, 2]

@@ -5,9 +5,9 @@
 // A piece is the box around pixels that belong to one character, with their number, `size`, and their `mask` in that box.
 
 const {
-  SLOPES, ENCLOSED, THIN, DASH, BESIDE, ACROSS, FAINT, SMALLEST_SHARE, SPECK, MOST_PARTS, STACKED, WHOLE, SHORTEST, SINGLE,
-  WIDEST, LOWEST, TALLEST, MOST_PIECES, ANOTHER, CUT, NO_CHARACTER, LEFT_OUT, ONE, READABLE, STARTS, THROUGH, LEAST_INK,
-  BORDER,
+  SLOPES, ENCLOSED, THIN, DASH, BESIDE, ACROSS, FAINT, SMALLEST_SHARE, SPECK, MOST_PARTS, STACKED, WHOLE, BROKEN,
+  SHORTEST, SINGLE, WIDEST, LOWEST, TALLEST, MOST_PIECES, ANOTHER, CUT, NO_CHARACTER, LEFT_OUT, ONE, READABLE, STARTS,
+  THROUGH, LEAST_INK, BORDER,
 } = embedded.constants;
 
 // Returns the characters, {box, image}, of each line, and what all that is found is as one character, or null.
@@ -170,6 +170,7 @@ const longerOf = box => Math.max(heightOf(box), widthOf(box));
 function isBelow(part, stack, tallest) {
   const box = boxOf(stack);
   if (Math.min(heightOf(box), heightOf(part)) > WHOLE * tallest) return false;
+  if (part.bottom - box.top > tallest / BROKEN) return false;
   const beside = Math.min(box.right, part.right) - Math.max(box.left, part.left);
   const gap = part.top - box.bottom, taller = Math.max(heightOf(part), tallestOf(stack));
   return beside > 0.3 * Math.min(widthOf(box), widthOf(part)) && gap <= STACKED * taller;
@@ -186,7 +187,7 @@ function shareBeside(box, line, near) {
 // Cuts a line's parts, and joins their pieces in all ways in which they may be characters: `spans` has the numbers of
 // the first piece of each and of the first after it, and `cuts` those of the pieces that were cut from the one before.
 function candidatesOf(line) {
-  const height = Math.min(heightOf(boxOf(line)), tallestOf(line) / 0.6);
+  const height = Math.min(heightOf(boxOf(line)), tallestOf(line) / BROKEN);
   const pieces = [], cuts = new Set(), spans = [];
   for (const part of line)
     cut(part, height).forEach((piece, i) => {
