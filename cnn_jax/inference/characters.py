@@ -147,7 +147,8 @@ def _without_rulings(ink: np.ndarray, threshold: float) -> np.ndarray:
     thick = np.ones((max(THIN, round(np.sqrt(ink.size) / 50)),) * 2)
     thin = mask & ~np.asarray(ndimage.binary_opening(mask, thick), bool)
     # Where a line runs along a thick stroke, it goes on below it.
-    across, down = (mask | ndimage.binary_closing(thin, np.ones(size)) for size in ((1, DASH), (DASH, 1)))
+    closed = (np.asarray(ndimage.binary_closing(thin, np.ones(size)), bool) for size in ((1, DASH), (DASH, 1)))
+    across, down = (mask | dashes for dashes in closed)
     lines = (_straight(across, width * 8 // 10) | _straight(down.T, height * 9 // 10).T) & thin
     for part in _parts(mask):
         if min(part.mask.shape) > 2 * SMALLEST_SIDE:
