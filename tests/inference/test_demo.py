@@ -471,7 +471,7 @@ def test_several_digits_are_read_as_they_are_drawn_and_what_is_uncertain_is_said
     assert "<output>1 7</output>" in html
     assert (html.count("<figure"), html.count("<meter")) == (2, 0)
     ink[:] = 0
-    ink[30:110, 40:46] = ink[30:110, 80:86] = ink[50:56, 20:110] = ink[80:86, 20:110] = 255
+    ink[30:110, 40:46] = ink[30:36, 40:100] = ink[67:73, 40:90] = ink[104:110, 40:100] = 255
     html = demo.render_answer(packaged, ink)
     assert "<output>?</output>" in html
     assert "not sure" in html
