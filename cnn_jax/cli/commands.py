@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes
 from cnn_jax.data.loading import count_train_examples
-from cnn_jax.runs.folder import RunFolder, check_output
+from cnn_jax.runs.folder import RunFolder, check_output, check_output_of_several
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     CLASS_NAMES,
@@ -87,7 +87,7 @@ def train(settings: TrainSettings) -> "Result | None":
     if settings.profile is not None:
         check_output_folder(settings.profile, "--profile")
     if settings.dry_run:
-        check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
+        RunFolder(settings.run_folder).check_place()
     if settings.tensorboard:
         need("tensorboardX", extra="tensorboard")
     train_examples = count_train_examples(
@@ -403,7 +403,7 @@ def import_torch(
         transposed=transposed,
         **vars(common),
     )
-    check_output_folder(settings.run_folder, "--checkpoint-dir or --run-name")
+    RunFolder(settings.run_folder).check_place()
     from cnn_jax.pytorch.import_weights import import_weights
 
     import_weights(file, settings)
@@ -428,7 +428,7 @@ def compare(
       cnn-jax compare --seeds 5
     """
     TrainSettings(seeds=seeds, seed=seed)  # refuses what a training would refuse
-    check_output_folder(output, "--output")
+    check_output_of_several(output)
     need("torch", extra="torch")
     from cnn_jax.pytorch.compare import compare
 
@@ -445,7 +445,7 @@ def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), 
     Examples:
       cnn-jax benchmark --rounds 5
     """
-    check_output_folder(output, "--output")
+    check_output_of_several(output)
     need("torch", extra="torch")
     from cnn_jax.pytorch.benchmark import benchmark
 

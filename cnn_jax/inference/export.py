@@ -267,7 +267,8 @@ def _describe(trained: TrainedModel, takes: Input) -> dict[str, str]:
 def _load_onnx(file: Path, trained: TrainedModel, takes: Input) -> Compute:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    # From its bytes, because onnxruntime takes no path that is not UTF-8.
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: np.asarray(session.run(["logits"], {"images": takes.of(images)})[0])
 
 

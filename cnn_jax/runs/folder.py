@@ -222,6 +222,16 @@ class RunFolder:
             return f"move {self.path} away, or give another --study"
         return "give another --run-name, or --fresh"
 
+    def check_place(self) -> str:
+        """Refuse a folder that cannot be made or written; return the options that decide where it is.
+
+        Raises:
+          StorageError: naming it and them.
+        """
+        options = f"--checkpoint-dir or {self.name_option}"
+        check_output_folder(self.path, options)
+        return options
+
     def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
 
@@ -401,8 +411,7 @@ class RunFolder:
         """
         if os.path.lexists(self.path / "study.db"):
             raise UsageError(f"{self.path} is a study, not a run; give another --run-name")
-        place = f"--checkpoint-dir or {self.name_option}"
-        check_output_folder(self.path, place)
+        place = self.check_place()
         with contextlib.ExitStack() as held:
             is_new = not self.path.exists()
             with output_errors(self.path, place):
@@ -460,9 +469,24 @@ def check_output(file: Path, option: str = "--output") -> None:
         raise StorageError(f"cannot write {file} (it is part of a data set); give another {option}")
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
-        begun = any((folder / name).is_file() for name in ("config.json", "study.db"))
-        if begun and own in STATE_FILES:
+        if own in STATE_FILES and _is_begun(folder):
             raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another {option}")
+
+
+def check_output_of_several(folder: Path, option: str = "--output") -> None:
+    """Refuse a folder for several results that cannot be written, or that is a run's or a study's.
+
+    Raises:
+      StorageError: naming it.
+    """
+    check_output_folder(folder, option)
+    if _is_begun(folder):
+        raise StorageError(f"cannot write {folder} (it is a run or a study); give another {option}")
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder is a run's or a study's."""
+    return any((folder / name).is_file() for name in ("config.json", "study.db"))
 
 
 def _lines(metrics: list[EpochMetrics]) -> str:

@@ -583,11 +583,19 @@ def test_a_study_that_cannot_be_used_is_named_and_left_as_it_is(command, argumen
     assert files_of(begun) == before
 
 
-def test_a_study_that_finds_the_disk_full_leaves_nothing_of_itself(begin, tmp_path, monkeypatch):
-    full = sqlite3.OperationalError("database or disk is full")
-    full.sqlite_errorcode = sqlite3.SQLITE_FULL
-    monkeypatch.setattr(optuna, "create_study", mock.Mock(side_effect=full))
-    with pytest.raises(StorageError, match="disk is full"):
+@pytest.mark.parametrize(
+    ("reason", "code", "remedy"),
+    [
+        ("database or disk is full", sqlite3.SQLITE_FULL, "see to the disk"),
+        ("disk I/O error", sqlite3.SQLITE_IOERR_WRITE, "allow larger files (ulimit -f)"),
+    ],
+)
+def test_a_study_that_cannot_be_written_leaves_nothing_of_itself(reason, code, remedy, begin, tmp_path, monkeypatch):
+    failure = sqlite3.OperationalError(reason)
+    failure.sqlite_errorcode = code
+    monkeypatch.setattr(optuna, "create_study", mock.Mock(side_effect=failure))
+    monkeypatch.setattr("cnn_jax.analysis.sweep.resource.getrlimit", lambda _: (10_000_000, 10_000_000))
+    with pytest.raises(StorageError, match=re.escape(f"({reason}); {remedy}")):
         begin()
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["lock"]
 

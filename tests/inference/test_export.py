@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -66,6 +67,16 @@ def test_a_file_is_tested_on_all_test_images_before_it_is_kept(to, exported):
     assert float(tested.rpartition(" ")[2]) <= 1e-4
     assert done == f"the packaged network, seed 777, after 11,000 steps is now {file}"
     assert not list(file.parent.glob(".*"))
+
+
+def test_an_output_whose_path_is_no_text_is_written_too(command, trained_run, tmp_path):
+    need("onnx")
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    run = trained_run("--features", 4, 8, epochs=1, reported=False)
+    code, _, err = command("export", run, "--to", "onnx", "--output", folder / "model.onnx")
+    assert code == 0, err
+    assert [file.name for file in folder.iterdir()] == ["model.onnx"]
 
 
 # Exports to the given formats while no file may exceed 1,000 bytes.

@@ -113,6 +113,15 @@ def test_of_two_comparisons_in_a_folder_the_second_ends_with_6_in_a_line(measure
     assert f"is writing the comparison {measured}; wait for it, stop it, or give another --output\n" in err
 
 
+@pytest.mark.parametrize("name", ["compare", "benchmark"])
+def test_a_run_is_no_place_for_what_is_measured(name, command, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    code, out, err = command(name, "--output", tmp_path)
+    assert (code, out) == (4, "")
+    assert err == f"error: cannot write {tmp_path} (it is a run or a study); give another --output\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_training_that_fails_ends_the_comparison_with_its_line_and_its_exit_code(program, tmp_path):
     with RunFolder(tmp_path / "runs" / "cnn-jax-seed5-epochs1").locked():
         process = program("-m", "cnn_jax", *ARGUMENTS, tmp_path)
