@@ -213,18 +213,18 @@ def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], most: f
     return optax.incremental_update(params, ema_params, 1 - decay)
 
 
-class Keys(NamedTuple):
-    """The keys of all randomness in a run: of its initial weights, its batches, and its augmentation and dropout."""
+class SeedKeys(NamedTuple):
+    """The keys of all randomness of a seed: of its initial weights, its batches, and its augmentation and dropout."""
 
     init_key: Key[Array, ""]
     order_key: Key[Array, ""]
     noise_key: Key[Array, ""]
 
 
-def make_keys(seed: UInt32[Array, ""] | int) -> Keys:
+def make_keys(seed: UInt32[Array, ""] | int) -> SeedKeys:
     """Return the keys of a seed."""
     # A named generator, so that a machine's JAX settings cannot change a run.
-    return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3))
+    return SeedKeys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3))
 
 
 def create_train_state(

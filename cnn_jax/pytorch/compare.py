@@ -15,7 +15,7 @@ import numpy as np
 
 from cnn_jax.analysis.plots import plot_comparison
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.pytorch.processes import PARTS, SeedResult, ended_early, start_worker, train_in_pytorch
+from cnn_jax.pytorch.processes import PARTS, ComparedRun, ended_early, start_worker, train_in_pytorch
 from cnn_jax.pytorch.variants import KEEP_MEMORY
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.summary import difference_interval, equivalence_p, mean_interval
@@ -68,7 +68,7 @@ class FrameworkResult:
     unscaled_accuracy: Mean
     last_cost: Mean
     seconds: dict[str, float]
-    runs: list[SeedResult]
+    runs: list[ComparedRun]
 
 
 class AgreementSummary(TypedDict):
@@ -161,7 +161,7 @@ def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display)
 
 def _result_of(
     framework: str, seed: int, epochs: int, output: Path, data_dir: Path | None, display: Display
-) -> SeedResult:
+) -> ComparedRun:
     """Train a seed in a framework, unless that has been done, and return its result."""
     name = f"{framework.lower()}-seed{seed}-epochs{epochs}"
     file = output / "runs" / f"{name}.json"
@@ -177,14 +177,14 @@ def _result_of(
         else:
             result = _train_in_jax(seed, epochs, data_dir, file.parent / name)
         _write(file, result)
-    result = decode(read_file(file), SeedResult, source=file, remedy=REMEDY)
+    result = decode(read_file(file), ComparedRun, source=file, remedy=REMEDY)
     if (result.seed, len(result.costs), {*result.seconds}) != (seed, epochs, {*PARTS}):
         found = f"seed {result.seed}, {len(result.costs)} epochs, seconds of {', '.join(result.seconds)}"
         raise unreadable(file, f"it is of another training: {found}", REMEDY)
     return result
 
 
-def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> SeedResult:
+def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> ComparedRun:
     """Train a seed with the command `train`, as a user does, in a process that does not outlive this one."""
     arguments = ["--seed", seed, "--epochs", epochs, "--checkpoint-dir", run.parent, "--run-name", run.name]
     if data_dir is not None:
@@ -200,7 +200,7 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> S
     result, metrics = folder.read_result(), folder.read_metrics()
     if result is None or result.unscaled_test_accuracy is None or not {*names} <= result.seconds.keys():
         raise unreadable(run / "result.json", "numbers are missing", f"delete {run} and run the same command again")
-    return SeedResult(
+    return ComparedRun(
         seed=seed,
         costs=[cost for epoch in metrics for cost in epoch.cost],
         accuracy=result.test_accuracy,
@@ -209,11 +209,11 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> S
     )
 
 
-def _write(file: Path, result: SeedResult | Report | dict) -> None:
+def _write(file: Path, result: ComparedRun | Report | dict) -> None:
     write_atomically(file, json.dumps(json.loads(encode(result)), indent=2) + "\n")
 
 
-def summarize(results: Mapping[str, Sequence[SeedResult]], agreement: AgreementSummary, *, epochs: int) -> Report:
+def summarize(results: Mapping[str, Sequence[ComparedRun]], agreement: AgreementSummary, *, epochs: int) -> Report:
     """Return the report of every seed's results, by framework, and of the agreement from equal weights."""
     ours, theirs = ([run.accuracy for run in results[framework]] for framework in FRAMEWORKS)
     interval = difference_interval(ours, theirs)

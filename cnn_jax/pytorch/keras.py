@@ -1,14 +1,12 @@
 """The tutorial's network in Keras, trained by TensorFlow, which the benchmark measures where it is installed."""
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cnn_jax.data.dataset import Dataset, scale_pixels
-
-RunSteps = Callable[[int], None]
+from cnn_jax.pytorch.variants import RunSteps
 
 
 def make_network(keras: Any) -> Any:

@@ -221,8 +221,8 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-class SeedResult(Record, frozen=True, kw_only=True):
-    """The result of one training.
+class ComparedRun(Record, frozen=True, kw_only=True):
+    """The result of one training in either framework.
 
     Attributes:
       seed: The seed of its initial weights and its shuffling.
@@ -240,7 +240,7 @@ class SeedResult(Record, frozen=True, kw_only=True):
 
 
 def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | None) -> None:
-    """Train one seed in PyTorch and send its `SeedResult`."""
+    """Train one seed in PyTorch and send its `ComparedRun`."""
     begin = time.perf_counter()
     from cnn_jax.pytorch.tutorial import train_torch
 
@@ -249,7 +249,7 @@ def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | 
     run = train_torch(dataset, seed=seed, epochs=epochs, batch_size=BATCH_SIZE, learning_rate=0.001, report=_report)
     seconds = {"starting": starting, **run.seconds}
     numbers = {"costs": run.costs, "accuracy": run.accuracy, "unscaled_accuracy": run.unscaled_accuracy}
-    pipe.send(SeedResult(seed=seed, **numbers, seconds=seconds))
+    pipe.send(ComparedRun(seed=seed, **numbers, seconds=seconds))
 
 
 def _report(line: str) -> None:

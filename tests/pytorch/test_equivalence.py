@@ -21,7 +21,7 @@ from cnn_jax.inference.torch_layout import NAMES, params_from_torch, params_to_t
 from cnn_jax.pytorch.compare import accuracy_table, read_report, summarize, to_markdown  # noqa: E402
 from cnn_jax.pytorch.equivalence import measure_agreement, to_torch_images  # noqa: E402
 from cnn_jax.pytorch.import_weights import read_torch_file  # noqa: E402
-from cnn_jax.pytorch.processes import SeedResult  # noqa: E402
+from cnn_jax.pytorch.processes import ComparedRun  # noqa: E402
 from cnn_jax.pytorch.tutorial import TutorialCNN, TutorialImages, train_torch  # noqa: E402
 from cnn_jax.runs.folder import RunFolder  # noqa: E402
 from cnn_jax.runs.restore import restore_run  # noqa: E402
@@ -316,7 +316,7 @@ def test_the_report_states_its_finding(tmp_path):
     def results(*accuracies):
         seconds = {"starting": 1.0, "compiling": 2.0, "training": 65.0, "testing": 3.0}
         return [
-            SeedResult(seed=seed, costs=[0.2, 0.1], accuracy=value, unscaled_accuracy=value - 0.01, seconds=seconds)
+            ComparedRun(seed=seed, costs=[0.2, 0.1], accuracy=value, unscaled_accuracy=value - 0.01, seconds=seconds)
             for seed, value in enumerate(accuracies)
         ]
 
