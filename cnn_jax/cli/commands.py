@@ -19,6 +19,7 @@ from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes
 from cnn_jax.data.loading import count_train_examples
 from cnn_jax.runs.folder import RunFolder, check_output, check_output_of_several
+from cnn_jax.runs.own_code import OwnCode
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     CLASS_NAMES,
@@ -230,7 +231,12 @@ def predict(
     if not images:
         raise UsageError("IMAGE... is missing; it must be at least one picture file, a folder or -")
     if boxes is not None:
-        check_output(boxes, "--boxes")
+        from cnn_jax.inference.pictures import find_images
+
+        read = list(itertools.chain(*map(find_images, images)))
+        if len(read) > 1:
+            raise UsageError(f"--boxes {boxes}: it is for one picture; give one")
+        check_output(boxes, "--boxes", inputs=read)
     folder = None if run is None else common.run_folder(run)
     from cnn_jax.inference.predict import predict
 
@@ -471,7 +477,8 @@ def plan(target: str, settings: TrainSettings, *, json: bool = False, hlo: Path 
     wanted = find_target(target)
     need("libtpu" if wanted.platform == "tpu" else "jax_cuda13_plugin", extra="plan")
     if hlo is not None:
-        check_output(hlo, "--hlo")
+        own_code = (code for code in (settings.model, settings.recipe) if isinstance(code, OwnCode))
+        check_output(hlo, "--hlo", inputs=[code.file for code in own_code])
     from cnn_jax.analysis.plan import plan
 
     plan(wanted, settings, as_json=json, hlo=hlo)

@@ -219,9 +219,9 @@ class Network:
 
 
 def _of_numpy(value: Any) -> Any:
-    if isinstance(value, jax.Array) and not jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return np.asarray(value)  # the keys of JAX are no numbers
-    return value
+    is_key = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+    # The keys of JAX are no numbers; NumPy's matrices, an array of another kind, always have two axes.
+    return np.asarray(value) if isinstance(value, jax.Array | np.ndarray) and not is_key else value
 
 
 def _kind(value: object) -> str:
@@ -260,7 +260,7 @@ def load(run: str | Path | None = None, *, seed: int | None = None, data_dir: st
     Raises:
       CnnJaxError: there is no such run, it has no such seed, or it cannot be read.
     """
-    if run is not None and (not isinstance(run, str | Path) or not str(run)):
+    if run is not None and (not isinstance(run, str | Path) or not str(run) or "\0" in str(run)):
         raise UsageError(f"load: {_kind(run)} is no run; give a run's folder, or its name in checkpoints")
     options = _typed(_LoadOptions, {"seed": seed, "data_dir": data_dir}, "load")
     seed, data_dir = options.seed, options.data_dir

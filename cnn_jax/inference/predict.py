@@ -15,7 +15,7 @@ from cnn_jax.inference.pretrained import DIGITS, Reading, TrainedModel, load_tra
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import InputFileError, UsageError
+from cnn_jax.runtime.errors import InputFileError
 from cnn_jax.runtime.files import output_errors, replaced
 
 SHOWN_CLASSES = 3  # the most probable ones of a picture of one character
@@ -46,12 +46,9 @@ def predict(
 
     Raises:
       InputFileError: a file cannot be read, or nothing was read in any of them; it names the last.
-      UsageError: the network takes images of as many channels as no picture has, or there are several pictures to draw
-        boxes in.
+      UsageError: the network takes images of as many channels as no picture has.
       NoCheckpointError: there is no such run.
     """
-    if boxes is not None and (len(images) > 1 or len(find_images(images[0])) > 1):
-        raise UsageError(f"--boxes {boxes}: it is for one picture; give one")
     failures, results, answered = [], [], False
     display = Display(shown=not as_json)
 

@@ -9,7 +9,7 @@ import re
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -457,8 +457,13 @@ class RunFolder:
             check_output_folder(self.pictures, option)
 
 
-def check_output(file: Path, option: str = "--output") -> None:
-    """Refuse a file that cannot be written, or whose place a data set has, or what a run or a study is read back from.
+def check_output(file: Path, option: str = "--output", *, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a file that cannot be written, or that is an input, a data set's, or read back by a run or a study.
+
+    Args:
+      file: The file.
+      option: The option that names it.
+      inputs: What is read to make it.
 
     Raises:
       StorageError: naming it.
@@ -467,6 +472,8 @@ def check_output(file: Path, option: str = "--output") -> None:
     target = Path(os.path.realpath(file))
     if is_of_dataset(target):
         raise StorageError(f"cannot write {file} (it is part of a data set); give another {option}")
+    if target.exists() and any(os.path.exists(each) and target.samefile(each) for each in inputs):
+        raise StorageError(f"cannot write {file} (it is what is read); give another {option}")
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
         if own in STATE_FILES and _is_begun(folder):

@@ -202,6 +202,15 @@ def test_without_the_extra_one_line_names_it(target, command, monkeypatch):
     assert err.endswith("which is not installed: pip install 'cnn-jax[plan]'\n")
 
 
+def test_the_program_is_not_written_over_the_users_code(command, tmp_path):
+    for package in TPU_PACKAGE, GPU_PACKAGE:
+        pytest.importorskip(package, reason="needs the extra plan")
+    (tmp_path / "mine.py").write_text("class Mine: pass")
+    code, out, err = command("plan", "h100", "--model", tmp_path / "mine.py:Mine", "--hlo", tmp_path / "mine.py")
+    assert (code, out) == (4, "")
+    assert err == f"error: cannot write {tmp_path}/mine.py (it is what is read); give another --hlo\n"
+
+
 @pytest.mark.parametrize(
     ("name", "devices"),
     [

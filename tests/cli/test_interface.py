@@ -120,6 +120,14 @@ def test_a_picture_in_colours_is_one_picture(network):
     assert [answer.text for answer in network.predict(colours)] == ["4"]
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_arrays_of_other_kinds_are_read_as_arrays(network):
+    image = np.asarray(Image.open(ROOT / "docs" / "four.jpg").convert("L").resize((28, 28)))
+    plain, *others = (network.predict(each) for each in (image, np.matrix(image), np.ma.array(image)))
+    for other in others:
+        np.testing.assert_array_equal(other[0].symbols[0].probabilities, plain[0].symbols[0].probabilities)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((1, 28, 28, 1), float), ((1, 27, 28, 1), np.uint8), ((28, 28, 1), np.uint8)]
 )
@@ -128,7 +136,7 @@ def test_images_that_are_not_the_networks_have_no_logits(shape, dtype, network):
         network.logits(np.zeros(shape, dtype))
 
 
-@pytest.mark.parametrize("run", [3, b"x", "", ["run"]])
+@pytest.mark.parametrize("run", [3, b"x", "", "a\0b", ["run"]])
 def test_what_names_no_run_is_refused_as_that(run):
     with pytest.raises(UsageError, match=r"^load: .* is no run; give a run's folder, or its name in checkpoints"):
         cnn_jax.load(run)

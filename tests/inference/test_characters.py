@@ -1,6 +1,7 @@
 """Several digits in a picture are read in order, and what is no digit is told as such."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -134,6 +135,17 @@ def test_boxes_are_drawn_where_the_characters_are(row, command, tmp_path):
         assert coloured[middle, round(right) - 4 : round(right) + 8].any()
     code, out, err = command("predict", file, file, "--boxes", tmp_path / "two.png")
     assert (code, out, err) == (2, "", f"error: --boxes {tmp_path}/two.png: it is for one picture; give one\n")
+
+
+@pytest.mark.parametrize("given", ["", "row.png"])
+def test_boxes_are_not_drawn_over_the_picture_that_is_read(given, row, command, tmp_path):
+    shutil.copy(row[0], tmp_path)
+    (tmp_path / "link").symlink_to("row.png")
+    for name in "row.png", "link":
+        code, out, err = command("predict", tmp_path / given, "--boxes", tmp_path / name)
+        assert (code, out) == (4, "")
+        assert err == f"error: cannot write {tmp_path}/{name} (it is what is read); give another --boxes\n"
+    assert (tmp_path / "row.png").read_bytes() == row[0].read_bytes()
 
 
 def test_no_digit_is_an_answer_and_a_failure_only_where_there_is_no_other(row, command, tmp_path):
