@@ -284,7 +284,8 @@ def train(**settings: Any) -> Training:
     unknown = sorted(settings.keys() - {field.name for field in dataclasses.fields(TrainSettings)})
     if unknown or settings.get("dry_run", False) is not False:
         raise UsageError(
-            f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; see help(TrainSettings)"
+            f"{', '.join(unknown) or 'dry_run'}: train has no such setting in Python; "
+            "cnn-jax train --help lists what there is"
         )
     typed = _typed(TrainSettings, settings, "train")
     chosen = TrainSettings.of(**{name: getattr(typed, name) for name in settings})

@@ -97,7 +97,9 @@ class OwnCode(str):
             where = f"line {raising.lineno}: " if raising else ""
             lines = [*filter(None, map(str.strip, text_of(error).splitlines())), ""]
             reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-            raise UsageError(f"{option} {self}: {where}{type(error).__name__}: {reason}") from error
+            needs = isinstance(error, ModuleNotFoundError)
+            remedy = "; install it, or name the folder that it is in in PYTHONPATH" if needs else ""
+            raise UsageError(f"{option} {self}: {where}{type(error).__name__}: {reason}{remedy}") from error
 
     def describe_change(self, before: bytes) -> str:
         """Return in a few words how the file differs from what it was before: the first lines that do."""

@@ -138,6 +138,8 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
             program = make_program(settings, sizes, mesh)
             restored = restore_latest(checkpoints, settings, sizes, program)
         except UsageError as error:  # the run was trained, so it fitted
+            if isinstance(error.__cause__, ModuleNotFoundError):  # what its code imports is missing here
+                raise
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
     if restored is None:
         raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from cnn_jax.core.sharding import of_seed
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.restore import restore_run
+from cnn_jax.runtime.errors import OWN_MODULE
 from tests.helpers import ROOT, metrics_of
 
 pytestmark = [pytest.mark.optax_promotes, pytest.mark.usefixtures("without_report")]
@@ -108,6 +110,21 @@ def test_a_run_keeps_its_code_and_needs_the_users_file_no_more(train, command, t
     assert command("inspect", tmp_path / "moved")[0] == 0
 
 
+def test_a_run_is_not_damaged_where_what_its_code_imports_is_missing(train, command, tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "idea.py").write_text("import beside\n" + NOISY)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert train()[0] == 0
+    for name in [name for name in sys.modules if name == "beside" or name.startswith(OWN_MODULE)]:
+        monkeypatch.delitem(sys.modules, name)
+    code, out, err = command("evaluate", tmp_path / "run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    missing = "line 1: ModuleNotFoundError: No module named 'beside'"
+    remedy = "install it, or name the folder that it is in in PYTHONPATH"
+    assert err == f"error: --model {tmp_path}/run/model.py:Noisy: {missing}; {remedy}\n"
+
+
 def test_changed_code_is_refused_with_what_changed_and_trains_under_another_name(train, tmp_path):
     assert train(epochs=1)[0] == 0
     steps = sorted((tmp_path / "run" / "steps").iterdir())
@@ -145,7 +162,7 @@ def test_a_run_is_not_taken_for_one_of_another_network(train, command, small_mni
 
 
 WRONG_MODELS = {
-    "import nothing_that_exists": "line 1: ModuleNotFoundError: No module named 'nothing_that_exists'",
+    "import nothing_that_exists": "line 1: ModuleNotFoundError: No module named 'nothing_that_exists'; install it, or ",
     "class Idea:": "line 1: ",
     "x = 1": "the file defines no Idea",
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
