@@ -361,17 +361,28 @@ def _columns(line: list[Piece]) -> list[list[Piece]]:
 
 
 def _cut(part: Piece, height: float) -> Iterator[Piece]:
-    """Yield the pieces of a part that may be several characters, from left to right.
+    """Yield the pieces of a part that may be several characters, from left to right."""
+    rows, columns = part.mask.shape
+    if columns <= SINGLE * height or rows <= SINGLE * height:
+        yield part
+        return
+    cuts = _cuts(part.mask, height)
+    # How many of the cuts lie to the left of each pixel.
+    number = sum((np.arange(columns) >= cut[:, np.newaxis] for cut in cuts), np.zeros(part.mask.shape, int))
+    for i in range(len(cuts) + 1):
+        piece = part.mask & (number == i)
+        box = ndimage.find_objects(piece.astype(int))[0]
+        yield Piece(part.top + box[0].start, part.left + box[1].start, piece[box])
+
+
+def _cuts(mask: np.ndarray, height: float) -> list[np.ndarray]:
+    """Return where a mask, (h, w) bool, may be cut between characters: the column in each row, (h,), of each cut.
 
     A cut is a path from top to bottom, by single pixels down or down and aside, that crosses the least ink of all
     through a pixel of one of some rows. Those that cross the least ink come first; others neither cross them nor lie
     close to them.
     """
-    mask = part.mask
-    rows, columns = mask.shape
-    if columns <= SINGLE * height or rows <= SINGLE * height:
-        yield part
-        return
+    rows = len(mask)
     down, up = _least_ink(mask), _least_ink(mask[::-1])[::-1]
     starts = [int(share * rows) for share in STARTS]
     paths = _paths(down, up, starts)
@@ -385,12 +396,7 @@ def _cut(part: Piece, height: float) -> Iterator[Piece]:
     while len(order):
         cuts.append(paths[order[0]])
         order = order[_are_beside(left[order], left[order[0]], LEAST_INK * height**2)]
-    # How many of the cuts lie to the left of each pixel.
-    number = sum((np.arange(columns) >= cut[:, np.newaxis] for cut in cuts), np.zeros(mask.shape, int))
-    for i in range(len(cuts) + 1):
-        piece = mask & (number == i)
-        box = ndimage.find_objects(piece.astype(int))[0]
-        yield Piece(part.top + box[0].start, part.left + box[1].start, piece[box])
+    return cuts
 
 
 def _are_beside(left: np.ndarray, other: np.ndarray, least: float) -> np.ndarray:
