@@ -190,6 +190,8 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
             make_program(_with_arguments(tried, lowest, recipe), Sizes.of(dataset, tried), mesh)
         study = open_study(space, shared, dataset.sha256)
         while missing := max(0, trials - len(_ended(study))):
+            with _failures_named(file, reading=True):
+                optuna.storages.fail_stale_trials(study)  # of processes that have died; others are queued for them
             with _asked(study, space, min(together, missing)) as asked:
                 for group in asked:
                     _score(study, group, space, shared, dataset, display)
@@ -407,7 +409,10 @@ def _settings_of_trials(file: Path, trials: Sequence[FrozenTrial], runs: dict[in
 
 def _check_settings(shared: TrainSettings, recorded: dict, now: dict) -> None:
     """Refuse settings that are not a study's; raises UsageError, or InputFileError where the data have changed."""
-    if differing := differences(recorded | {"data": None}, now | {"data": None}):
+    compared = recorded | {"data": None}
+    if now["data"] in (None, recorded["data"]):  # they may have been moved, or are not known yet
+        compared["dataset_dir"] = now["dataset_dir"]
+    if differing := differences(compared, now | {"data": None}):
         raise UsageError(
             f"the study {shared.checkpoint_dir} has other settings: {'; '.join(differing)}; "
             "give them as they were, or another --study"
@@ -491,7 +496,6 @@ def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list
     What is left of them where the program is stopped, or the disk fails, is queued: the next process goes on with it
     from its checkpoint. Where anything else fails they have failed.
     """
-    optuna.storages.fail_stale_trials(study)  # of processes that have died; others are queued for them
     trials: list[Trial] = []
     ended = threading.Event()
 

@@ -476,8 +476,10 @@ def check_output(file: Path, option: str = "--output", *, inputs: Iterable[str |
         raise StorageError(f"cannot write {file} (it is what is read); give another {option}")
     for folder in target.parents:
         own = target.relative_to(folder).parts[0]
-        if own in STATE_FILES and _is_begun(folder):
-            raise StorageError(f"cannot write {file} (the run or study {folder} needs {own}); give another {option}")
+        is_compared = own == "runs" and (folder / own / "lock").is_file()
+        if is_compared or (own in STATE_FILES and _is_begun(folder)):
+            owner = "comparison" if is_compared else "run or study"
+            raise StorageError(f"cannot write {file} (the {owner} {folder} needs {own}); give another {option}")
 
 
 def check_output_of_several(folder: Path, option: str = "--output") -> None:

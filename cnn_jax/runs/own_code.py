@@ -94,9 +94,9 @@ class OwnCode(str):
             if lacks_memory(error):
                 raise
             raising = error if isinstance(error, SyntaxError) else last_frame_in([str(self.file)], error)
-            where = f"line {raising.lineno}: " if raising else ""
+            where = f"line {raising.lineno}: " if raising and raising.lineno else ""
             lines = [*filter(None, map(str.strip, text_of(error).splitlines())), ""]
-            reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+            reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0] or "it says nothing of why"
             needs = isinstance(error, ModuleNotFoundError)
             remedy = "; install it, or name the folder that it is in in PYTHONPATH" if needs else ""
             raise UsageError(f"{option} {self}: {where}{type(error).__name__}: {reason}{remedy}") from error

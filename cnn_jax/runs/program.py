@@ -260,7 +260,7 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
         model = made(**given)
         hash(model)  # JAX compiles for each network anew, by its fields
         logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
-    found = f"{logits.dtype} {logits.shape}" if isinstance(logits, jax.ShapeDtypeStruct) else type(logits).__name__
+    found = _in_words(logits)
     wanted = f"float32 {(2, sizes.num_classes)}"
     if found != wanted:
         raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
@@ -287,12 +287,19 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
             found.append(("images", jax.eval_shape(recipe.augment, keys, pixels), pixels))
         for what, made, wanted in found:
             if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
-                raise TypeError(f"of two images it makes {made}, and the {what} would be {wanted}")
+                raise TypeError(
+                    f"of two images it makes {_in_words(made)}, and the {what} would be {_in_words(wanted)}"
+                )
         state, _ = jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise UsageError(f"{option} {code}: it keeps {name}, {leaf.dtype} {leaf.shape}, which no checkpoint holds")
+
+
+def _in_words(made: object) -> str:
+    """Return what code of the user's makes: an array's dtype and shape, or the type of anything else."""
+    return f"{made.dtype} {made.shape}" if isinstance(made, jax.ShapeDtypeStruct) else type(made).__name__
 
 
 def _step_of_two(key: Array, model: nn.Module, recipe: Recipe, sizes: Sizes) -> tuple[TrainState, Array]:

@@ -205,6 +205,8 @@ def _remedy(error: OSError) -> str:
             return "see to its permissions"
         case errno.ENAMETOOLONG:
             return "give a shorter name"
+        case errno.ENOENT if error.filename is None and "temporary directory" in str(error):
+            return f"set TMPDIR to a folder that can be written, or {ALLOW_LARGER}"  # Python tried to write in each
         case errno.ENOENT:
             return "see that it and its folder stay there"
         case errno.EEXIST | errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.EINVAL:

@@ -417,8 +417,12 @@ def test_a_study_refuses_other_settings_and_names_them(command, arguments, begun
     assert files_of(begun) == before
 
 
-def test_a_study_refuses_another_folder_of_data(command, arguments, begun, small_mnist, tmp_path):
+def test_a_study_goes_on_with_the_same_data_in_another_folder_and_refuses_others(
+    command, arguments, begun, small_mnist, tmp_path
+):
     shutil.copytree(small_mnist, tmp_path / "copy")
+    assert command("sweep", *SAME, *arguments, "--dataset-dir", tmp_path / "copy", "--trials", 1)[0] == 0
+    write_idx(tmp_path / "copy" / "t10k-labels-idx1-ubyte.xz", np.zeros(260, np.uint8))
     code, _, err = command("sweep", *SAME, *arguments, "--dataset-dir", tmp_path / "copy")
     assert code == 2
     assert_one_line(err, f"dataset_dir was {small_mnist} and is {tmp_path / 'copy'}")
@@ -533,6 +537,11 @@ def with_the_rate(value):
     )
 
 
+def with_a_lost_trial(folder):
+    edit(folder, ["UPDATE trials SET state = 'RUNNING'"])
+    edit(folder, ["INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, 'now and then' FROM trials"])
+
+
 def without_the_rate(folder):
     edit(folder, ["DELETE FROM trial_params WHERE param_name = 'learning_rate'"])
 
@@ -568,6 +577,7 @@ def without_the_rate(folder):
         (with_the_rate("x"), 65, "the learning_rate x"),
         (with_the_rate(99.0), 65, "the learning_rate 99.0"),
         (without_the_rate, 65, "does not record learning_rate"),
+        (with_a_lost_trial, 65, "now and then"),
         (lambda folder: edit(folder, ["DELETE FROM trial_values"]), 65, "trial 0 has no score"),
         (edited("trials", "number", None), 65, "no trial 0"),
         (edited("trials", "number", 7), 65, "no trial 0"),

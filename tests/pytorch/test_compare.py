@@ -122,6 +122,15 @@ def test_a_run_is_no_place_for_what_is_measured(name, command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_what_was_compared_is_not_written_over(measured, command):
+    (measured / "runs" / "lock").touch()
+    for file in "cnn-jax-seed5-epochs1.json", "new.json":
+        code, out, err = command("diff", "a", "b", "--output", measured / "runs" / file)
+        assert (code, out) == (4, "")
+        needed = f"the comparison {measured} needs runs"
+        assert err == f"error: cannot write {measured}/runs/{file} ({needed}); give another --output\n"
+
+
 def test_a_training_that_fails_ends_the_comparison_with_its_line_and_its_exit_code(program, tmp_path):
     with RunFolder(tmp_path / "runs" / "cnn-jax-seed5-epochs1").locked():
         process = program("-m", "cnn_jax", *ARGUMENTS, tmp_path)

@@ -168,7 +168,9 @@ WRONG_MODELS = {
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
     "raise SystemExit(0)": "line 1: SystemExit: 0",
     "raise BaseException('\x1b[31m')": "line 1: BaseException: \\x1b[31m",
-    "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute": "line 3: Mute: ",
+    "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute":
+        "line 3: Mute: it says nothing of why",
+    "x = 0\0": "SyntaxError: source code",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return 1 / 0":
         "line 4: ZeroDivisionError: division by zero",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x":
@@ -220,7 +222,7 @@ WRONG_RECIPES = {
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 1 / 0)": "line 4: ZeroDivisionError: division by zero",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 'x')": "TypeError: ",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 5)": "TypeError: of two images it makes ",
-    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits)": "and the losses would be ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits)": "and the losses would be float32 (2,)",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits.mean())": "and the losses would be ",
     "return Recipe(optax.sgd(0.1), augment=lambda keys, images: images[:1])": "and the images would be ",
     "return Recipe(optax.sgd(0.1), augment=lambda images: images)": "TypeError: ",

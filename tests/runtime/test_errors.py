@@ -25,6 +25,11 @@ FAILURES = [
         "error: cannot read or write /a: Permission denied; see to its",
     ),
     (BrokenPipeError(32, "Broken pipe"), 4, "error: cannot read or write: Broken pipe; see to"),
+    (
+        FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+        4,
+        "error: cannot read or write: No usable temporary directory found in ['/tmp']; set TMPDIR to a folder that",
+    ),
     (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 4, "error: cannot read or write '\\xe9' in ascii; "),
     (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again"),
     (RecursionError("too deep"), 8, "error: the program failed, RecursionError: too deep; please report it with what"),
