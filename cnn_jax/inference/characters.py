@@ -53,8 +53,8 @@ SINGLE = 0.5
 # A character is at most so wide, so low and so tall, in heights of its line, and consists of at most so many pieces.
 WIDEST, LOWEST, TALLEST, MOST_PIECES = 1.3, 0.3, 1.5, 12
 # Another character costs so much, and a cut before it so much more, as characters seldom touch; what cannot be read at
-# all costs no more than the third, and to leave a piece out the last. All are negative logarithms of probabilities.
-ANOTHER, CUT, NO_CHARACTER, LEFT_OUT = 0.2, 0.3, 5.0, 3.5
+# all costs no more than the third, and to leave a piece out even more. All are negative logarithms of probabilities.
+ANOTHER, CUT, NO_CHARACTER, LEFT_OUT = 0.2, 0.3, 5.0, 6.0
 # All that is found may be one character if the largest has this share of the box around it,
 # and if to read it costs at most this.
 ONE, READABLE = 0.7, 0.6
