@@ -32,7 +32,7 @@ FOREIGN = {
     "--quiet",  # pip's
     "--tag",  # Docker's
     "--tyro-write-completion",  # one of 0.1.0, which the changelog names
-    *("--flips", "--full-disks", "--kills", "--preparations", "--races", "--signals"),  # those of tests.fault_injection
+    "--kills",  # of tests.fault_injection
     *("--debug", "--help", "--print-completion", "--version"),  # every command's, and no setting
 }
 
