@@ -359,9 +359,9 @@ def _failures_named(file: Path, *, reading: bool = False) -> Iterator[None]:
                 f"{file} is damaged or not this study's ({reason}); bring a sound copy back, or give another --study"
             ) from error
         # SQLite does not tell a file that may not grow from a disk that fails.
-        failed, allowed = code & 0xFF == sqlite3.SQLITE_IOERR, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        limited = failed and allowed != resource.RLIM_INFINITY
-        remedy = ALLOW_LARGER if limited else "see to the disk and its permissions"
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        is_limit = limited and code & 0xFF == sqlite3.SQLITE_IOERR
+        remedy = ALLOW_LARGER if is_limit else "see to the disk and its permissions"
         raise StorageError(
             f"{file} cannot be read or written ({reason}); {remedy}, or give another --checkpoint-dir"
         ) from error

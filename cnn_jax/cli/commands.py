@@ -19,7 +19,6 @@ from cnn_jax.cli.parser import Command, parse, parse_command
 from cnn_jax.data.dataset import check_sizes
 from cnn_jax.data.loading import count_train_examples
 from cnn_jax.runs.folder import RunFolder, check_output, check_output_of_several
-from cnn_jax.runs.own_code import OwnCode
 from cnn_jax.runs.settings import (
     AT_LEAST_1,
     CLASS_NAMES,
@@ -477,8 +476,7 @@ def plan(target: str, settings: TrainSettings, *, json: bool = False, hlo: Path 
     wanted = find_target(target)
     need("libtpu" if wanted.platform == "tpu" else "jax_cuda13_plugin", extra="plan")
     if hlo is not None:
-        own_code = (code for code in (settings.model, settings.recipe) if isinstance(code, OwnCode))
-        check_output(hlo, "--hlo", inputs=[code.file for code in own_code])
+        check_output(hlo, "--hlo", inputs=[code.file for code in settings.own_code.values()])
     from cnn_jax.analysis.plan import plan
 
     plan(wanted, settings, as_json=json, hlo=hlo)

@@ -222,15 +222,18 @@ class RunFolder:
             return f"move {self.path} away, or give another --study"
         return "give another --run-name, or --fresh"
 
-    def check_place(self) -> str:
-        """Refuse a folder that cannot be made or written; return the options that decide where it is.
+    @property
+    def place_options(self) -> str:
+        """The options that decide where this folder is."""
+        return f"--checkpoint-dir or {self.name_option}"
+
+    def check_place(self) -> None:
+        """Refuse a folder that cannot be made or written.
 
         Raises:
-          StorageError: naming it and them.
+          StorageError: naming it and its options.
         """
-        options = f"--checkpoint-dir or {self.name_option}"
-        check_output_folder(self.path, options)
-        return options
+        check_output_folder(self.path, self.place_options)
 
     def read_settings(self, data_dir: Path | None = None) -> TrainSettings:
         """Return the settings that the run was last started with.
@@ -273,18 +276,17 @@ class RunFolder:
 
     def write_settings(self, settings: TrainSettings) -> None:
         """Record the settings of this start, and keep the user's own code that they name."""
-        for name in OWN_CODE:
-            if isinstance(code := getattr(settings, name), OwnCode):
-                write_atomically(self.path / f"{name}.py", code.source)
+        for name, code in settings.own_code.items():
+            write_atomically(self.path / f"{name}.py", code.source)
         values = {name: _as_json(value) for name, value in vars(settings).items()}
         write_atomically(self.path / "config.json", json.dumps(values, indent=2) + "\n")
 
     def describe_change(self, settings: TrainSettings) -> str:
         """Return how the user's code differs from the run's copies of it, to be added to a failure's line."""
         changes = ""
-        for name in OWN_CODE:
-            code, copy = getattr(settings, name), self.path / f"{name}.py"
-            if isinstance(code, OwnCode) and copy.is_file() and (before := read_file(copy)) != code.source:
+        for name, code in settings.own_code.items():
+            copy = self.path / f"{name}.py"
+            if copy.is_file() and (before := read_file(copy)) != code.source:
                 changes += f" ({code.file}: {code.describe_change(before)})"
         return changes
 
@@ -411,7 +413,8 @@ class RunFolder:
         """
         if os.path.lexists(self.path / "study.db"):
             raise UsageError(f"{self.path} is a study, not a run; give another --run-name")
-        place = self.check_place()
+        self.check_place()
+        place = self.place_options
         with contextlib.ExitStack() as held:
             is_new = not self.path.exists()
             with output_errors(self.path, place):

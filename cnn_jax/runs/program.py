@@ -260,7 +260,7 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
         model = made(**given)
         hash(model)  # JAX compiles for each network anew, by its fields
         logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
-    found = _in_words(logits)
+    found = _spec_of(logits)
     wanted = f"float32 {(2, sizes.num_classes)}"
     if found != wanted:
         raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
@@ -287,9 +287,7 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
             found.append(("images", jax.eval_shape(recipe.augment, keys, pixels), pixels))
         for what, made, wanted in found:
             if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
-                raise TypeError(
-                    f"of two images it makes {_in_words(made)}, and the {what} would be {_in_words(wanted)}"
-                )
+                raise TypeError(f"of two images it makes {_spec_of(made)}, and the {what} would be {_spec_of(wanted)}")
         state, _ = jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -297,7 +295,7 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
             raise UsageError(f"{option} {code}: it keeps {name}, {leaf.dtype} {leaf.shape}, which no checkpoint holds")
 
 
-def _in_words(made: object) -> str:
+def _spec_of(made: object) -> str:
     """Return what code of the user's makes: an array's dtype and shape, or the type of anything else."""
     return f"{made.dtype} {made.shape}" if isinstance(made, jax.ShapeDtypeStruct) else type(made).__name__
 

@@ -235,6 +235,12 @@ class TrainSettings:
         return {"learning_rate": self.learning_rate} | {name: number for name, (number,) in given.items()}
 
     @property
+    def own_code(self) -> dict[str, OwnCode]:
+        """The user's own code among the settings, by their names."""
+        values = {name: getattr(self, name) for name in OWN_CODE}
+        return {name: code for name, code in values.items() if isinstance(code, OwnCode)}
+
+    @property
     def which_seeds(self) -> str:
         """Its seeds in words."""
         last = self.seed + self.seeds - 1
