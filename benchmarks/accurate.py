@@ -32,6 +32,7 @@ FIRST = {
     "degrees": 9.0,
     "scale": 0.08,
     "bend": 0.5,
+    "stroke": 0.0,
 }
 FOLDS = 6
 
@@ -48,7 +49,7 @@ def recipe_of(values: dict[str, jax.Array], steps: int, sgd: bool) -> Recipe:
     if sgd:
         momentum = optax.sgd(schedule, momentum=0.9, nesterov=True)
         optimizer = optax.chain(optax.add_decayed_weights(values["weight_decay"]), momentum)
-    moves = {name: values[name] for name in ("pixels", "degrees", "scale", "bend")}
+    moves = {name: values[name] for name in ("pixels", "degrees", "scale", "bend", "stroke")}
     return Recipe(optimizer, smoothed(values["smoothing"]), functools.partial(distort, **moves), values["ema_decay"])
 
 

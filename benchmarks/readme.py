@@ -3,6 +3,7 @@
 It also writes the reports of the recorded benchmarks and of the comparison anew.
 """
 
+import functools
 import json
 import math
 import re
@@ -52,10 +53,11 @@ def benchmark_table() -> str:
 
 def recipe_table() -> str:
     """Return the table of the recorded recipes; the tutorial's row comes from the comparison."""
-    runs = compare.read_report(COMPARISON).frameworks["cnn-jax"].runs
+    report = compare.read_report(COMPARISON)
+    runs = report.frameworks["cnn-jax"].runs
     seconds = statistics.median(run.seconds["training"] for run in runs)
     accuracy = describe_values([run.accuracy for run in runs])
-    rows = [("tutorial", "15", len(runs), "", accuracy, describe_seconds(seconds))]
+    rows = [("tutorial", "15", len(runs), "", accuracy, describe_seconds(seconds), report.machine)]
     for recipe in ("fast", "accurate"):
         folder = RESULTS / "runs" / recipe
         result = json.loads((folder / "result.json").read_text())
@@ -72,14 +74,15 @@ def recipe_table() -> str:
                 describe_values(validation) if validation else "",
                 describe_values(accuracies),
                 describe_seconds(seconds),
+                result["machine"] if result["device"].startswith("cpu") else result["device"][len("gpu (") : -1],
             )
         )
-    header = ("recipe", "epochs", "seeds", "validation accuracy", "test accuracy", "training per seed")
+    header = ("recipe", "epochs", "seeds", "validation accuracy", "test accuracy", "training per seed", "trained on")
     return markdown_table(header, rows)
 
 
-def tried_table() -> str:
-    """Return the table of what was tried for the recipe accurate; the first row is what the others change."""
+def tried_table(part: str) -> str:
+    """Return a table of what was tried for the recipe accurate; the first row is what the others change."""
     tried = json.loads((RESULTS / "runs" / "accurate" / "tried.json").read_text())
     rows = [
         (
@@ -88,7 +91,7 @@ def tried_table() -> str:
             of_round["epochs"],
             f"{statistics.mean(one['accuracies']):.4f}",
         )
-        for of_round in tried["rounds"]
+        for of_round in tried[part]
         for one in of_round["variants"]
     ]
     return markdown_table(("changed", "optimiser", "epochs", "accuracy"), rows)
@@ -138,7 +141,8 @@ TABLES = {
     "comparison": comparison_table,
     "benchmark": benchmark_table,
     "recipes": recipe_table,
-    "tried for accurate": tried_table,
+    "tried for accurate": functools.partial(tried_table, "rounds"),
+    "tried then": functools.partial(tried_table, "then"),
     "H100": h100_table,
     "fault injection": fault_injection_table,
     "more than memory": streaming_table,

@@ -45,16 +45,10 @@ class Evaluation:
 
 
 class Sums(NamedTuple):
-    """Sums over a test set, which are added over devices before they are divided.
-
-    Attributes:
-      correct: The number of images whose largest logit is their label's.
-      loss: The sum of the softmax cross-entropies.
-      images: The number of images counted.
-    """
+    """What an `Evaluation` is made of: sums over a test set, which are added over devices before they are divided."""
 
     correct: Int32[Array, "*seeds"]
-    loss: Float32[Array, "*seeds"]
+    loss: Float32[Array, "*seeds"]  # the sum of the cross-entropies
     images: Int32[Array, "*seeds"]
 
 
@@ -97,7 +91,6 @@ def sum_over_images(
     """
     batches = -(-len(labels) // batch_size)
     missing = batches * batch_size - len(labels)
-    count = (labels >= 0).sum(dtype=jnp.int32)
     images = jnp.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
     labels = jnp.pad(labels, (0, missing), constant_values=-1)
 
@@ -112,4 +105,4 @@ def sum_over_images(
     zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     stacked = (images.reshape(batches, batch_size, *images.shape[1:]), labels.reshape(batches, batch_size))
     (correct, loss), _ = lax.scan(add_batch, zeros, stacked)
-    return Sums(correct, loss, count)
+    return Sums(correct, loss, (labels >= 0).sum(dtype=jnp.int32))

@@ -102,8 +102,7 @@ def run_steps(
     def take_step(i, carry):
         state, losses = carry
         rows = epoch.batches[i]
-        batch_labels = jnp.where(rows >= 0, labels[rows], -1)
-        state, loss = step(state, images[rows], batch_labels, epoch.noise_key)
+        state, loss = step(state, images[rows], jnp.where(rows >= 0, labels[rows], -1), epoch.noise_key)
         return state, losses.at[i].set(loss)
 
     def take_step_until_stop(i, carry):
@@ -127,8 +126,7 @@ def map_weights(function: Callable, state: TrainState, tree: TrainState) -> Trai
     def is_weights(part):
         return jax.tree.structure(part) == weights
 
-    pairs = functools.partial(jax.tree.map, is_leaf=is_weights)
-    return pairs(lambda part, values: function(values) if is_weights(part) else values, tree, state)
+    return jax.tree.map(lambda part, own: function(own) if is_weights(part) else own, tree, state, is_leaf=is_weights)
 
 
 def loop_steps(steps: int) -> int:
@@ -192,8 +190,7 @@ def train_step(
     gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = recipe.ema_decay
-    ema_params = None if decay is None else _average(state.ema_params, params, state.step + 1, decay)
+    ema_params = _average(state.ema_params, params, state.step + 1, recipe.ema_decay)
     model_state = model_state if axis is None else lax.pmean(model_state, axis)
     return TrainState(state.step + 1, params, opt_state, ema_params, model_state), loss / count
 
@@ -205,12 +202,13 @@ def _image_keys(noise_key: Key[Array, ""], step: Int32[Array, ""], images: int, 
     return jax.vmap(functools.partial(jax.random.fold_in, step_key))(first + jnp.arange(images))
 
 
-def _average(ema_params: PyTree, params: PyTree, step: Int32[Array, ""], most: float) -> PyTree:
+def _average(ema_params: PyTree | None, params: PyTree, step: Int32[Array, ""], most: float | None) -> PyTree | None:
+    if ema_params is None or most is None:
+        return None
     # Young averages forget faster, or the initial weights would stay in them for long: (1 + t) / (10 + t) is the decay
     # of TensorFlow's ExponentialMovingAverage with `num_updates`.
     t = step.astype(jnp.float32)
-    decay = jnp.minimum(most, (1 + t) / (10 + t))
-    return optax.incremental_update(params, ema_params, 1 - decay)
+    return optax.incremental_update(params, ema_params, 1 - jnp.minimum(most, (1 + t) / (10 + t)))
 
 
 class SeedKeys(NamedTuple):
