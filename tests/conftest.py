@@ -27,7 +27,7 @@ from cnn_jax.runtime.devices import fix_algorithms, has_only_cpu
 # these rooms are imported by the fixtures.
 jaxtyping.install_import_hook(["cnn_jax.core", "cnn_jax.data"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-fix_algorithms()  # as `plan` does; XLA reads its flags once
+fix_algorithms(attached=False)  # as `plan` does; XLA reads its flags once
 if has_only_cpu():
     jax.config.update("jax_platforms", "cpu")
 

@@ -131,7 +131,7 @@ def plan(target: Target, settings: TrainSettings, *, as_json: bool = False, hlo:
     check_sizes(settings.batch_size, settings.validation, sizes.train_examples)
     check_image_size(str(settings.dataset_dir or settings.dataset), sizes.image_shape)
     set_up_compilers()
-    fix_algorithms()
+    fix_algorithms(attached=False)
     jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read what is for devices that are not here
     start_devices("cpu", keep_compiled=False)
     with display.waiting(f"compiling for {target.name}"):

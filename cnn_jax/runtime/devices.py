@@ -26,9 +26,11 @@ _WHEELS = {
     "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"), "pip install 'cnn-jax[cuda]'"),
     "tpu": (("libtpu",), "pip install 'cnn-jax[tpu]'"),
 }
-# XLA's flags for the same bits at each run on a GPU: sums in a fixed order, and no algorithm chosen by its time. On an
-# H100 XLA takes cuBLAS's products then with the second flag or without; without it JAX 0.11 cannot plan.
-DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
+# XLA's flag for the same bits at each run on a GPU: sums in a fixed order, and no algorithm chosen by its time.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# Without a GPU to ask, JAX 0.11 and later find no algorithm for a product unless it is cuBLAS's. On a GPU float32 takes
+# cuBLAS's anyway, to the same bits; with the flag, cuBLAS refused bfloat16's products on an H200.
+CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 # JAX's plugins for GPUs; without one of these files they find none.
 _GPU_PLUGINS = {"xla_cuda12", "xla_cuda13", "xla_rocm7"}
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -69,7 +71,7 @@ def start_devices(platform: Literal["cpu", "gpu", "tpu"] | None, *, keep_compile
     for name in TWICE_TOLD:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if _has_gpu():
-        fix_algorithms()
+        fix_algorithms(attached=True)
     if keep_compiled:
         _keep_compiled_code()
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # made by JAX as it runs
@@ -106,10 +108,15 @@ def require_own_devices() -> None:
         )
 
 
-def fix_algorithms() -> None:
-    """Have XLA, which reads it when JAX's devices start, keep a GPU's bits the same, unless the user decides."""
+def fix_algorithms(*, attached: bool) -> None:
+    """Have XLA, which reads it when JAX's devices start, keep a GPU's bits the same, unless the user decides.
+
+    Args:
+      attached: Whether the GPU is here, and not only compiled for.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
-    added = [flag for flag in DETERMINISTIC if flag.partition("=")[0] not in flags]
+    wanted = (DETERMINISTIC,) if attached else (DETERMINISTIC, CUBLAS)
+    added = [flag for flag in wanted if flag.partition("=")[0] not in flags]
     os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *added])
 
 
@@ -176,7 +183,7 @@ def _check_variables() -> None:
 
 def compiler_flags() -> str:
     """Return the flags that the user gives XLA, on which the last bits may depend."""
-    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in DETERMINISTIC)
+    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in (DETERMINISTIC, CUBLAS))
 
 
 def _variables(*names: str) -> str:

@@ -93,10 +93,9 @@ def test_jaxs_variables_change_no_number_of_a_run(trained_run, program, small_mn
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
-        ("--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
-        ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false --xla_gpu_enable_triton_gemm=false"),
-        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true --xla_gpu_deterministic_ops=true"),
+        ("", "--xla_gpu_deterministic_ops=true"),
+        ("--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
     ],
 )
 def test_a_gpu_adds_in_a_fixed_order_unless_the_user_decides(flags, expected, monkeypatch):
