@@ -9,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,6 @@ from tests.fault_injection.save_once import SAVED, STEPS, content
 from tests.helpers import EMBEDDED
 
 LOOKING = "no answer"  # of a process whose partner was killed before they had found each other
-PYTHON_HAS_STARTED = 0.8  # seconds; before that, Python's own signal handlers answer
 
 
 @dataclasses.dataclass
@@ -111,7 +111,8 @@ def random_signals(trainer: Trainer, reference: str, *, count: int, rng: random.
                 before = _newest_step(run)
                 process = trainer.start(run)
                 number = rng.choice((signal.SIGTERM, signal.SIGINT))
-                time.sleep(rng.uniform(PYTHON_HAS_STARTED, 5.0))
+                _wait_for_handlers(process)
+                time.sleep(rng.uniform(0, 4.2))
                 trained = _newest_step(run) > before
                 process.send_signal(number)
                 begin = time.monotonic()
@@ -401,6 +402,16 @@ def _restore_and_judge(steps: Path, what: str, allowed: tuple[int, ...], tally: 
     if step != max(allowed) and len(allowed) > 1 and allowed[-1] == STEPS[-1] and not warnings:
         tally.failures.append(f"{what}: step {step} was restored without a warning")
     tally.count(f"step {step} restored")
+
+
+def _wait_for_handlers(process: subprocess.Popen) -> None:
+    """Wait until a process answers SIGTERM itself, or has ended: until Python has started, the system ends it."""
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = re.search(r"SigCgt:\s+(\w+)", status)
+        if caught and int(caught[1], 16) & 1 << (signal.SIGTERM - 1):
+            return
+        time.sleep(0.005)
 
 
 def _wait_for_a_save(process: subprocess.Popen, steps: Path, *, after: int) -> None:
