@@ -1,8 +1,9 @@
 """Train on more images than memory holds: `python -m benchmarks.more_than_memory FOLDER`, on Linux, with 7 GB free.
 
 It makes sets of 60,000, 200,000 and 2,000,000 images of 32x32x3; the smaller ones are the first of the largest. In each
-round `train` takes the same number of steps on each, in a process of its own whose memory is watched. Then a run on the
-largest is killed within its epoch and continued. The result is written to `benchmarks/runs/feed/more_than_memory.json`.
+round `train` takes the same number of steps on each, in processes of their own that run for two seconds each in turn. A
+run on the largest is then killed within its epoch and continued. The result is written to
+`benchmarks/runs/feed/more_than_memory.json`.
 """
 
 import argparse
@@ -10,10 +11,11 @@ import collections
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,8 @@ IMAGE_SHAPE = 32, 32, 3
 BATCH_SIZE = 100
 TEST_IMAGES = 1_000
 WRITTEN_AT_ONCE = 10_000
+SAVES = 8  # of a training, between which its steps are timed
+TURN_SECONDS = 2
 
 
 class Case(NamedTuple):
@@ -62,66 +66,94 @@ def make_set(folder: Path, count: int) -> None:
                 file.write((noise + 16 * part).tobytes())
 
 
-def train(data: Path, folder: Path, case: Case, steps: int) -> dict[str, float]:
-    """Train so many steps in a process of its own, and return what that took."""
-    process = start_training(data, folder, case, steps)
-    *_, peaks = watch(process, data, case)
-    epochs = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "run" / "result.json").read_text())
-    return {
-        "step_milliseconds": 1e3 * sum(epoch["seconds"] for epoch in epochs) / steps,
-        "loading_seconds": result["seconds"]["loading"],
-        "resident_bytes": peaks["VmHWM"],
-        "anonymous_bytes": peaks["RssAnon"],
-    }
+class Training:
+    """A process that starts or continues the run `run` in a folder, and that runs only when it is told to go on.
+
+    Attributes:
+      saved: For how many seconds it had run when each of its checkpoints was there, by their steps.
+      peaks: Those of its memory, in bytes. Its resident set is `VmHWM`, and what of it is no file's is `RssAnon`; the
+        system's cache of files is in neither.
+    """
+
+    def __init__(self, data: Path, folder: Path, case: Case, steps: int):
+        epochs = f"{steps * BATCH_SIZE / case.images:.9g}"
+        arguments = [
+            "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", "run", "--batch-size", BATCH_SIZE,
+            "--epochs", epochs, "--feed", case.feed, "--checkpoint-every-steps", max(1, steps // SAVES),
+        ]  # fmt: skip
+        nowhere = subprocess.DEVNULL
+        command = [sys.executable, *PROGRAM, *map(str, arguments)]
+        self.saved: dict[int, float] = {}
+        self.peaks: dict[str, int] = collections.defaultdict(int)
+        self._images, self._uncached, self._run, self._seconds = data / IMAGES, case.uncached, folder / "run", 0.0
+        self._earlier = set(self._steps())
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=nowhere)
+        self.process.send_signal(signal.SIGSTOP)
+
+    def _steps(self) -> list[int]:
+        return [int(step.name) for step in (self._run / "steps").glob("*[0-9]")]
+
+    @property
+    def is_over(self) -> bool:
+        return self.process.poll() is not None
+
+    def go_on(self, is_enough: Callable[[float], bool]) -> None:
+        """Let it run until so many seconds from now are enough, or it ends."""
+        before, begin = self._seconds, time.perf_counter()
+        self.process.send_signal(signal.SIGCONT)
+        with self._images.open("rb") as images:
+            while not self.is_over and not is_enough(self._seconds - before):
+                if self._uncached:
+                    os.posix_fadvise(images.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                status = Path(f"/proc/{self.process.pid}/status").read_text()
+                for name, kibibytes in re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", status):
+                    self.peaks[name] = max(self.peaks[name], 1024 * int(kibibytes))
+                time.sleep(0.02)
+                self._seconds = before + time.perf_counter() - begin
+                self.saved |= dict.fromkeys(set(self._steps()) - self._earlier - self.saved.keys(), self._seconds)
+        self.process.send_signal(signal.SIGSTOP)
+        assert not self.process.returncode, f"{self.process.args} ended with {self.process.returncode}"
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def measured(self) -> dict[str, float]:
+        """Return what it took."""
+        (first, begin), *_, (last, end) = sorted(self.saved.items())
+        result = json.loads((self._run / "result.json").read_text())
+        return {
+            "step_milliseconds": 1e3 * (end - begin) / (last - first),
+            "loading_seconds": result["seconds"]["loading"],
+            "resident_bytes": self.peaks["VmHWM"],
+            "anonymous_bytes": self.peaks["RssAnon"],
+        }
+
+
+def train_in_turn(trainings: list[Training]) -> list[dict[str, float]]:
+    """Let each train a short while in turn: a machine that is faster now, then slower, is so for all of them alike."""
+    try:
+        for training in trainings:  # they load and compile one after the other
+            training.go_on(lambda _, training=training: bool(training.saved))
+        while running := [training for training in trainings if not training.is_over]:
+            for training in running:
+                training.go_on(lambda seconds: seconds > TURN_SECONDS)
+    finally:
+        for training in trainings:
+            training.kill()
+    return [training.measured() for training in trainings]
 
 
 def kill_and_continue(data: Path, folder: Path, case: Case, steps: int) -> int:
     """Kill a training by SIGKILL once it has saved, and run it to its end; return the step that it continued after."""
-    every = "--checkpoint-every-steps", str(steps // 4)
-    saved = 0
-    for _ in watch(start_training(data, folder, case, steps, *every), data, case):
-        if saved := max((int(step.name) for step in (folder / "run" / "steps").glob("*[0-9]")), default=0):
-            break
+    killed = Training(data, folder, case, steps)
+    killed.go_on(lambda _: bool(killed.saved))
+    killed.kill()
+    saved = max(killed.saved, default=0)
     assert 0 < saved < steps, "the training ended before it was killed: it needs more steps"
-    for _ in watch(start_training(data, folder, case, steps, *every), data, case):
-        pass
+    Training(data, folder, case, steps).go_on(lambda _: False)
     return saved
-
-
-def start_training(data: Path, folder: Path, case: Case, steps: int, *options: str) -> subprocess.Popen:
-    """Start or continue the run `run` in a folder."""
-    epochs = f"{steps * BATCH_SIZE / case.images:.9g}"
-    arguments = [
-        "--dataset-dir", data, "--checkpoint-dir", folder, "--run-name", "run", "--batch-size", BATCH_SIZE,
-        "--epochs", epochs, "--feed", case.feed, *options,
-    ]  # fmt: skip
-    nowhere = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, *PROGRAM, *map(str, arguments)], cwd=ROOT, stdout=nowhere, stderr=nowhere)
-
-
-def watch(process: subprocess.Popen, data: Path, case: Case) -> Iterator[dict[str, int]]:
-    """Yield the peaks of a process's memory until it ends; it is killed where the caller looks no further.
-
-    Its resident set is `VmHWM`, and what of it is not a file's is `RssAnon`, in bytes. The system's cache of files is
-    in neither.
-    """
-    peaks: dict[str, int] = collections.defaultdict(int)
-    try:
-        with (data / IMAGES).open("rb") as images:
-            while process.poll() is None:
-                if case.uncached:
-                    os.posix_fadvise(images.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                for name, kibibytes in re.findall(
-                    r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()
-                ):
-                    peaks[name] = max(peaks[name], 1024 * int(kibibytes))
-                yield peaks
-                time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0, f"{process.args} ended with {process.returncode}"
 
 
 def main() -> None:
@@ -141,10 +173,13 @@ def main() -> None:
         make_set(folder, images)
     rounds: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     for i in range(args.rounds):
-        for number, case in enumerate(cases):
-            run = args.folder / "runs" / f"{number}-{i}"
-            rounds[case].append(train(data[case.images], run, case, args.steps))
-            print(case, rounds[case][-1], flush=True)
+        folders = [args.folder / "runs" / f"{number}-{i}" for number in range(len(cases))]
+        of_round = [
+            Training(data[case.images], run, case, args.steps) for case, run in zip(cases, folders, strict=True)
+        ]
+        for case, measured in zip(cases, train_in_turn(of_round), strict=True):
+            rounds[case].append(measured)
+            print(case, measured, flush=True)
     killed, whole = args.folder / "runs" / "killed", args.folder / "runs" / f"{cases.index(largest)}-0"
     result = {
         "machine": describe_machine(),

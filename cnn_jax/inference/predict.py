@@ -12,6 +12,7 @@ import numpy as np
 from cnn_jax.inference.pictures import Picture, draw_boxes, find_images, read_picture
 from cnn_jax.inference.preprocess import Box, check_takes_pictures
 from cnn_jax.inference.pretrained import DIGITS, Reading, TrainedModel, load_trained
+from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
@@ -78,7 +79,11 @@ def predict(
     if results:
         Display().result(*json.dumps(results, indent=2).splitlines())
     if not answered and not failures:
-        failures.append(InputFileError(f"no digit was found in {', '.join(images)}; give a picture with more contrast"))
+        remedy = "give a picture with more contrast"
+        # Classes without names are numbers, and are read as digits.
+        if run is not None and RunFolder(run).read_settings().dataset_dir and network().reads_digits:
+            remedy += f"; if {run.name} has learned no digits, name its classes in a labels.txt beside its data"
+        failures.append(InputFileError(f"no digit was found in {', '.join(images)}; {remedy}"))
     for failure in failures[:-1]:
         Display().say(f"error: {failure}")
     if failures:

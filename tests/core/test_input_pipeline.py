@@ -137,8 +137,12 @@ def test_a_stream_takes_no_more_memory_for_more_images_and_a_killed_one_continue
     for case in (few, many):
         more_than_memory.make_set(tmp_path / str(case.images), case.images)
     data = tmp_path / str(many.images)
-    of_few = more_than_memory.train(tmp_path / str(few.images), tmp_path / "few", few, steps=60)
-    of_many = more_than_memory.train(data, tmp_path / "many", many, steps=60)
+    of_few, of_many = more_than_memory.train_in_turn(
+        [
+            more_than_memory.Training(tmp_path / str(few.images), tmp_path / "few", few, steps=60),
+            more_than_memory.Training(data, tmp_path / "many", many, steps=60),
+        ]
+    )
     for kind in ("resident_bytes", "anonymous_bytes"):
         assert of_many[kind] - of_few[kind] < 0.2 * many.images * np.prod(more_than_memory.IMAGE_SHAPE), kind
     more_than_memory.kill_and_continue(data, tmp_path / "killed", many, steps=60)
