@@ -240,7 +240,8 @@ def make_tables(runs: Sequence[ComparedRun], comparisons: Sequence[Comparison]) 
     """Return the tables of what the results depend on and differs, of the accuracies, and of their differences."""
     names = ["", *(run.name for run in runs)]
     facts = dict.fromkeys(fact for run in runs for fact in run.facts)
-    rows = [(fact, *(run.facts.get(fact, UNKNOWN) for run in runs)) for fact in facts]
+    missing = {fact: "not given" if fact.startswith("--") else UNKNOWN for fact in facts}
+    rows = [(fact, *(run.facts.get(fact, missing[fact]) for run in runs)) for fact in facts]
     differing = [row for row in rows if len({*row[1:]}) > 1] or [("nothing", *[""] * len(runs))]
     of_runs, of_comparisons = [*map(_run_rows, runs)], [*map(_comparison_rows, comparisons)]
     return [

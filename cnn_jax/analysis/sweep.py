@@ -34,7 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cnn_jax.core.sharding import make_mesh
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings, differences
+from cnn_jax.runs.folder import EpochMetrics, RunFolder, deciding_settings, differences, in_words
 from cnn_jax.runs.program import Sizes, check_resources, make_program
 from cnn_jax.runs.restore import load_run_data
 from cnn_jax.runs.settings import TrainSettings
@@ -610,5 +610,6 @@ def _scored(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> lis
 
 def _describe(trial: Trial | FrozenTrial) -> str:
     return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items()
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {in_words(value)}"
+        for name, value in trial.params.items()
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory, last_frame_in, text_of
+from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory, last_frame_in, suggest, text_of
 from cnn_jax.runtime.files import read_file
 
 FORM = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
@@ -76,7 +76,8 @@ class OwnCode(str):
                 del sys.modules[place]
                 raise
         if not hasattr(module, self.name):
-            raise UsageError(f"{option} {self}: the file defines no {self.name}")
+            meant = suggest(self.name, vars(module))
+            raise UsageError(f"{option} {self}: the file defines no {self.name}{meant and f'; {meant}'}")
         return getattr(module, self.name)
 
     @contextlib.contextmanager

@@ -331,8 +331,10 @@ def test_so_many_seeds_have_the_power_and_one_less_has_not():
 
 
 def test_an_earlier_programs_run_that_recorded_less_is_shown_so():
-    a, b = (of_counts(name, [900])._replace(facts=facts) for name, facts in (("a", {"x": "1"}), ("b", {"y": "none"})))
+    of_a, of_b = {"x": "1"}, {"y": "none", "--model": "Idea"}
+    a, b = (of_counts(name, [900])._replace(facts=facts) for name, facts in (("a", of_a), ("b", of_b)))
     assert make_tables([a, b], [compare_runs(a, b)])[0][2] == [
         ("x", "1", "not recorded"),
         ("y", "not recorded", "none"),
+        ("--model", "not given", "Idea"),
     ]

@@ -165,6 +165,7 @@ WRONG_MODELS = {
     "import nothing_that_exists": "line 1: ModuleNotFoundError: No module named 'nothing_that_exists'; install it, or ",
     "class Idea:": "line 1: ",
     "x = 1": "the file defines no Idea",
+    "class Ideas: pass": "the file defines no Idea; perhaps you meant Ideas",
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
     "raise SystemExit(0)": "line 1: SystemExit: 0",
     "raise BaseException('\x1b[31m')": "line 1: BaseException: \\x1b[31m",
