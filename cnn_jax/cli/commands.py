@@ -25,13 +25,13 @@ from cnn_jax.runs.settings import (
     EACH_AT_LEAST_1,
     FOLDER_NAME,
     OWN_MODEL,
+    PLACE,
     RANGE,
     RANGES,
     RATE,
     RECIPE_DEFAULTS,
     RECIPES,
     SHORT,
-    TEXT,
     Epochs,
     Must,
     Platform,
@@ -71,7 +71,7 @@ class CommonOptions:
         """Return the folder of a run, named by that folder or by its name in `checkpoint_dir`."""
         given, named = Path(run), self.checkpoint_dir / run
         for folder in (given, named):
-            require(TEXT.holds(folder), "RUN", run, TEXT.needed)
+            require(PLACE.holds(folder), "RUN", run, PLACE.needed)
         is_other = not (given / "config.json").exists() and (named / "config.json").exists()
         return given if os.path.isdir(run) and not is_other else named
 

@@ -288,7 +288,11 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
         for what, made, wanted in found:
             if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
                 raise TypeError(f"of two images it makes {_spec_of(made)}, and the {what} would be {_spec_of(wanted)}")
-        state, _ = jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
+        before, state = jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
+    if jax.tree.map(_spec_of, before) != jax.tree.map(_spec_of, state):
+        raise UsageError(
+            f"{option} {code}: a step changes the form of the arrays that it keeps, which must stay as it was"
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -300,11 +304,11 @@ def _spec_of(made: object) -> str:
     return f"{made.dtype} {made.shape}" if isinstance(made, jax.ShapeDtypeStruct) else type(made).__name__
 
 
-def _step_of_two(key: Array, model: nn.Module, recipe: Recipe, sizes: Sizes) -> tuple[TrainState, Array]:
-    """Take the first step of a training, on two images."""
+def _step_of_two(key: Array, model: nn.Module, recipe: Recipe, sizes: Sizes) -> tuple[TrainState, TrainState]:
+    """Return the states before and after the first step of a training, on two images."""
     images, labels = np.zeros((2, *sizes.image_shape), np.uint8), np.zeros(2, np.int32)
     state = create_train_state(key, model, sizes.image_shape, recipe)
-    return train_step(state, images, labels, key, model=model, recipe=recipe)
+    return state, train_step(state, images, labels, key, model=model, recipe=recipe)[0]
 
 
 def _shape_of_key() -> jax.ShapeDtypeStruct:

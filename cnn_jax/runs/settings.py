@@ -92,6 +92,8 @@ FOLDER_NAME = Must(
     "a folder's name of letters, digits and . _ - = + that does not begin with a sign",
 )
 TEXT = Must(lambda path: not re.search("[\ud800-\udfff]", os.path.realpath(path)), "text in UTF-8")
+# TensorStore, which writes the checkpoints, takes a backslash for a slash, and writes them elsewhere.
+PLACE = Must(lambda path: TEXT.holds(path) and "\\" not in os.path.realpath(path), "text in UTF-8 without a backslash")
 OWN_MODEL = Must(FORM.fullmatch, "a class in a Python file, FILE.py:CLASS")
 NAMED_OR_OWN = f"one of {', '.join(sorted(RECIPE_DEFAULTS))}, or a function in a Python file, FILE.py:FUNCTION"
 RECIPE = Must(lambda recipe: recipe in RECIPE_DEFAULTS or FORM.fullmatch(recipe), NAMED_OR_OWN)
@@ -192,7 +194,7 @@ class TrainSettings:
     num_processes: Annotated[int | None, PROCESSES] = None
     process_id: int | None = None
     data_dir: Annotated[Path | None, TEXT] = None
-    checkpoint_dir: Annotated[Path, TEXT] = Path("checkpoints")
+    checkpoint_dir: Annotated[Path, PLACE] = Path("checkpoints")
     platform: Platform | None = None
 
     @classmethod

@@ -103,6 +103,7 @@ WRONG = {
     "--coordinator host:65536 --num-processes 2 --process-id 0": "--coordinator host:65536: it must be HOST:PORT",
     "--dataset-dir=": "--dataset-dir '': it must be DIR",
     "--dataset-dir a\udcff": r"--dataset-dir a\\xff: it must be text in UTF-8",
+    "--checkpoint-dir a\\b": r"--checkpoint-dir a\\b: it must be text in UTF-8 without a backslash",
     "--model a\udcff.py:A": r"--model a\\xff[.]py:A: it must be text in UTF-8",
     "--data-dir gs://bucket/data": "--data-dir gs://bucket/data: it must be a file or folder of this machine",
     "--checkpoint-dir s3://bucket": "--checkpoint-dir s3://bucket: it must be a file or folder of this machine",

@@ -229,6 +229,7 @@ WRONG_RECIPES = {
     "return Recipe(optax.sgd(0.1), augment=lambda images: images)": "TypeError: ",
     "return Recipe(optax.sgd(0.1), ema_decay='x')": "Error: ",
     "return Recipe(optax.add_noise(0.1, 0.5, 0))": "it keeps opt_state.rng_key, key<fry> (), which no checkpoint holds",
+    "return Recipe(optax.GradientTransformation(optax.sgd(1).init, lambda g, s, _: (g, (s, s))))": "changes the form",
     "return 3": "it returns int, and should a cnn_jax.core.recipes.Recipe",
 }
 

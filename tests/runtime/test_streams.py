@@ -143,12 +143,12 @@ def test_an_error_shows_the_name_in_one_line_that_changes_nothing_else(name):
 
 
 def test_a_folder_that_orbax_cannot_write_to_is_refused_at_once():
-    line = b"error: --checkpoint-dir a\\xff: it must be text in UTF-8\n"
+    line = b"error: --checkpoint-dir a\\xff: it must be text in UTF-8 without a backslash\n"
     assert run(["train.py", "--checkpoint-dir", "a\udcff"]) == (2, b"", line)
 
 
 def test_nor_is_a_run_looked_for_there():
-    line = b"error: RUN a\\xff: it must be text in UTF-8\n"
+    line = b"error: RUN a\\xff: it must be text in UTF-8 without a backslash\n"
     assert run(["-m", "cnn_jax", "evaluate", "a\udcff"]) == (2, b"", line)
 
 
