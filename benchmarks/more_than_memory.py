@@ -8,6 +8,7 @@ run on the largest is then killed within its epoch and continued. The result is 
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import re
@@ -98,10 +99,11 @@ class Training:
         return self.process.poll() is not None
 
     def go_on(self, is_enough: Callable[[float], bool]) -> None:
-        """Let it run until so many seconds from now are enough, or it ends."""
+        """Let it run until so many seconds from now are enough, or it ends; it is killed where that fails."""
         before, begin = self._seconds, time.perf_counter()
         self.process.send_signal(signal.SIGCONT)
-        with self._images.open("rb") as images:
+        with contextlib.ExitStack() as failed, self._images.open("rb") as images:
+            failed.callback(self.kill)
             while not self.is_over and not is_enough(self._seconds - before):
                 if self._uncached:
                     os.posix_fadvise(images.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -111,6 +113,7 @@ class Training:
                 time.sleep(0.02)
                 self._seconds = before + time.perf_counter() - begin
                 self.saved |= dict.fromkeys(set(self._steps()) - self._earlier - self.saved.keys(), self._seconds)
+            failed.pop_all()
         self.process.send_signal(signal.SIGSTOP)
         assert not self.process.returncode, f"{self.process.args} ended with {self.process.returncode}"
 

@@ -74,7 +74,7 @@ def recipe_table() -> str:
                 describe_values(validation) if validation else "",
                 describe_values(accuracies),
                 describe_seconds(seconds),
-                result["machine"] if result["device"].startswith("cpu") else result["device"][len("gpu (") : -1],
+                result["machine"] if result["device"].startswith("cpu") else result["device"],
             )
         )
     header = ("recipe", "epochs", "seeds", "validation accuracy", "test accuracy", "training per seed", "trained on")

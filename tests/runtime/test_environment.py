@@ -96,6 +96,7 @@ def test_jaxs_variables_change_no_number_of_a_run(trained_run, program, small_mn
         ("", "--xla_gpu_deterministic_ops=true"),
         ("--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true"),
         ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true --xla_gpu_deterministic_ops=true"),
     ],
 )
 def test_a_gpu_adds_in_a_fixed_order_unless_the_user_decides(flags, expected, monkeypatch):
@@ -109,6 +110,20 @@ def test_a_gpu_adds_in_a_fixed_order_unless_the_user_decides(flags, expected, mo
     monkeypatch.setattr(devices, "_GPU_FILES", (__file__,))
     devices.start_devices("cpu", keep_compiled=False)
     assert os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize("added", [(), ("--xla_gpu_enable_triton_gemm=true",), ("--xla_gpu_deterministic_ops=false",)])
+def test_for_a_gpu_that_is_not_here_the_products_are_cublass_unless_the_user_decides(added, monkeypatch):
+    from cnn_jax.runtime import devices
+
+    monkeypatch.setenv("XLA_FLAGS", " ".join(added))
+    devices.fix_algorithms(attached=False)
+    names = [flag.partition("=")[0] for flag in added]
+    wanted = [devices.DETERMINISTIC, devices.CUBLAS]
+    assert os.environ["XLA_FLAGS"].split() == [
+        *added,
+        *(flag for flag in wanted if flag.partition("=")[0] not in names),
+    ]
 
 
 def test_a_platform_whose_packages_are_installed_does_not_ask_for_them(monkeypatch):
