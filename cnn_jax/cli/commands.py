@@ -432,8 +432,8 @@ def compare(
     Examples:
       cnn-jax compare --seeds 5
     """
-    TrainSettings(seeds=seeds, seed=seed)  # refuses what a training would refuse
-    check_output_of_several(output)
+    TrainSettings(seeds=seeds, seed=seed, epochs=epochs, data_dir=data_dir)  # refuses what a training would refuse
+    check_output_of_several(output, "report.json", "report.md", "report.png")
     need("torch", extra="torch")
     from cnn_jax.pytorch.compare import compare
 

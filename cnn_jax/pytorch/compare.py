@@ -189,8 +189,8 @@ def _train_in_jax(seed: int, epochs: int, data_dir: Path | None, run: Path) -> C
     arguments = ["--seed", seed, "--epochs", epochs, "--checkpoint-dir", run.parent, "--run-name", run.name]
     if data_dir is not None:
         arguments += ["--data-dir", data_dir]
-    if run.exists() and RunFolder(run).read_result() is None:
-        arguments.append("--fresh")  # a run that was killed would report the seconds since it went on
+    if run.exists():
+        arguments.append("--fresh")  # what was killed and goes on would report the seconds since then
     command = [sys.executable, "-c", COMMAND, str(os.getpid()), "train", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as training, ending_together(training.pid):
         code = training.wait()

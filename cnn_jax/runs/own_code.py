@@ -89,12 +89,13 @@ class OwnCode(str):
         """
         try:
             yield
-        except (CnnJaxError, KeyboardInterrupt, GeneratorExit):  # the last ends this generator
+        except (CnnJaxError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            if lacks_memory(error):
-                raise
             raising = error if isinstance(error, SyntaxError) else last_frame_in([str(self.file)], error)
+            # One that is not the user's ends this generator.
+            if lacks_memory(error) or (isinstance(error, GeneratorExit) and raising is None):
+                raise
             where = f"line {raising.lineno}: " if raising and raising.lineno else ""
             lines = [*filter(None, map(str.strip, text_of(error).splitlines())), ""]
             reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0] or "it says nothing of why"

@@ -103,7 +103,7 @@ def one_line_failures(debug: bool) -> Iterator[None]:
     with_tracebacks.set(debug)
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, GeneratorExit) as error:  # the last from code of the user's
         if debug:
             traceback.print_exc()
         line, exit_code = describe_failure(error)

@@ -122,6 +122,31 @@ def test_a_run_is_no_place_for_what_is_measured(name, command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.md", "report.png"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_trainings(name, measured, command):
+    (measured / "runs" / "agreement-seed5.json").unlink()
+    (measured / name).mkdir()
+    code, out, err = command(*ARGUMENTS, measured)
+    assert (code, out, err.count("\n")) == (4, "", 1), err
+    assert f"cannot write {measured / name} (it is a folder" in err
+
+
+def test_a_training_that_was_not_taken_over_is_begun_anew(monkeypatch, command, tmp_path):
+    (tmp_path / "runs" / "cnn-jax-seed5-epochs1").mkdir(parents=True)
+    (tmp_path / "runs" / "cnn-jax-seed5-epochs1" / "result.json").write_text("{}")
+    started = []
+
+    class Training:
+        def __init__(self, command, **_):
+            started.extend(command)
+
+        pid, __enter__, __exit__, wait = 0, lambda self: self, lambda *_: None, lambda _: 4
+
+    monkeypatch.setattr(compare_module.subprocess, "Popen", Training)
+    assert command(*ARGUMENTS, tmp_path)[0] == 4
+    assert "--fresh" in started
+
+
 def test_what_was_compared_is_not_written_over(measured, command):
     (measured / "runs" / "lock").touch()
     for file in "cnn-jax-seed5-epochs1.json", "new.json":

@@ -168,6 +168,7 @@ WRONG_MODELS = {
     "class Ideas: pass": "the file defines no Idea; perhaps you meant Ideas",
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
     "raise SystemExit(0)": "line 1: SystemExit: 0",
+    "raise GeneratorExit": "line 1: GeneratorExit: it says nothing of why",
     "raise BaseException('\x1b[31m')": "line 1: BaseException: \\x1b[31m",
     "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute":
         "line 3: Mute: it says nothing of why",

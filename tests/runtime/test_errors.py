@@ -40,6 +40,7 @@ FAILURES = [
         "error: the loss is not finite (invalid value (nan)); lower --learn",
     ),
     (RuntimeError("INVALID_ARGUMENT: Disallowed host-to-device transfer: a"), 2, "error: JAX_TRANSFER_GUARD forbids"),
+    (GeneratorExit(), 8, "error: the program failed, GeneratorExit: ; please report it with what --debug shows"),
     (CnnJaxError("no class"), 8, "error: no class"),
 ]
 
