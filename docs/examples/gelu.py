@@ -10,7 +10,8 @@ from flax import linen as nn
 from cnn_jax.core.conv_block import conv_block
 from cnn_jax.core.model import Dense, torch_uniform
 
-# `conv_block` applies ReLU, which changes nothing of values that this has made positive.
+# `conv_block` applies ReLU, which changes nothing of values that this has made positive; it cuts off what is below -32.
+# After the pooling, only an activation that never falls, such as leaky ReLU, gives the same as before it.
 SHIFT = 32.0
 
 
