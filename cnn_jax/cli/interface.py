@@ -35,11 +35,12 @@ def _documented_failures() -> Iterator[None]:
         yield
     except CnnJaxError:
         raise
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, OSError) and not lacks_memory(error):
+    except (OSError, UnicodeEncodeError, MemoryError, RuntimeError) as error:
+        of_files = isinstance(error, OSError | UnicodeEncodeError)
+        if not of_files and not lacks_memory(error):
             raise
         line, _ = describe_failure(error)
-        raise (StorageError if isinstance(error, OSError) else UsageError)(line.removeprefix("error: ")) from error
+        raise (StorageError if of_files else UsageError)(line.removeprefix("error: ")) from error
 
 
 def _typed(kind: type[T], values: dict[str, Any], source: str) -> T:

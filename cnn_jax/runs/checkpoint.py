@@ -148,7 +148,8 @@ class Checkpoints:
 
     def _restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:
         if not self._writing:  # another process may have saved some, and deleted others, since this was opened
-            self._manager.reload()
+            with _quiet_orbax():
+                self._manager.reload()
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _quiet_orbax():
                 try:
@@ -187,7 +188,10 @@ class Checkpoints:
         if earlier is not None:
             template["state"] = earlier(*template["state"][: len(earlier._fields)])
         # Orbax converts another dtype in silence, so each array is asked for as it was saved.
-        saved = _abstract(self._manager.item_metadata(step)[STATE].tree)
+        recorded = self._manager.item_metadata(step)[STATE]
+        if recorded is None:
+            raise ValueError("it does not say which arrays it holds")
+        saved = _abstract(recorded.tree)
         wanted, form = jax.tree_util.tree_flatten_with_path(template)
         if differing := saved.keys() ^ {_name(path) for path, _ in wanted}:
             raise ValueError(f"it holds other arrays: {', '.join(sorted(differing))}")

@@ -428,9 +428,15 @@ class RunFolder:
                     f"{error.holder} is writing the run {self.path}; "
                     f"wait for it, stop it, or give another {self.name_option}"
                 ) from error
-            for name in ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py"):
-                check_output_file(self.path / name, place)
-            for folder in (self.checkpoints, self.path / "quarantine"):
+            files = [
+                self.path / name for name in ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py")
+            ]
+            folders = [self.checkpoints, self.path / "quarantine"]
+            for path in (*files, *folders, self.report, self.pictures):
+                self._check_not_anothers(path)
+            for file in files:
+                check_output_file(file, place)
+            for folder in folders:
                 check_output_folder(folder, place)
             self.check_report(option=place)
             self._lock = identity(self.path / "lock")
@@ -441,6 +447,19 @@ class RunFolder:
                 if is_new and [*self.path.glob("*")] == [self.path / "lock"]:  # the start was refused
                     (self.path / "lock").unlink()
                     self.path.rmdir()
+
+    def _check_not_anothers(self, path: Path) -> None:
+        """Refuse a link from this folder into another run's or a study's, which holds a lock of its own.
+
+        Raises:
+          StorageError: naming both.
+        """
+        owner = Path(os.path.realpath(path)).parent
+        if owner != Path(os.path.realpath(self.path)) and _is_begun(owner):
+            raise StorageError(
+                f"cannot write {path} (it is a link into the run or study {owner}); remove it, or give another "
+                f"{self.place_options}"
+            )
 
     def check_report(self, file: Path | None = None, *, option: str = _COPY) -> None:
         """Refuse a place for a page about the run that cannot be written: by default its own, with the pictures.

@@ -142,6 +142,11 @@ def test_what_names_no_run_is_refused_as_that(run):
         cnn_jax.load(run)
 
 
+def test_a_name_that_the_system_cannot_write_is_told_as_the_command_tells_it():
+    with pytest.raises(cnn_jax.CnnJaxError, match=r"^cannot read or write '.*ud800' in utf-8; "):
+        cnn_jax.load("\ud800")
+
+
 WRONG = [
     3,
     -1,

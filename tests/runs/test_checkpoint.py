@@ -204,6 +204,18 @@ def test_a_checkpoint_without_the_arrays_that_it_says_it_has_is_damaged(trained,
     assert "it holds other arrays: state.ema_params.fc.bias" in told[0]
 
 
+def test_a_checkpoint_that_does_not_say_which_arrays_it_has_is_damaged(trained, steps):
+    save(steps, trained, 1)
+    (steps / "1" / "state" / "_METADATA").unlink()
+    told = []
+    with (
+        open_checkpoints(steps, writing=True, warn=told.append) as checkpoints,
+        pytest.raises(NoCheckpointError),
+    ):
+        checkpoints.restore_latest(lambda meta: trained)
+    assert "is damaged (it does not say which arrays it holds)" in told[0]
+
+
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [

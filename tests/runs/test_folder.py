@@ -279,6 +279,26 @@ def test_what_stands_in_a_runs_place_is_told_before_it_begins(name, kind, tmp_pa
         RunFolder(tmp_path).locked().__enter__()
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "report.html", *FOLDERS])
+def test_a_link_into_another_run_is_refused_before_anything_is_written_there(name, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "base" / name)
+    named = rf"cannot write .*/run/{name} \(it is a link into the run or study .*/base\); remove it, or give another --"
+    with pytest.raises(StorageError, match=named):
+        RunFolder(tmp_path / "run").locked().__enter__()
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"]
+
+
+def test_a_link_to_a_place_that_is_no_runs_is_followed(tmp_path):
+    (tmp_path / "disk" / "steps").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "steps").symlink_to(tmp_path / "disk" / "steps")
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "metrics.jsonl", "lock", "steps/20/state", "study.db", "study.db-journal"]
 )
