@@ -148,8 +148,7 @@ class Checkpoints:
 
     def _restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:
         if not self._writing:  # another process may have saved some, and deleted others, since this was opened
-            with _quiet_orbax():
-                self._manager.reload()
+            self._reload()
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _quiet_orbax():
                 try:
@@ -175,6 +174,10 @@ class Checkpoints:
                 + RunFolder(self.folder.parent).anew
             )
         return None
+
+    def _reload(self):
+        with _quiet_orbax():
+            self._manager.reload()
 
     def _read(self, step, structure):
         for path in (self.folder / str(step)).rglob("*"):
@@ -213,7 +216,7 @@ class Checkpoints:
         names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(1)))
         aside = first_free(self.quarantine / name for name in names)
         (self.folder / str(step)).rename(aside)
-        self._manager.reload()
+        self._reload()
         self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is now {aside}")
 
 

@@ -504,23 +504,22 @@ def check_output(file: Path, option: str = "--output", *, inputs: Iterable[str |
             raise StorageError(f"cannot write {file} (the {owner} {folder} needs {own}); give another {option}")
 
 
-def check_output_of_several(folder: Path, *names: str, option: str = "--output") -> None:
-    """Refuse a folder for several results that cannot be written, or that is a run's or a study's.
+def check_output_of_several(folder: Path, *names: str) -> None:
+    """Refuse an --output for several results that cannot be written, or that is a run's or a study's.
 
     Args:
       folder: The folder.
       names: Files in it that are replaced where they exist.
-      option: The option that names it.
 
     Raises:
       StorageError: naming what cannot be written.
     """
-    check_output_folder(folder, option)
+    check_output_folder(folder, "--output")
     for file in (folder / name for name in names):
         if os.path.lexists(file):
-            check_output_file(file, option)
+            check_output_file(file, "--output")
     if _is_begun(folder):
-        raise StorageError(f"cannot write {folder} (it is a run or a study); give another {option}")
+        raise StorageError(f"cannot write {folder} (it is a run or a study); give another --output")
 
 
 def _is_begun(folder: Path) -> bool:
