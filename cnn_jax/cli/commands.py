@@ -420,6 +420,7 @@ def compare(
     seed: int = 777,
     epochs: Count = 15,
     output: Path = Path("benchmarks/comparison"),
+    untimed: bool = False,
     data_dir: Path | None = None,
 ) -> None:
     """Train the tutorial in this program and in PyTorch, and report how they differ.
@@ -428,16 +429,18 @@ def compare(
       seeds (N): Runs per framework; at least 2.
       epochs (N): Passes over the training set.
       output (DIR): Where the runs and the report are written; finished runs are not repeated.
+      untimed: Leave out how long these runs take, as they do beside other work.
 
     Examples:
       cnn-jax compare --seeds 5
+      cnn-jax compare --seeds 20 --untimed
     """
     TrainSettings(seeds=seeds, seed=seed, epochs=epochs, data_dir=data_dir)  # refuses what a training would refuse
     check_output_of_several(output, "report.json", "report.md", "report.png")
     need("torch", extra="torch")
     from cnn_jax.pytorch.compare import compare
 
-    compare(seeds=seeds, seed=seed, epochs=epochs, output=output, data_dir=data_dir)
+    compare(seeds=seeds, seed=seed, epochs=epochs, output=output, untimed=untimed, data_dir=data_dir)
 
 
 def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), data_dir: Path | None = None) -> None:

@@ -139,7 +139,7 @@ class Network:
         given, own = _of_numpy(pictures), self.trained.image_shape
         several = isinstance(given, list | tuple)
         if isinstance(given, np.ndarray):
-            coloured = given.ndim == 3 and given.shape[2] in (1, 3, 4) and given.shape[1:] != own[:2]
+            coloured = given.ndim == 3 and given.shape[2] <= 4 and given.shape[1:] != own[:2]
             several = given.ndim > 2 and given.shape != own and not coloured
         check_takes_pictures(self.trained.image_shape, self.trained.name)
         found = [self._image_or_answer(picture, one) for picture in (given if several else [given])]

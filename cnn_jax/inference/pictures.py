@@ -99,7 +99,7 @@ def _read_bytes(file: str) -> bytes:
             descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputFileError(f"{file} cannot be opened ({reason}); give a picture file") from error
+            raise InputFileError(f"{file or repr(file)} cannot be opened ({reason}); give a picture file") from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise InputFileError(f"{file} is not a regular file; give a picture file, or - for standard input")

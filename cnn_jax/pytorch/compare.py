@@ -60,7 +60,7 @@ class FrameworkResult:
       accuracy: On test images with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255.
       last_cost: The cost of the last epoch.
-      seconds: The median over the seeds of each part of the time.
+      seconds: The median of each part of the time, over the runs that have it; without such runs there is none.
       runs: Each seed's result.
     """
 
@@ -105,8 +105,18 @@ class Report:
     frameworks: dict[str, FrameworkResult]
 
 
-def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path | None = None) -> None:
+def compare(
+    *, seeds: int, seed: int, epochs: int, output: Path, untimed: bool = False, data_dir: Path | None = None
+) -> None:
     """Train every seed in both frameworks, unless its result exists; write report.json, report.md and report.png.
+
+    Args:
+      seeds: Runs per framework.
+      seed: The first.
+      epochs: Passes over the training set.
+      output: Where the results and the report are.
+      untimed: Leave out how long these trainings take.
+      data_dir: Where tfds keeps its data sets.
 
     Raises:
       InputFileError: a result that exists is damaged.
@@ -127,7 +137,7 @@ def compare(*, seeds: int, seed: int, epochs: int, output: Path, data_dir: Path 
         for each in range(seed, seed + seeds):
             # The frameworks take turns, so that anything that slows the machine down for a while slows both.
             for framework in FRAMEWORKS:
-                results[framework].append(_result_of(framework, each, epochs, output, data_dir, display))
+                results[framework].append(_result_of(framework, each, epochs, output, untimed, data_dir, display))
         report = summarize(results, _agreement(seed, output, data_dir, display), epochs=epochs)
         _write(output / "report.json", report)
         display.say(*write_report(report, output / "report.md").splitlines())
@@ -160,7 +170,7 @@ def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display)
 
 
 def _result_of(
-    framework: str, seed: int, epochs: int, output: Path, data_dir: Path | None, display: Display
+    framework: str, seed: int, epochs: int, output: Path, untimed: bool, data_dir: Path | None, display: Display
 ) -> ComparedRun:
     """Train a seed in a framework, unless that has been done, and return its result."""
     name = f"{framework.lower()}-seed{seed}-epochs{epochs}"
@@ -176,9 +186,9 @@ def _result_of(
                 result = worker.receive()
         else:
             result = _train_in_jax(seed, epochs, data_dir, file.parent / name)
-        _write(file, result)
+        _write(file, json.loads(encode(result)) | ({"seconds": {}} if untimed else {}))
     result = decode(read_file(file), ComparedRun, source=file, remedy=REMEDY)
-    if (result.seed, len(result.costs), {*result.seconds}) != (seed, epochs, {*PARTS}):
+    if (result.seed, len(result.costs)) != (seed, epochs) or {*result.seconds} not in ({*PARTS}, set()):
         found = f"seed {result.seed}, {len(result.costs)} epochs, seconds of {', '.join(result.seconds)}"
         raise unreadable(file, f"it is of another training: {found}", REMEDY)
     return result
@@ -229,7 +239,7 @@ def summarize(results: Mapping[str, Sequence[ComparedRun]], agreement: Agreement
                 accuracy=_mean([run.accuracy for run in runs]),
                 unscaled_accuracy=_mean([run.unscaled_accuracy for run in runs]),
                 last_cost=_mean([run.costs[-1] for run in runs]),
-                seconds={part: float(np.median([run.seconds[part] for run in runs])) for part in runs[0].seconds},
+                seconds=_median_seconds(runs),
                 runs=list(runs),
             )
             for framework, runs in results.items()
@@ -240,6 +250,11 @@ def summarize(results: Mapping[str, Sequence[ComparedRun]], agreement: Agreement
 def _mean(values: Sequence[float]) -> Mean:
     interval = mean_interval(values)
     return Mean(interval.mean, interval.standard_deviation)
+
+
+def _median_seconds(runs: Sequence[ComparedRun]) -> dict[str, float]:
+    timed = [run.seconds for run in runs if run.seconds]
+    return {part: float(np.median([seconds[part] for seconds in timed])) for part in PARTS if timed}
 
 
 def write_report(report: Report, file: Path) -> str:
@@ -264,6 +279,8 @@ def to_markdown(report: Report) -> str:
     ours, theirs = ([run.accuracy for run in report.frameworks[framework].runs] for framework in FRAMEWORKS)
     count, p = len(ours), equivalence_p(ours, theirs, MARGIN)
     equivalence = "that is shown" if p < 0.05 else "more seeds would be needed to show that"
+    timed = sum(bool(run.seconds) for run in report.frameworks[FRAMEWORKS[0]].runs)
+    medians = "medians over the seeds" if timed == count else f"medians over {timed} of the seeds"
     package_versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(
         [
@@ -289,7 +306,7 @@ def to_markdown(report: Report) -> str:
             f"{machine}; {package_versions}; {report.date}. Each run had its own process, and the two "
             "frameworks took turns. PyTorch ran with channels_last and the data in memory, and on a CPU with an "
             "allocator that keeps its memory, which is its fastest float32 variant there. Its `compiling` is its first "
-            "step. cnn-jax tests after every epoch, PyTorch only twice, at the end. Times are medians over the seeds.",
+            f"step. cnn-jax tests after every epoch, PyTorch only twice, at the end. Times are {medians}.",
             "",
         ]
     )
@@ -309,5 +326,6 @@ def accuracy_table(report: Report) -> str:
         rows.append(("cost after epoch 1", *(f"{cost:.4f}" for cost in first_costs)))
     rows.append((f"cost after epoch {report.epochs}", *(side.last_cost for side in sides)))
     for part in PARTS:
-        rows.append((part, *(describe_seconds(side.seconds[part]) for side in sides)))
+        if all(side.seconds for side in sides):
+            rows.append((part, *(describe_seconds(side.seconds[part]) for side in sides)))
     return markdown_table(("", *FRAMEWORKS), rows)

@@ -229,7 +229,7 @@ class ComparedRun(Record, frozen=True, kw_only=True):
       costs: The mean of the batch losses of each epoch.
       accuracy: The fraction of correct test images, with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255, as the tutorial tests.
-      seconds: The process's time for each of `PARTS`; `starting` is that for imports and data.
+      seconds: The process's time for each of `PARTS`, if it was timed; `starting` is that for imports and data.
     """
 
     seed: Seed

@@ -142,7 +142,7 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
                 raise
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
     if restored is None:
-        raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; train the run first")
+        raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; start its training command again")
     now = describe_run(settings, dataset)
     if differing := differing_settings(restored.meta, now):
         recorded = "; ".join(differing)

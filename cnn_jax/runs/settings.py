@@ -23,11 +23,12 @@ class RecipeDefaults(NamedTuple):
 
     @classmethod
     def in_words(cls, field: str) -> str:
-        """Return each recipe's default of a field, or the one that all of them share."""
+        """Return each recipe's default of a field, or the one that all of them share; one's own has the tutorial's."""
         values = [f"{getattr(defaults, field):g}" for defaults in RECIPE_DEFAULTS.values()]
         if len(set(values)) == 1:
             return values[0]
-        return ", ".join(f"{value} {recipe}" for recipe, value in zip(RECIPE_DEFAULTS, values, strict=True))
+        names = ["tutorial and your own" if recipe == "tutorial" else recipe for recipe in RECIPE_DEFAULTS]
+        return ", ".join(f"{value} {name}" for value, name in zip(values, names, strict=True))
 
 
 RECIPE_DEFAULTS: dict[str, RecipeDefaults] = {

@@ -65,7 +65,7 @@ def typed_as(kind: type[T], values: dict[str, Any], *, source: str) -> T:
     try:
         return msgspec.convert(values, kind, dec_hook=_to_path)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter of text with half a character
-        raise UsageError(f"{source}: {error}") from error
+        raise UsageError(f"{source}: {error}; give another value") from error
 
 
 def _to_path(kind: type, value: Any) -> Path:

@@ -235,7 +235,7 @@ def test_help_groups_the_settings_and_gives_each_ones_default_and_meaning(printe
     assert re.search(r"^  --learning-rate RATE, --lr RATE$|^  --learning-rate, --lr RATE$", text, flags=re.MULTILINE)
     assert len(text.splitlines()) < 70
     words = " ".join(text.split())
-    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial, 1.25 fast, 45" in words
+    assert "Passes over the training set; 1.5 is one and a half. (default: 15 tutorial and your own, 1.25" in words
     assert "--batch-size N Images per step. (default: 100)" in words
     assert "Write a trace of a few steps" in words
     assert "None" not in text

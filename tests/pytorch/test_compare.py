@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="needs the extra torch")
 
 from cnn_jax.pytorch import compare as compare_module
 from cnn_jax.pytorch.compare import FLOAT64_STEPS, STEPS
-from cnn_jax.pytorch.processes import start_worker
+from cnn_jax.pytorch.processes import ComparedRun, start_worker
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runtime.errors import InputFileError
 from cnn_jax.runtime.files import locked
@@ -45,6 +45,22 @@ def test_what_has_been_measured_is_not_measured_again(measured, command):
     text = (measured / "report.md").read_text()
     assert "do not differ measurably" in text
     assert "that they differ by less than 0.0015 give p = " in text
+
+
+def test_of_runs_beside_other_work_the_times_are_left_out(measured, command, monkeypatch):
+    runs = measured / "runs"
+    (runs / "cnn-jax-seed6-epochs1.json").unlink()
+    timed = ComparedRun(**RESULT | {"seed": 6})
+    monkeypatch.setattr(compare_module, "_train_in_jax", lambda *arguments: timed)
+    assert command(*ARGUMENTS, measured, "--untimed")[0] == 0
+    assert json.loads((runs / "cnn-jax-seed6-epochs1.json").read_text()) == RESULT | {"seed": 6, "seconds": {}}
+    text = (measured / "report.md").read_text()
+    assert "| training | 1 min 05 s | 1 min 05 s |" in text
+    assert "Times are medians over 1 of the seeds" in text
+    for file in runs.glob("cnn-jax-seed*"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": {}}))
+    assert command(*ARGUMENTS, measured)[0] == 0
+    assert "| training |" not in (measured / "report.md").read_text()
 
 
 DAMAGED = {
