@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 from cnn_jax.pytorch import benchmark, compare
+from cnn_jax.runs.settings import RECIPE_DEFAULTS
 from cnn_jax.runtime.display import describe_seconds, describe_values, markdown_table
 from tests.fault_injection.__main__ import trials_table
 
@@ -65,7 +66,7 @@ def recipe_table() -> str:
         accuracies = [seed["test_accuracy"] for seed in result["seeds"]]
         validation = lines[-1]["seeds"].get("validation_accuracy")
         seconds = sum(line["seconds"] for line in lines) / len(accuracies)
-        epochs = f"{lines[-1]['step'] / lines[0]['step']:.3g}"
+        epochs = f"{RECIPE_DEFAULTS[recipe].epochs:g}"
         rows.append(
             (
                 recipe,

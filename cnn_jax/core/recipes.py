@@ -55,9 +55,9 @@ def tutorial(learning_rate: Number) -> Recipe:
 
 
 def fast(learning_rate: Number, steps: int, *, momentum: Number = 0.85, smoothing: Number = 0.05) -> Recipe:
-    """Adam under a one-cycle schedule (Smith and Topin, arXiv 1708.07120), smoothed labels, averaged weights."""
+    """NAdam (Dozat 2016) under a one-cycle schedule (arXiv 1708.07120), smoothed labels, averaged weights."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.15)
-    return Recipe(optax.adam(schedule, b1=momentum), elementwise=True, loss=smoothed(smoothing), ema_decay=0.99)
+    return Recipe(optax.nadam(schedule, momentum, 0.98), elementwise=True, loss=smoothed(smoothing), ema_decay=0.99)
 
 
 def accurate(learning_rate: Number, steps: int, *, weight_decay: Number = 0.05, smoothing: Number = 0.01) -> Recipe:

@@ -23,17 +23,16 @@ class RecipeDefaults(NamedTuple):
 
     @classmethod
     def in_words(cls, field: str) -> str:
-        """Return each recipe's default of a field, or the one that all of them share; one's own has the tutorial's."""
+        """Return each recipe's default of a field, or the one that all of them share."""
         values = [f"{getattr(defaults, field):g}" for defaults in RECIPE_DEFAULTS.values()]
         if len(set(values)) == 1:
             return values[0]
-        names = ["tutorial and your own" if recipe == "tutorial" else recipe for recipe in RECIPE_DEFAULTS]
-        return ", ".join(f"{value} {name}" for value, name in zip(values, names, strict=True))
+        return ", ".join(f"{value} {recipe}" for recipe, value in zip(RECIPE_DEFAULTS, values, strict=True))
 
 
 RECIPE_DEFAULTS: dict[str, RecipeDefaults] = {
     "tutorial": RecipeDefaults(15, 100, 0.001),
-    "fast": RecipeDefaults(1.25, 100, 0.01),
+    "fast": RecipeDefaults(0.8, 50, 0.01),
     "accurate": RecipeDefaults(45, 100, 0.005),
 }
 
@@ -126,7 +125,7 @@ class TrainSettings:
     """What a training is started with: the command line's options, and what config.json records.
 
     Options:
-      recipe (NAME): How to train: tutorial, fast, accurate, or your own, FILE.py:FUNCTION.
+      recipe (NAME): tutorial, fast, accurate, or your own, FILE.py:FUNCTION, with the tutorial's defaults.
       model (FILE): Your own Flax network, FILE.py:CLASS.
       epochs (N): Passes over the training set; 1.5 is one and a half.
       batch_size (N): Images per step.
