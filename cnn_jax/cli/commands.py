@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, AT_LEAST_1]
 Port = Annotated[int, Must(lambda port: 1 <= port <= 65535, "from 1 to 65535")]
+# No more than a training of the tutorial's 600 steps per epoch can count.
+WholeEpochs = Annotated[int, Must(lambda epochs: 1 <= epochs <= 1_000_000, "from 1 to 1000000")]
 SeveralSeeds = Annotated[int, Must(lambda seeds: seeds >= 2, "at least 2, for a spread")]
 StudyName = Annotated[str, FOLDER_NAME, SHORT]
 Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "pairs of numbers")]
@@ -418,7 +420,7 @@ def compare(
     *,
     seeds: SeveralSeeds = 5,
     seed: int = 777,
-    epochs: Count = 15,
+    epochs: WholeEpochs = 15,
     output: Path = Path("benchmarks/comparison"),
     untimed: bool = False,
     data_dir: Path | None = None,

@@ -132,6 +132,7 @@ def test_a_wrong_value_is_refused_and_named(arguments):
     ("arguments", "complaint"),
     [
         (["compare", "--seeds", 2, "--seed", 2**32 - 1], "--seed 4294967295: it must be from 0 to 4294967294"),
+        (["compare", "--epochs", 3_579_140], "--epochs 3579140: it must be from 1 to 1000000"),
         (["compare", "--seeds", 2**32 + 1], "--seeds 4294967297: it must be at most 4,294,967,296"),
         (
             ["sweep", "--dataset", "a", "--dataset-dir", "b"],
