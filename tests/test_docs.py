@@ -249,9 +249,9 @@ def test_the_researchers_code_runs(command, program, small_mnist, tfds_folder, t
     assert code == 0, err
 
     page = "\n".join(blocks("python"))
-    assert page.count("batch_size=100)\n") == 1
+    assert page.count("batch_size=50)\n") == 1
     # A third of an epoch suffices for the accuracy below.
-    (tmp_path / "page.py").write_text(page.replace("batch_size=100)\n", "batch_size=100)[:200]\n"))
+    (tmp_path / "page.py").write_text(page.replace("batch_size=50)\n", "batch_size=50)[:400]\n"))
     process = program("page.py", cwd=tmp_path, env=os.environ | {"TFDS_DATA_DIR": str(tfds_folder)})
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err

@@ -123,7 +123,7 @@ class Dense(nn.Module):
 @jax.custom_vjp
 def _add_products(x, kernel, bias):
     # To keep a GPU busy with so few columns, XLA cuts the matrix product's sum into parts and copies both matrices:
-    # four launches. Plain sums take two, and one for each gradient. In two parts a sum takes 6 us, at once 16.
+    # four launches. Plain sums take two, and one for each gradient. In two stages a sum takes 6 us, at once 16.
     parts = x.shape[1] // 64 if x.shape[1] % 64 == 0 else 1
     products = x.reshape(x.shape[0], parts, -1, 1) * kernel.reshape(1, parts, -1, kernel.shape[1])
     return lax.optimization_barrier(products.sum(axis=2)).sum(axis=1) + bias[jnp.newaxis]

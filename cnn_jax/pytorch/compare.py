@@ -60,7 +60,7 @@ class FrameworkResult:
       accuracy: On test images with pixels in [0, 1].
       unscaled_accuracy: The same with pixels in 0..255.
       last_cost: The cost of the last epoch.
-      seconds: The median of each part of the time, over the runs that have it; without such runs there is none.
+      seconds: The median of each part of the time, over the seeds that both frameworks timed; empty if there is none.
       runs: Each seed's result.
     """
 
@@ -89,8 +89,8 @@ class Report:
     Attributes:
       epochs: Passes over the training set.
       date: The day, such as 2026-11-25.
-      machine: The processor and its cores.
-      versions: The version of each package.
+      machine: Where the report was written: the first device; of a CPU, the processor and its cores.
+      versions: The version of each package there.
       accuracy_difference: `mean` of cnn-jax minus PyTorch, `low` and `high` of its 95 % interval.
       agreement: How closely both frameworks compute the same function.
       frameworks: Each framework's results by its name.
@@ -227,6 +227,7 @@ def summarize(results: Mapping[str, Sequence[ComparedRun]], agreement: Agreement
     """Return the report of every seed's results, by framework, and of the agreement from equal weights."""
     ours, theirs = ([run.accuracy for run in results[framework]] for framework in FRAMEWORKS)
     interval = difference_interval(ours, theirs)
+    timed = _timed_seeds(results)
     return Report(
         epochs=epochs,
         date=time.strftime("%Y-%m-%d"),
@@ -239,7 +240,11 @@ def summarize(results: Mapping[str, Sequence[ComparedRun]], agreement: Agreement
                 accuracy=_mean([run.accuracy for run in runs]),
                 unscaled_accuracy=_mean([run.unscaled_accuracy for run in runs]),
                 last_cost=_mean([run.costs[-1] for run in runs]),
-                seconds=_median_seconds(runs),
+                seconds={
+                    part: float(np.median([run.seconds[part] for run in runs if run.seed in timed]))
+                    for part in PARTS
+                    if timed
+                },
                 runs=list(runs),
             )
             for framework, runs in results.items()
@@ -252,9 +257,8 @@ def _mean(values: Sequence[float]) -> Mean:
     return Mean(interval.mean, interval.standard_deviation)
 
 
-def _median_seconds(runs: Sequence[ComparedRun]) -> dict[str, float]:
-    timed = [run.seconds for run in runs if run.seconds]
-    return {part: float(np.median([seconds[part] for seconds in timed])) for part in PARTS if timed}
+def _timed_seeds(results: Mapping[str, Sequence[ComparedRun]]) -> set[int]:
+    return set.intersection(*({run.seed for run in runs if run.seconds} for runs in results.values()))
 
 
 def write_report(report: Report, file: Path) -> str:
@@ -279,8 +283,8 @@ def to_markdown(report: Report) -> str:
     ours, theirs = ([run.accuracy for run in report.frameworks[framework].runs] for framework in FRAMEWORKS)
     count, p = len(ours), equivalence_p(ours, theirs, MARGIN)
     equivalence = "that is shown" if p < 0.05 else "more seeds would be needed to show that"
-    timed = sum(bool(run.seconds) for run in report.frameworks[FRAMEWORKS[0]].runs)
-    medians = "medians over the seeds" if timed == count else f"medians over {timed} of the seeds"
+    timed = len(_timed_seeds({name: side.runs for name, side in report.frameworks.items()}))
+    times = f" Its `compiling` is its first step. Times are medians over {'the' if timed == count else timed} seeds."
     package_versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(
         [
@@ -305,8 +309,8 @@ def to_markdown(report: Report) -> str:
             "",
             f"{machine}; {package_versions}; {report.date}. Each run had its own process, and the two "
             "frameworks took turns. PyTorch ran with channels_last and the data in memory, and on a CPU with an "
-            "allocator that keeps its memory, which is its fastest float32 variant there. Its `compiling` is its first "
-            f"step. cnn-jax tests after every epoch, PyTorch only twice, at the end. Times are {medians}.",
+            "allocator that keeps its memory, which is its fastest float32 variant there."
+            f"{times * bool(timed)} cnn-jax tests after every epoch, PyTorch only twice, at the end.",
             "",
         ]
     )
@@ -325,7 +329,6 @@ def accuracy_table(report: Report) -> str:
         first_costs = [np.mean([run.costs[0] for run in side.runs]) for side in sides]
         rows.append(("cost after epoch 1", *(f"{cost:.4f}" for cost in first_costs)))
     rows.append((f"cost after epoch {report.epochs}", *(side.last_cost for side in sides)))
-    for part in PARTS:
-        if all(side.seconds for side in sides):
-            rows.append((part, *(describe_seconds(side.seconds[part]) for side in sides)))
+    for part in sides[0].seconds:
+        rows.append((part, *(describe_seconds(side.seconds[part]) for side in sides)))
     return markdown_table(("", *FRAMEWORKS), rows)

@@ -149,6 +149,7 @@ class Checkpoints:
     def _restore_latest(self, structure: Callable[[dict], TrainState]) -> Restored | None:
         if not self._writing:  # another process may have saved some, and deleted others, since this was opened
             self._reload()
+        damaged = False
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _quiet_orbax():
                 try:
@@ -167,11 +168,13 @@ class Checkpoints:
                     f"cannot read the checkpoint of step {step} in {self.folder} ({reason}); "
                     "see to the permissions and limits, then run the same command again"
                 )
+            damaged = damaged or _holds_files(self.folder / str(step))
             self._leave_out(step, reason)
-        if any(path.is_file() for path in self.quarantine.rglob("*")):
+        quarantined = _holds_files(self.quarantine)
+        if damaged or quarantined:
+            where = f"what was damaged is in {self.quarantine}; " * quarantined
             raise NoCheckpointError(
-                f"no checkpoint of {self.folder} is sound; what was damaged is in {self.quarantine}; "
-                + RunFolder(self.folder.parent).anew
+                f"no checkpoint of {self.folder} is sound; {where}{RunFolder(self.folder.parent).anew}"
             )
         return None
 
@@ -218,6 +221,10 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
         self._reload()
         self._warn(f"the checkpoint of step {step} is damaged ({reason}); it is now {aside}")
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 # The training state as earlier formats named its fields, which the paths in a digest are made of.

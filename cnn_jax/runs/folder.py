@@ -449,7 +449,7 @@ class RunFolder:
                     self.path.rmdir()
 
     def _check_not_anothers(self, path: Path) -> None:
-        """Refuse a link from this folder into another run's or a study's, which holds a lock of its own.
+        """Refuse a link from this folder into another run's or a study's.
 
         Raises:
           StorageError: naming both.

@@ -338,8 +338,8 @@ def make_recipe(settings: TrainSettings, steps: int, arguments: Mapping[str, rec
     with code.failures_named("--recipe") if is_own else contextlib.nullcontext():
         takes = inspect.signature(function).parameters
         if "learning_rate" not in takes:
-            rate, usual = given["learning_rate"], recipe_defaults(code).learning_rate
-            require(rate == usual, "--learning-rate", rate, f"left out: {code} has no argument learning_rate")
+            rate, usual = settings.learning_rate, recipe_defaults(code).learning_rate
+            require(rate == usual, "--learning-rate", rate, f"{usual:g}, as {code} has no argument learning_rate")
         offered = {"steps": steps, **given}
         others = [name for name in takes if name not in ("steps", "learning_rate")]
         known = f"one of {', '.join(others)}, which {code} takes" if others else f"left out: {code} takes none"

@@ -142,7 +142,7 @@ def restore_run(folder: RunFolder, data_dir: Path | None, warn: Callable[[str], 
                 raise
             raise unreadable(folder.path / "config.json", error, REMEDY) from error
     if restored is None:
-        raise NoCheckpointError(f"{folder.checkpoints} holds no sound checkpoint; start its training command again")
+        raise NoCheckpointError(f"{folder.checkpoints} holds no checkpoint; start its training command again")
     now = describe_run(settings, dataset)
     if differing := differing_settings(restored.meta, now):
         recorded = "; ".join(differing)
@@ -224,9 +224,11 @@ def usable_states(
     shapes = [jax.tree.map(np.shape, tree) for tree in (weights, jax.tree.map(lambda now: now[0], states.params))]
     if shapes[0] != shapes[1]:
         features, classes = saved["settings"]["features"], np.size(weights["fc"]["bias"])
+        has = f"--features {' '.join(map(str, features))} and {classes} classes"
+        if (tuple(features), classes) == (settings.features, states.params["fc"]["bias"].shape[-1]):
+            has = "images of another shape"
         raise UsageError(
-            f"the run {folder.path} has the weights of a network with --features {' '.join(map(str, features))} and "
-            f"{classes} classes; train it on with those, or {folder.anew}"
+            f"the run {folder.path} has the weights of a network with {has}; train it on with those, or {folder.anew}"
         )
     params = jax.tree.map(lambda now, saved: np.broadcast_to(saved, now.shape), states.params, weights)
     return states._replace(params=params, ema_params=None if states.ema_params is None else params)
@@ -277,12 +279,13 @@ def load_run_data(settings: TrainSettings) -> Dataset:
         require(len(names) == dataset.num_classes, "--class-names", settings.class_names, count)
         dataset = dataclasses.replace(dataset, class_names=names)
     check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
-    check_image_size(dataset.name, dataset.train_images.shape[1:])
+    if settings.model is None:
+        check_image_size(dataset.name, dataset.train_images.shape[1:])
     return dataset
 
 
 def check_image_size(name: str, image_shape: tuple[int, int, int]) -> None:
-    """Refuse a data set of images that are too small for the network.
+    """Refuse a data set of images that are too small for the tutorial's network.
 
     Raises:
       UsageError: naming the set and their size.

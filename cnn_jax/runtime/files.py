@@ -259,6 +259,10 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
             number = stream.read().strip() or "?"
             itself = number == str(os.getpid())
             raise AlreadyLockedError("another thread" if itself else f"process {number}") from error
+        if os.fstat(stream.fileno()).st_nlink == 0:  # who held it until now has removed it
+            with locked(file, wait=wait):
+                yield
+            return
         stream.truncate(0)
         stream.write(f"{os.getpid()}\n")
         stream.flush()

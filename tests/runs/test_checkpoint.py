@@ -167,6 +167,15 @@ def test_without_a_sound_checkpoint_the_run_ends_with_3(trained, steps):
             restore(steps, trained)
 
 
+def test_so_it_is_told_where_nothing_is_moved_away(trained, steps):
+    save(steps, trained, 1)
+    damage_newest(steps)
+    with pytest.raises(NoCheckpointError, match=r"no checkpoint of .*steps is sound; give another --run-name"):
+        restore(steps, trained, writing=False)
+    assert [path.name for path in steps.iterdir()] == ["1"]
+    assert [path.name for path in steps.parent.iterdir()] == [steps.name]
+
+
 def test_a_stray_folder_named_like_a_step_does_no_harm(trained, steps, tmp_path):
     save(steps, trained, 1)
     (steps / "99").mkdir()

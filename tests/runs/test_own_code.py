@@ -13,7 +13,7 @@ from cnn_jax.core.sharding import of_seed
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.restore import restore_run
 from cnn_jax.runtime.errors import OWN_MODULE
-from tests.helpers import ROOT, metrics_of
+from tests.helpers import ROOT, metrics_of, write_idx
 
 pytestmark = [pytest.mark.optax_promotes, pytest.mark.usefixtures("without_report")]
 
@@ -56,6 +56,25 @@ def train(command, small_mnist, tmp_path):
         return command("train", *arguments, "--epochs", epochs, "--model", model, *options)
 
     return run
+
+
+def test_a_network_of_ones_own_may_have_images_of_any_size(train, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    for split in "train", "t10k":
+        write_idx(tmp_path / "tiny" / f"{split}-images-idx3-ubyte", np.zeros((200, 2, 2), np.uint8))
+        write_idx(tmp_path / "tiny" / f"{split}-labels-idx1-ubyte", np.arange(200, dtype=np.uint8) % 10)
+    code, _, err = train("--dataset-dir", tmp_path / "tiny")
+    assert code == 0, err
+
+
+def test_a_recipe_without_a_learning_rate_has_the_usual_one(train, tmp_path):
+    (tmp_path / "way.py").write_text(MOMENTUM.replace("momentum(learning_rate, steps)", "momentum(steps, learning=0.1)")
+                                     .replace("learning_rate, 0.0", "learning, 0.0"))  # fmt: skip
+    way = f"{tmp_path / 'way.py'}:momentum"
+    code, _, err = train("--recipe", way, "--learning-rate", 0.1)
+    assert code == 2
+    assert f"--learning-rate 0.1: it must be 0.001, as {way} has no argument learning_rate" in err
+    assert train("--recipe", way)[0] == 0
 
 
 def states_of(folder):
@@ -274,6 +293,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(options, compla
 
 
 def test_a_network_that_is_not_the_tutorials_goes_to_stablehlo_alone(train, command, tmp_path):
+    pytest.importorskip("torch", reason="needs the extra torch")
     assert train(epochs=0.1)[0] == 0
     for to in ("onnx", "torch", "safetensors"):
         code, _, err = command("export", tmp_path / "run", "--to", to, "--output", tmp_path / "file")

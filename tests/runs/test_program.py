@@ -75,7 +75,7 @@ def takes_any(recipe, **given):
         ("asks_when_made", False),
         ("asks_when_it_trains", False),
         ("asks_in_its_loss", False),
-        ("takes_none", False),
+        ("takes_none", True),
     ],
 )
 def test_a_recipe_that_asks_for_an_argument_is_known_before_it_is_compiled(tmp_path, name, takes):

@@ -62,6 +62,7 @@ def test_what_jax_cannot_start_with_is_named(variables, complaint, started, tmp_
 
 
 def test_a_benchmark_cannot_start_with_it_either(started, tmp_path):
+    pytest.importorskip("torch", reason="needs the extra torch")
     for name, value in (("XLA_FLAGS", "--nonsense"), ("JAX_PLATFORMS", "abacus")):
         ended = started([sys.executable, "-m", "cnn_jax", "benchmark", "--output", tmp_path / "new"], **{name: value})
         assert ended.stderr.splitlines()[-1].startswith(f"error: {name}={value}: ")

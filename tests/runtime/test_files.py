@@ -1,5 +1,6 @@
 """A file is replaced as a whole or not at all, and no other is touched; what cannot be written is refused first."""
 
+import fcntl
 import functools
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from cnn_jax.runtime import files
 from cnn_jax.runtime.errors import StorageError
 from cnn_jax.runtime.files import (
+    AlreadyLockedError,
     check_output_file,
     check_output_folder,
     locked,
@@ -82,6 +84,19 @@ def test_two_writers_of_one_name_end_as_one_after_the_other(tmp_path):
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == "first"
     assert names(tmp_path) == ["a"]
+
+
+def test_a_lock_whose_file_its_last_holder_removes_is_taken_anew(tmp_path, monkeypatch):
+    file, flock = tmp_path / "lock", fcntl.flock
+
+    def removed_before(stream, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        file.unlink()
+        flock(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with locked(file), pytest.raises(AlreadyLockedError), locked(file):
+        pass
 
 
 def test_a_file_that_another_writer_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
