@@ -7,7 +7,6 @@ import functools
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from optax import contrib
@@ -15,6 +14,7 @@ from optax import contrib
 from cnn_jax.core.evaluation import evaluate
 from cnn_jax.core.model import CNN
 from cnn_jax.core.recipes import Recipe, smoothed
+from cnn_jax.core.training import create_train_state, train_step
 from cnn_jax.data.loading import load_dataset
 
 TRAINED = 50_000
@@ -70,25 +70,12 @@ def accuracy_of(seed: int, *, batch_size: int, images: int = 44_000, **variant: 
     steps = images // batch_size
     recipe, model = make_recipe(steps, **variant), CNN()
     data = load_dataset("mnist", None, None)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, pixels, labels):
-        params, averages, opt_state = state
-
-        def loss(params):
-            return recipe.loss(model.apply({"params": params}, pixels.astype(jnp.float32) / 255), labels).mean()
-
-        updates, opt_state = recipe.optimizer.update(jax.grad(loss)(params), opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, optax.incremental_update(params, averages, 1 - recipe.ema_decay), opt_state
-
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))["params"]
-    state = params, jax.tree.map(jnp.copy, params), recipe.optimizer.init(params)
+    state = create_train_state(jax.random.key(seed), model, (28, 28, 1), recipe)
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(TRAINED) for _ in range(-(-images // TRAINED))])
     for batch in order[: steps * batch_size].reshape(steps, batch_size):
-        state = step(state, data.train_images[batch], data.train_labels[batch])
-    return evaluate(model, {"params": state[1]}, data.train_images[TRAINED:], data.train_labels[TRAINED:]).accuracy
+        state, _ = train_step(state, data.train_images[batch], data.train_labels[batch], model=model, recipe=recipe)
+    return evaluate(model, state.eval_variables, data.train_images[TRAINED:], data.train_labels[TRAINED:]).accuracy
 
 
 if __name__ == "__main__":

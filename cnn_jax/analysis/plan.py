@@ -129,8 +129,7 @@ def plan(target: Target, settings: TrainSettings, *, as_json: bool = False, hlo:
     display = Display()
     sizes = read_sizes(settings.dataset, settings.dataset_dir, settings.data_dir)
     check_sizes(settings.batch_size, settings.validation, sizes.train_examples)
-    if settings.model is None:
-        check_image_size(str(settings.dataset_dir or settings.dataset), sizes.image_shape)
+    check_image_size(settings, str(settings.dataset_dir or settings.dataset), sizes.image_shape)
     set_up_compilers()
     fix_algorithms(attached=False)
     jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read what is for devices that are not here

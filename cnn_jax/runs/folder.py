@@ -38,10 +38,11 @@ DECIDING_FIELDS = (
     "precision",
 )  # fmt: skip
 
+RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py")
+RUN_FOLDERS = ("steps", "quarantine")
 # What a run or a study is read back from, and what SQLite writes beside it: no other file may take its place.
 STATE_FILES = (
-    "config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py", "lock", "steps", "quarantine",
-    "study.db", "study.db-journal", "study.db-wal", "study.db-shm", "study.db.new",
+    *RUN_FILES, *RUN_FOLDERS, "lock", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", "study.db.new",
 )  # fmt: skip
 
 # What config.json held once and no longer does.
@@ -428,10 +429,7 @@ class RunFolder:
                     f"{error.holder} is writing the run {self.path}; "
                     f"wait for it, stop it, or give another {self.name_option}"
                 ) from error
-            files = [
-                self.path / name for name in ("config.json", "metrics.jsonl", "result.json", "model.py", "recipe.py")
-            ]
-            folders = [self.checkpoints, self.path / "quarantine"]
+            files, folders = ([self.path / name for name in names] for names in (RUN_FILES, RUN_FOLDERS))
             for path in (*files, *folders, self.report, self.pictures):
                 self._check_not_anothers(path)
             for file in files:

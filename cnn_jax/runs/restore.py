@@ -279,19 +279,18 @@ def load_run_data(settings: TrainSettings) -> Dataset:
         require(len(names) == dataset.num_classes, "--class-names", settings.class_names, count)
         dataset = dataclasses.replace(dataset, class_names=names)
     check_sizes(settings.batch_size, settings.validation, len(dataset.train_labels))
-    if settings.model is None:
-        check_image_size(dataset.name, dataset.train_images.shape[1:])
+    check_image_size(settings, dataset.name, dataset.train_images.shape[1:])
     return dataset
 
 
-def check_image_size(name: str, image_shape: tuple[int, int, int]) -> None:
-    """Refuse a data set of images that are too small for the tutorial's network.
+def check_image_size(settings: TrainSettings, name: str, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a data set of images that are too small for the tutorial's network, where the settings name no other.
 
     Raises:
       UsageError: naming the set and their size.
     """
     height, width, _ = image_shape
-    if min(height, width) < 4:
+    if settings.model is None and min(height, width) < 4:
         raise UsageError(f"{name} has images of {height}x{width}; two poolings need at least 4x4")
 
 
