@@ -113,19 +113,21 @@ def train(settings: TrainSettings) -> "Result | None":
             return None
         accuracy = statistics.fmean(result.accuracies)
         run.display.accuracy(accuracy)
-        if is_process_0():
-            write_result(result, run.folder, run.clock)
-            # Its pictures take half a second to import: most starts of a finished run end without them.
-            if result.trained_here or not run.folder.report.exists():
-                from cnn_jax.analysis.report import write_report
+        try:
+            if is_process_0():
+                write_result(result, run.folder, run.clock)
+                # Its pictures take half a second to import: most starts of a finished run end without them.
+                if result.trained_here or not run.folder.report.exists():
+                    from cnn_jax.analysis.report import write_report
 
-                with run.clock.part("reporting"):
-                    write_report(run.folder.report, run.folder, result)
-        rows = result_rows(result)
-        rows += [(part, describe_seconds(seconds)) for part, seconds in run.clock.seconds.items()]
-        if run.folder.unwritten:
-            rows.append(("not written", run.folder.unwritten))
-        run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
+                    with run.clock.part("reporting"):
+                        write_report(run.folder.report, run.folder, result)
+        finally:  # also where the report fails, as with a variable that keeps Matplotlib from loading
+            rows = result_rows(result)
+            rows += [(part, describe_seconds(seconds)) for part, seconds in run.clock.seconds.items()]
+            if run.folder.unwritten:
+                rows.append(("not written", run.folder.unwritten))
+            run.display.table("Result", [*rows, ("written to", str(run.folder.path))])
     target = settings.target_accuracy
     if target is not None and accuracy < target:
         raise TargetAccuracyError(

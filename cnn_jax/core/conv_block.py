@@ -57,8 +57,7 @@ def conv_block(
     )
 
 
-# The three convolutions below add a bias, (1, 1, 1, F), and return the four corners of each pooling window, row by row:
-# four arrays (N, H // 2, W // 2, F). Each takes the dtype of its operands first.
+# The convolutions below return the corners of each pooling window, row by row: four arrays (N, H // 2, W // 2, F).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

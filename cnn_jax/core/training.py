@@ -58,7 +58,7 @@ class SeedEpoch(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe", "axis", "parts", "platform"))
 def run_steps(
-    seed: tuple[TrainState, SeedEpoch],
+    state_and_epoch: tuple[TrainState, SeedEpoch],
     images: UInt8[Array, "m h w c"],
     labels: Int32[Array, " m"],
     first: Int32[Array, ""] | int,
@@ -77,7 +77,7 @@ def run_steps(
     one call per step takes 33.
 
     Args:
-      seed: The state before step `first`, and the epoch's batches.
+      state_and_epoch: The state before step `first`, and the epoch's batches.
       images: The images that the batches' indices refer to, on the device.
       labels: Their labels.
       first: The first row of the batches to train on.
@@ -92,11 +92,11 @@ def run_steps(
     Returns:
       The state after the last step, and the steps' losses, of which first..stop-1 are filled in.
     """
-    state, epoch = seed
+    state, epoch = state_and_epoch
     losses, unravel = jnp.zeros(len(epoch.batches), jnp.float32), None
     if platform == "gpu" and recipe.elementwise:
         unravel = ravel_pytree(state.params)[1]
-        state = map_weights(lambda weights: ravel_pytree(weights)[0], state, seed[0])
+        state = map_weights(lambda weights: ravel_pytree(weights)[0], state, state_and_epoch[0])
     step = functools.partial(train_step, model=model, recipe=recipe, axis=axis, parts=parts, unravel=unravel)
 
     def take_step(i, carry):
@@ -116,7 +116,7 @@ def run_steps(
         return lax.fori_loop(first, stop, take_step, (state, losses))
     state, losses = lax.fori_loop(0, loop_steps(len(losses)), take_step_until_stop, (state, losses))
     state = state._replace(step=state.step + (stop - first))
-    return (state if unravel is None else map_weights(unravel, state, seed[0])), losses
+    return (state if unravel is None else map_weights(unravel, state, state_and_epoch[0])), losses
 
 
 def map_weights(function: Callable, state: TrainState, tree: TrainState) -> TrainState:
@@ -191,7 +191,10 @@ def train_step(
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = _average(state.ema_params, params, state.step + 1, recipe.ema_decay)
-    model_state = model_state if axis is None else lax.pmean(model_state, axis)
+    if axis is not None:  # statistics are averaged; counts are the same on all devices, and stay integers
+        model_state = jax.tree.map(
+            lambda leaf: (lax.pmean if jnp.issubdtype(leaf.dtype, jnp.inexact) else lax.pmax)(leaf, axis), model_state
+        )
     return TrainState(state.step + 1, params, opt_state, ema_params, model_state), loss / count
 
 
@@ -205,10 +208,8 @@ def _image_keys(noise_key: Key[Array, ""], step: Int32[Array, ""], images: int, 
 def _average(ema_params: PyTree | None, params: PyTree, step: Int32[Array, ""], most: float | None) -> PyTree | None:
     if ema_params is None or most is None:
         return None
-    # Young averages forget faster, or the initial weights would stay in them for long: (1 + t) / (10 + t) is the decay
-    # of TensorFlow's ExponentialMovingAverage with `num_updates`.
-    t = step.astype(jnp.float32)
-    return optax.incremental_update(params, ema_params, 1 - jnp.minimum(most, (1 + t) / (10 + t)))
+    # As TensorFlow's ExponentialMovingAverage with `num_updates`, or the initial weights would stay in it for long.
+    return optax.incremental_update(params, ema_params, 1 - jnp.minimum(most, (1 + step) / (10 + step)))
 
 
 class SeedKeys(NamedTuple):

@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file begins
 BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", *TIFF)
 BOX_COLOUR = (30, 120, 220)
+LABEL_SIZE = 16  # pixels
 # Of the pixels that speak for a class and of those that speak against it: red and blue, which few confuse.
 FOR, AGAINST = (209, 73, 91), (48, 99, 142)
 INK_GREY = 0.3  # how dark ink is that speaks neither for nor against, of 1 for black
@@ -240,8 +241,12 @@ def draw_boxes(picture: Picture, labelled: Sequence[tuple[Box, str]]) -> bytes:
     image = Image.fromarray(picture.colours.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for (left, top, right, bottom), text in labelled:
-        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=BOX_COLOUR)
-        draw.text((left, top - 3), text, fill=BOX_COLOUR, anchor="lb", font_size=14)
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=BOX_COLOUR, width=2)
+        # Above the box, or, at the picture's upper edge, over it.
+        corner = max(left, 3), max(top - 5, LABEL_SIZE + 3)
+        across, above, beyond, below = draw.textbbox(corner, text, anchor="lb", font_size=LABEL_SIZE)
+        draw.rectangle((across - 3, above - 3, beyond + 2, below + 2), fill=BOX_COLOUR)
+        draw.text(corner, text, fill="white", anchor="lb", font_size=LABEL_SIZE)
     return encode_png(np.asarray(image))
 
 

@@ -107,6 +107,8 @@ class Checkpoints:
 
     def _save(self, step: int, tree: dict, meta: dict) -> None:
         require_in_place(self.folder, self._identity)
+        if not (at := self.folder / str(step)).is_dir() and os.path.lexists(at):
+            self._leave_out(step, "it is no folder")  # Orbax would open it, and wait for ever if it is a pipe
         meta = {"schema": SCHEMA_VERSION, "step": step, **meta}
         meta["digest"] = digest(tree, meta)
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(tree), META: ocp.args.JsonSave(meta)})

@@ -150,10 +150,11 @@ class EpochMetrics:
       accuracy: Fraction of the tested images, on scaled pixels, in [0, 1], of each seed.
       loss: Mean softmax cross-entropy over the tested images, of each seed.
       tested_on: `test`, or `validation` where images were held out for that.
-      seconds: Training time of the epoch, or of its part that this process trained; without compiling and testing.
-      examples_per_second: Images of all seeds trained a second, over those seconds.
-      step_milliseconds: Those seconds per step of all seeds.
-      compile_seconds: What this process had spent compiling before the epoch; 0 in its later epochs.
+      seconds: Training time of the epoch, or of its part that this process trained; without compiling and testing. A
+        run that trains at once with others has the time of all of them.
+      examples_per_second: Images of all the run's seeds per second of that time.
+      step_milliseconds: That time per step of all the run's seeds.
+      compile_seconds: What this process had spent compiling, for all its runs, before the epoch; 0 in later epochs.
     """
 
     epoch: int

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from cnn_jax.runtime.errors import OWN_MODULE, CnnJaxError, UsageError, lacks_memory, last_frame_in, suggest, text_of
+from cnn_jax.runtime.errors import (
+    OWN_MODULE,
+    CnnJaxError,
+    UsageError,
+    forbids_transfers,
+    lacks_memory,
+    last_frame_in,
+    suggest,
+    text_of,
+)
 from cnn_jax.runtime.files import read_file
 
 FORM = re.compile(r"(.+\.py):([^\W\d]\w*)", re.DOTALL)
@@ -75,10 +84,10 @@ class OwnCode(str):
             except BaseException:
                 del sys.modules[place]
                 raise
-        if not hasattr(module, self.name):
+        if self.name not in vars(module):
             meant = suggest(self.name, vars(module))
             raise UsageError(f"{option} {self}: the file defines no {self.name}{meant and f'; {meant}'}")
-        return getattr(module, self.name)
+        return vars(module)[self.name]
 
     @contextlib.contextmanager
     def failures_named(self, option: str) -> Iterator[None]:
@@ -94,7 +103,8 @@ class OwnCode(str):
         except BaseException as error:
             raising = error if isinstance(error, SyntaxError) else last_frame_in([str(self.file)], error)
             # One that is not the user's ends this generator.
-            if lacks_memory(error) or (isinstance(error, GeneratorExit) and raising is None):
+            ends_generator = isinstance(error, GeneratorExit) and raising is None
+            if ends_generator or lacks_memory(error) or forbids_transfers(error):
                 raise
             where = f"line {raising.lineno}: " if raising and raising.lineno else ""
             lines = [*filter(None, map(str.strip, text_of(error).splitlines())), ""]

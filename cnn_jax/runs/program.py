@@ -352,6 +352,9 @@ def make_recipe(settings: TrainSettings, steps: int, arguments: Mapping[str, rec
         raise UsageError(
             f"--recipe {code}: it returns {type(recipe).__name__}, and should a cnn_jax.core.recipes.Recipe"
         )
+    decay = recipe.ema_decay
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
+        raise UsageError(f"--recipe {code}: its ema_decay is {decay}; it must be at least 0 and below 1")
     return recipe
 
 
@@ -383,13 +386,17 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
       together: How many such runs train together.
 
     Raises:
-      UsageError: that does not fit a device's memory, or the steps are too many to be counted in an int32.
+      UsageError: that does not fit a device's memory, the steps are too many to be counted in an int32, or as
+        `make_model` raises it.
     """
     steps = settings.epochs * (sizes.train_examples // settings.batch_size)
     require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"smaller, for fewer than {2**31:,} steps")
     height, width, channels = sizes.image_shape
-    if settings.model is not None:  # of which nothing is known before it is compiled
-        what, weights, first_output = f"--model {settings.model}", 1, 0
+    if settings.model is not None:  # of whose layers nothing is known before it is compiled
+        images = jax.ShapeDtypeStruct((1, *sizes.image_shape), np.float32)
+        params = jax.eval_shape(make_model(settings, sizes).init, jax.random.key(0), images)["params"]
+        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+        what, first_output = f"--model {settings.model}", 0
     else:
         first, second = settings.features
         weights = 9 * (channels + second) * first + (height // 4) * (width // 4) * second * sizes.num_classes

@@ -134,7 +134,7 @@ def describe_failure(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, FloatingPointError):  # with JAX_DEBUG_NANS
         line = f"error: the loss is not finite ({reason}); lower --learning-rate"
         exit_code = NonFiniteLossError.exit_code
-    elif "Disallowed" in reason and "transfer" in reason:
+    elif forbids_transfers(error):
         line = f"error: JAX_TRANSFER_GUARD forbids what the program does ({reason}); unset it"
         exit_code = UsageError.exit_code
     elif lacks_memory(error):
@@ -250,8 +250,15 @@ def text_of(error: BaseException) -> str:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, NumPy or XLA did not get the memory, or the thread, that it asked for."""
-    says_so = text_of(error).startswith(("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
+    told = text_of(error)  # where a compiled function's call fails, XLA's own words stand before these
+    says_so = any(words in told for words in ("RESOURCE_EXHAUSTED", "Out of memory", "can't start new thread"))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)
+
+
+def forbids_transfers(error: BaseException) -> bool:
+    """Whether JAX_TRANSFER_GUARD forbade what the program does."""
+    told = text_of(error)
+    return "Disallowed" in told and "transfer" in told
 
 
 def lacks_access(error: BaseException) -> bool:

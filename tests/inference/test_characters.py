@@ -133,6 +133,7 @@ def test_boxes_are_drawn_where_the_characters_are(row, command, tmp_path):
         middle = round((top + bottom) / 2)
         assert coloured[middle, round(left) - 8 : round(left) + 4].any()
         assert coloured[middle, round(right) - 4 : round(right) + 8].any()
+        assert coloured[round(top) - 18 : round(top) - 8, round(left) - 4 : round(left) + 8].mean() > 0.5, "a label"
     code, out, err = command("predict", file, file, "--boxes", tmp_path / "two.png")
     assert (code, out, err) == (2, "", f"error: --boxes {tmp_path}/two.png: it is for one picture; give one\n")
 

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,19 @@ def test_a_stray_folder_named_like_a_step_does_no_harm(trained, steps, tmp_path)
     assert "the checkpoint of step 99 is damaged" in line
     save(steps, trained, 2)
     assert restore(steps, trained) == (2, [])
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, Path.touch, lambda path: path.symlink_to(path)])
+def test_what_stands_where_a_step_is_saved_is_moved_aside_unopened(made, trained, steps):
+    save(steps, trained, 1)
+    made(steps / "2")
+    told = []
+    with open_checkpoints(steps, writing=True, warn=told.append) as checkpoints:
+        checkpoints.save(2, trained, LOSSES, {"note": 2})
+    (line,) = told
+    assert "the checkpoint of step 2 is damaged (it is no folder); it is now " in line
+    assert restore(steps, trained) == (2, [])
+    assert os.path.lexists(steps.with_name("quarantine") / "2")
 
 
 def test_a_checkpoint_copied_to_another_step_is_not_believed(trained, steps):

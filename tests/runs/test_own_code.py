@@ -184,6 +184,7 @@ WRONG_MODELS = {
     "import nothing_that_exists": "line 1: ModuleNotFoundError: No module named 'nothing_that_exists'; install it, or ",
     "class Idea:": "line 1: ",
     "x = 1": "the file defines no Idea",
+    "def __getattr__(name): raise SystemExit(0)": "the file defines no Idea",
     "class Ideas: pass": "the file defines no Idea; perhaps you meant Ideas",
     "Idea = 3": "it must be a class that inherits from flax.linen.Module",
     "raise SystemExit(0)": "line 1: SystemExit: 0",
@@ -238,6 +239,39 @@ def test_code_that_is_no_network_is_refused_in_a_line_that_names_it(source, trai
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_whose_weights_fit_no_memory_is_refused_before_anything_is_written(train, tmp_path):
+    huge = NOISY.replace("Dense(8)", "Dense(300_000)").replace(
+        "x = nn.Dropout", "x = nn.Dense(300_000)(x)\n        x = nn.Dropout"
+    )
+    (tmp_path / "huge.py").write_text(huge)
+    code, out, err = train(model=f"{tmp_path / 'huge.py'}:Noisy")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--model {tmp_path / 'huge.py'}:Noisy with --seeds 1 and --batch-size 100: training needs more than " in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_counts_and_flags_beside_the_weights_keep_their_type_and_value(train, tmp_path):
+    counting = """        steps = self.variable("counts", "steps", lambda: jnp.int32(2**24 + 1))
+        told = self.variable("counts", "told", lambda: jnp.bool_(False))
+        if train:
+            steps.value, told.value = steps.value + 1, ~told.value
+        x = nn.relu"""
+    source = "import jax.numpy as jnp\n" + NOISY.replace("        x = nn.relu", counting)
+    (tmp_path / "idea.py").write_text(source)
+    assert train(epochs=2)[0] == 0
+    step, counts = metrics_of(tmp_path / "run")[-1]["step"], states_of(tmp_path / "run").model_state["counts"]
+    assert (counts["steps"].dtype, counts["steps"].item()) == (np.int32, 2**24 + 1 + step)
+    assert (counts["told"].dtype, counts["told"].item()) == (np.bool_, step % 2 == 1)
+
+
+def test_what_the_environment_forbids_is_not_blamed_on_the_code(train, tmp_path):
+    forbidden = "raise RuntimeError('INVALID_ARGUMENT: Disallowed host-to-device transfer')"
+    (tmp_path / "idea.py").write_text(f"{NOISY}\n{forbidden}\n")
+    code, _, err = train()
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: JAX_TRANSFER_GUARD forbids what the program does (")
+
+
 WRONG_RECIPES = {
     "return Recipe(5)": "Error: ",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 1 / 0)": "line 4: ZeroDivisionError: division by zero",
@@ -248,6 +282,8 @@ WRONG_RECIPES = {
     "return Recipe(optax.sgd(0.1), augment=lambda keys, images: images[:1])": "and the images would be ",
     "return Recipe(optax.sgd(0.1), augment=lambda images: images)": "TypeError: ",
     "return Recipe(optax.sgd(0.1), ema_decay='x')": "Error: ",
+    "return Recipe(optax.sgd(0.1), ema_decay=1.5)": "its ema_decay is 1.5; it must be at least 0 and below 1",
+    "return Recipe(optax.sgd(0.1), ema_decay=float('nan'))": "its ema_decay is nan; it must be ",
     "return Recipe(optax.add_noise(0.1, 0.5, 0))": "it keeps opt_state.rng_key, key<fry> (), which no checkpoint holds",
     "return Recipe(optax.GradientTransformation(optax.sgd(1).init, lambda g, s, _: (g, (s, s))))": "changes the form",
     "return 3": "it returns int, and should a cnn_jax.core.recipes.Recipe",

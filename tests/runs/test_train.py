@@ -76,6 +76,18 @@ def test_a_run_prints_the_tutorials_lines_and_writes_its_settings_and_metrics(tr
     assert lines[1]["cost"] == pytest.approx(losses.mean(), rel=1e-6)
 
 
+def test_what_was_measured_is_shown_also_where_the_report_fails(train, monkeypatch):
+    def fail(*arguments):
+        raise ImportError("no backend", name="matplotlib")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    code, out, err = train(epochs=0.1, pictures=True)
+    assert (code, out.count("Accuracy: ")) == (2, 1)
+    assert "training" in err
+    assert "written to" in err
+    assert err.splitlines()[-1].startswith("error: cannot load matplotlib (no backend); ")
+
+
 def test_a_run_resumed_from_an_epochs_end_equals_an_uninterrupted_run(train, tmp_path, uninterrupted):
     assert train(epochs=1)[0] == 0
     code, out, err = train()
