@@ -55,6 +55,8 @@ WIDEST, LOWEST, TALLEST, MOST_PIECES = 1.3, 0.3, 1.5, 12
 # Another character costs so much, and a cut before it so much more, as characters seldom touch; what cannot be read at
 # all costs no more than the third, and to leave a piece out even more. All are negative logarithms of probabilities.
 ANOTHER, CUT, NO_CHARACTER, LEFT_OUT = 0.2, 0.3, 5.0, 6.0
+# A character is seldom wider than the first, in its own heights; each height more costs the second.
+USUAL_WIDTH, WIDER = 0.5, 4.0
 # All that is found may be one character if the largest has this share of the box around it,
 # and if to read it costs at most this.
 ONE, READABLE = 0.7, 0.6
@@ -127,8 +129,9 @@ def find_characters(colours: np.ndarray, cost: Cost | None) -> list[list[Charact
     if one is None:
         return lines
     around = _area(_around([character.box for line in lines for character in line])) if lines else 0
-    is_one = _area(one.box) >= ONE * around and next(costs) <= min(as_several - ANOTHER, READABLE)
-    return [[one]] if is_one else lines
+    as_one = next(costs)
+    is_read = as_one <= READABLE and as_one + _cost_of_width(one.box) <= as_several - ANOTHER
+    return [[one]] if is_read and _area(one.box) >= ONE * around else lines
 
 
 def _parts(mask: np.ndarray) -> list[Piece]:
@@ -342,10 +345,17 @@ def _best(line: Candidates, costs: Sequence[float]) -> tuple[float, list[int]]:
         ways = [(best[-1][0] + LEFT_OUT, best[-1][1])]
         for i in ending.get(last, []):
             first = line.spans[i][0]
-            cost = min(costs[i], NO_CHARACTER) + ANOTHER + CUT * (first in line.cuts)
+            width = _cost_of_width(_box(line.pieces[first:last]))
+            cost = min(costs[i], NO_CHARACTER) + ANOTHER + CUT * (first in line.cuts) + width
             ways.append((best[first][0] + cost, [*best[first][1], i]))
         best.append(min(ways, key=lambda way: way[0]))
     return best[-1]
+
+
+def _cost_of_width(box: Box) -> float:
+    """Return what a character of this width costs: two that lie beside each other are wider than one."""
+    left, top, right, bottom = box
+    return WIDER * max(0.0, (right - left) / (bottom - top) - USUAL_WIDTH)
 
 
 def _columns(line: list[Piece]) -> list[list[Piece]]:

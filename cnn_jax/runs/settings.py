@@ -76,7 +76,7 @@ class Must(NamedTuple):
 
 AT_LEAST_1 = Must(lambda number: number >= 1, "at least 1")
 EACH_AT_LEAST_1 = Must(lambda numbers: min(numbers) >= 1, "at least 1 each")
-RATE = Must(lambda rate: 0 < rate < 1e38, "a positive number below 1e38, which float32 can hold")
+RATE = Must(lambda rate: 1e-37 < rate < 1e38, "between 1e-37 and 1e38, which float32 can hold")
 FRACTION = Must(lambda number: 0 <= number <= 1, "between 0 and 1")
 ADDRESS = Must(
     lambda address: (

@@ -64,10 +64,10 @@ def test_most_numbers_of_all_manners_are_read_right_and_few_digits_are_invented(
         told += [f"{file.name}: {read} for {expected}"] * (read != expected)
     count = sum(total.values())
     assert count >= 200
-    assert sum(wrong.values()) <= 0.11 * count, told
-    assert wrong["touching"] <= 0.35 * total["touching"], told
-    assert wrong["broken"] <= 0.2 * total["broken"], told
-    assert wrong["apart"] + wrong["squared"] + wrong["cells"] <= 0.03 * count, told
+    assert sum(wrong.values()) <= 0.055 * count, told
+    assert wrong["touching"] <= 0.2 * total["touching"], told
+    assert wrong["broken"] <= 0.12 * total["broken"], told
+    assert wrong["apart"] + wrong["squared"] + wrong["cells"] <= 0.01 * count, told
     assert invented <= 0.02 * count, told
 
 
@@ -83,7 +83,7 @@ def test_most_pictures_without_a_digit_are_refused_and_mnists_own_digits_are_not
         if any(reading.index is not None for line in readings for reading in line):
             taken.append(file.name)
     assert len(files) == 200
-    assert len(taken) <= 27, taken
+    assert len(taken) <= 20, taken
 
 
 def test_a_row_is_one_line_on_stdout_and_is_drawn_side_by_side(row, command):

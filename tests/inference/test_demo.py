@@ -387,6 +387,22 @@ def test_the_page_answers_among_many_idle_connections(port):
         test_a_drawing_that_is_sent_is_answered(port)
 
 
+@pytest.mark.slow(seconds=8)
+def test_connections_beyond_the_limit_of_open_files_wait_and_are_not_told_of():
+    number = free_port()
+    demo_command = f"ulimit -n 64; exec {sys.executable} -m cnn_jax demo --port {number}"
+    with (
+        subprocess.Popen(["bash", "-c", demo_command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        process.stderr.readline()
+        for _ in range(100):
+            stack.enter_context(connect(number, ""))
+        time.sleep(2)
+        process.terminate()
+        assert (process.communicate()[1], process.returncode) == ("the page is closed\n", 0)
+
+
 def test_the_page_closes_in_time_while_requests_are_open():
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
         with guard.serve_guarded(answer_at_length, listener, "127.0.0.1"):

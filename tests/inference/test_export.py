@@ -256,7 +256,8 @@ def test_pytorch_reads_its_file_without_executing_anything_in_it(exported, packa
 
 def test_the_safetensors_file_is_the_packaged_one_again(exported, packaged):
     read = read_trained(exported("safetensors"))
-    assert dataclasses.replace(read, params={}, name="mnist") == dataclasses.replace(packaged, params={})
+    read_alone = dataclasses.replace(packaged, params={}, asks_detector=False)
+    assert dataclasses.replace(read, params={}, name="mnist") == read_alone
     np.testing.assert_array_equal(read.params["fc"]["kernel"], packaged.params["fc"]["kernel"])
 
 

@@ -27,8 +27,10 @@ from cnn_jax.inference.pretrained import (
     DETECTOR,
     DIGITS,
     LEAST_BESIDE_DIGITS,
+    LEAST_OF_LINE,
     LEAST_OF_SEVERAL,
     LEAST_PROBABILITY,
+    SHARE,
     TrainedModel,
     read_trained,
 )
@@ -99,10 +101,13 @@ def _embed(trained: TrainedModel) -> dict[str, Any]:
     detector = None
     if trained.reads_digits:
         detector = _embed_network(read_trained(DETECTOR)) | {
+            "asked": trained.asks_detector,
             "digits": len(DIGITS),
             "least": LEAST_PROBABILITY,
             "least_beside_digits": LEAST_BESIDE_DIGITS,
             "least_of_several": LEAST_OF_SEVERAL,
+            "least_of_line": LEAST_OF_LINE,
+            "share": SHARE,
         }
     return {
         "constants": {

@@ -6,8 +6,8 @@
 
 const {
   SLOPES, ENCLOSED, THIN, DASH, BESIDE, ACROSS, FAINT, SMALLEST_SHARE, SPECK, MOST_PARTS, STACKED, WHOLE, BROKEN,
-  SHORTEST, SINGLE, WIDEST, LOWEST, TALLEST, MOST_PIECES, ANOTHER, CUT, NO_CHARACTER, LEFT_OUT, ONE, READABLE, STARTS,
-  THROUGH, LEAST_INK, BORDER,
+  SHORTEST, SINGLE, WIDEST, LOWEST, TALLEST, MOST_PIECES, ANOTHER, CUT, NO_CHARACTER, LEFT_OUT, USUAL_WIDTH, WIDER, ONE,
+  READABLE, STARTS, THROUGH, LEAST_INK, BORDER,
 } = embedded.constants;
 
 // Returns the characters, {box, image}, of each line, and what all that is found is as one character, or null.
@@ -44,8 +44,9 @@ async function findCharacters(colours, costOf, pause) {
   const found = lines.filter(line => line.length);
   if (one === null || costOf === null) return {lines: found, one};
   const around = found.length ? areaOf(boxOf(found.flat().map(({box}) => box))) : 0;
-  const isOne = areaOf(one.box) >= ONE * around && costOf(one.image) <= Math.min(asSeveral - ANOTHER, READABLE);
-  return {lines: isOne ? [[one]] : found, one};
+  const asOne = costOf(one.image);
+  const isRead = asOne <= READABLE && asOne + costOfWidth(one.box) <= asSeveral - ANOTHER;
+  return {lines: isRead && areaOf(one.box) >= ONE * around ? [[one]] : found, one};
 }
 
 const heightOf = ({top, bottom}) => bottom - top;
@@ -239,13 +240,17 @@ function bestOf({pieces, cuts, spans}, costs) {
     let least = {cost: best[last - 1].cost + LEFT_OUT, chosen: best[last - 1].chosen};
     spans.forEach(([first, end], i) => {
       if (end !== last) return;
-      const cost = best[first].cost + (Math.min(costs[i], NO_CHARACTER) + ANOTHER + CUT * cuts.has(first));
+      const width = costOfWidth(boxOf(pieces.slice(first, last)));
+      const cost = best[first].cost + (Math.min(costs[i], NO_CHARACTER) + ANOTHER + CUT * cuts.has(first) + width);
       if (cost < least.cost) least = {cost, chosen: [...best[first].chosen, i]};
     });
     best.push(least);
   }
   return best[pieces.length];
 }
+
+// What a character of this width costs.
+const costOfWidth = box => WIDER * Math.max(0, widthOf(box) / heightOf(box) - USUAL_WIDTH);
 
 // The pieces of a part that may be several characters, from left to right, along the paths that cross the least ink.
 function cut(part, height) {

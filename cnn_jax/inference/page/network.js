@@ -26,7 +26,9 @@ async function read(imageData, pause = async () => {}) {
   const sure = lines.flat().map(image => judge(image).digit >= detector?.least_of_several);
   const readings = lines.map(line => {
     const judged = line.map(judge);
-    let least = sure.length === 1 || sure.includes(true) ? detector?.least : 1;
+    const mean = judged.reduce((sum, {digit}) => sum + digit, 0) / judged.length;
+    const ofDigits = sure.includes(true) && mean >= detector?.least_of_line;
+    let least = sure.length === 1 || ofDigits ? detector?.least : Infinity;
     if (judged.some(({digit}) => digit >= least)) least = detector.least_beside_digits;
     return judged.map(({classes, digit}, i) => ({
       image: line[i], probabilities: classes,
@@ -38,8 +40,7 @@ async function read(imageData, pause = async () => {}) {
 
 const judgements = new Map(); // of the images of the last pictures, of which a growing drawing has many again
 
-// The probability of each class, that it is a digit, and the negative logarithm of the probability that it is one digit
-// and that both networks tell the same.
+// The probability of each class, that it is a digit, and how improbable it is that it is one digit.
 function judge(image) {
   const {network, detector} = embedded, key = String(image);
   let judged = judgements.get(key);
@@ -49,7 +50,9 @@ function judge(image) {
     // The detector's first classes are the digits, and its last one is all else.
     const digits = softmax(logits(detector, image), 1).slice(0, detector.digits);
     judged.digit = digits.reduce((a, b) => a + b);
-    judged.cost = Math.min(...digits.map((digit, i) => -(Math.log(digit) + Math.log(Math.max(judged.classes[i], TINY)))));
+    const both = digits.map((digit, i) => Math.log(digit) + detector.share * Math.log(Math.max(judged.classes[i], TINY)));
+    judged.cost = -Math.max(...both);
+    if (detector.asked) judged.classes = softmax(both, 1);
   }
   if (judgements.size >= MOST_JUDGEMENTS) judgements.clear();
   judgements.set(key, judged);
