@@ -177,8 +177,8 @@ def test_it_ends_the_program_in_one_line_with_exit_code_2_before_jax_is_imported
     assert ended.stdout == "False\n"
     assert ended.stderr.startswith(f"error: {complaint}")
     assert len(ended.stderr.splitlines()) == 1
-    # It takes 0.2 to 0.8 s: counted on the processor, because the machine may be busy.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    # It takes 0.2 to 0.8 s, and half as fast a machine 1.6: counted on the processor, because it may be busy.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
 
 
 @pytest.fixture
