@@ -239,9 +239,21 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
     Raises:
       UsageError: the user's is no network from such images to logits of such classes, or fails.
     """
-    dtype, code = jnp.dtype(settings.precision).type, settings.model
+    code = settings.model
     if not isinstance(code, OwnCode):
+        dtype = jnp.dtype(settings.precision).type
         return CNN(features=settings.features, num_classes=sizes.num_classes, dtype=dtype)
+    model, _ = _own_model(code, settings, sizes)
+    require_trainable(code, "--model", model, recipes.tutorial(1.0), sizes)
+    return model
+
+
+def _own_model(code: OwnCode, settings: TrainSettings, sizes: Sizes) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a network of the user's, and the shapes of its weights and of what it keeps beside them.
+
+    Raises:
+      UsageError: as `make_model` does, except that its steps are not tried.
+    """
     made = code.load("--model")
     if not (isinstance(made, type) and issubclass(made, nn.Module)):
         raise UsageError(f"--model {code}: it must be a class that inherits from flax.linen.Module")
@@ -250,7 +262,7 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
     shown = " ".join(map(str, settings.features))
     for option, text, field, value in (
         ("features", shown, "features", settings.features),
-        ("precision", settings.precision, "dtype", dtype),
+        ("precision", settings.precision, "dtype", jnp.dtype(settings.precision).type),
     ):
         if getattr(settings, option) != getattr(TrainSettings, option):
             require(field in fields, f"--{option}", text, f"left out: {code} has no field {field}")
@@ -266,8 +278,7 @@ def make_model(settings: TrainSettings, sizes: Sizes) -> nn.Module:
         raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
     if "params" not in variables:
         raise UsageError(f"--model {code}: it has no weights to train")
-    require_trainable(code, "--model", model, recipes.tutorial(1.0), sizes)
-    return model
+    return model, variables
 
 
 def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Recipe, sizes: Sizes) -> None:
@@ -386,16 +397,15 @@ def check_resources(settings: TrainSettings, sizes: Sizes, mesh: Mesh, device_by
       together: How many such runs train together.
 
     Raises:
-      UsageError: that does not fit a device's memory, the steps are too many to be counted in an int32, or as
-        `make_model` raises it.
+      UsageError: that does not fit a device's memory, the steps are too many to be counted in an int32, or the user's
+        network is none.
     """
     steps = settings.epochs * (sizes.train_examples // settings.batch_size)
     require(steps < 2**31, "--epochs", f"{settings.epochs:g}", f"smaller, for fewer than {2**31:,} steps")
     height, width, channels = sizes.image_shape
-    if settings.model is not None:  # of whose layers nothing is known before it is compiled
-        images = jax.ShapeDtypeStruct((1, *sizes.image_shape), np.float32)
-        params = jax.eval_shape(make_model(settings, sizes).init, jax.random.key(0), images)["params"]
-        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if isinstance(settings.model, OwnCode):  # of whose layers nothing is known before it is compiled
+        _, variables = _own_model(settings.model, settings, sizes)
+        weights = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         what, first_output = f"--model {settings.model}", 0
     else:
         first, second = settings.features

@@ -63,7 +63,7 @@ def serve_guarded(page: ASGIApp, listener: socket.socket, host: str) -> Iterator
             log_level="critical",
         )
     )
-    # It would tell with a traceback of each connection beyond the limit of open files; they wait for others to end.
+    # asyncio would show a traceback for each connection beyond the limit of open files; they wait for others to end.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     # In the main thread uvicorn would handle the signals.
     thread = threading.Thread(target=server.run, args=([listener],))
