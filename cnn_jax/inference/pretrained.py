@@ -51,7 +51,7 @@ LEAST_OF_SEVERAL, LEAST_OF_LINE = 0.9, 0.55
 # The network's probabilities count as this power of themselves beside the detector's: it has seen digits alone, and is
 # too sure of all else. Of MNIST's test images both together tell 99.35 %, and the packaged network by itself 99.41 %.
 SHARE = 0.5
-AT_ONCE = 16  # images that the networks judge together
+AT_ONCE = 4  # images that the networks judge together: few are asked about at a time
 
 
 class Provenance(Record, frozen=True, kw_only=True):

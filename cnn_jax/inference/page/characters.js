@@ -28,18 +28,15 @@ async function findCharacters(colours, costOf, pause) {
     parts = partsOf(above(ink, levelOf(ink)));
   }
   const threshold = inkThreshold(ink, faintest), lines = [], one = findInInk(measured, faintest);
+  const layOutNext = async pieces => {
+    await pause();
+    return layOutPieces(pieces, ink, threshold);
+  };
   let asSeveral = 0;
   for (const line of linesOf(parts)) {
-    const candidates = costOf === null ? columnsOf(line) : candidatesOf(line), characters = [], costs = [];
-    for (const pieces of candidates.spans.map(([first, last]) => candidates.pieces.slice(first, last))) {
-      await pause();
-      const character = layOutPieces(pieces, ink, threshold);
-      characters.push(character);
-      costs.push(character === null || costOf === null ? NO_CHARACTER : costOf(character.image));
-    }
-    const best = costOf === null ? {cost: 0, chosen: [...characters.keys()]} : bestOf(candidates, costs);
-    asSeveral += best.cost;
-    lines.push(best.chosen.map(i => characters[i]).filter(each => each !== null));
+    const read = await (costOf === null ? readColumns : readLine)(line, layOutNext, costOf);
+    asSeveral += read.cost;
+    lines.push(read.characters.filter(each => each !== null));
   }
   const found = lines.filter(line => line.length);
   if (one === null || costOf === null) return {lines: found, one};
@@ -204,15 +201,37 @@ function candidatesOf(line) {
   return {pieces, cuts, spans};
 }
 
-// The same without cuts: what lies above each other is one character.
+// The pieces of a line that lie above each other.
 function columnsOf(line) {
-  const pieces = line.slice().sort((a, b) => a.left - b.left), spans = [];
-  pieces.forEach((piece, i) => {
-    const last = spans[spans.length - 1], {left, right} = last ? boxOf(pieces.slice(...last)) : {left: 0, right: 0};
-    if (Math.min(right, piece.right) - piece.left > Math.min(right - left, widthOf(piece)) / 2) last[1] = i + 1;
-    else spans.push([i, i + 1]);
-  });
-  return {pieces, spans};
+  const columns = [];
+  for (const piece of line.slice().sort((a, b) => a.left - b.left)) {
+    const last = columns[columns.length - 1], {left, right} = last ? boxOf(last) : {left: 0, right: 0};
+    if (Math.min(right, piece.right) - piece.left > Math.min(right - left, widthOf(piece)) / 2) last.push(piece);
+    else columns.push([piece]);
+  }
+  return columns;
+}
+
+// Each column is a character.
+async function readColumns(line, layOutNext) {
+  const characters = [];
+  for (const pieces of columnsOf(line)) characters.push(await layOutNext(pieces));
+  return {cost: 0, characters};
+}
+
+// What the most probable way to read a line costs, and its characters. One costs nothing until the cheapest way takes it;
+// then it is laid out.
+async function readLine(line, layOutNext, costOf) {
+  const candidates = candidatesOf(line), costs = candidates.spans.map(() => 0), characters = new Map();
+  for (;;) {
+    const {cost, chosen} = bestOf(candidates, costs), next = chosen.filter(i => !characters.has(i));
+    if (next.length === 0) return {cost, characters: chosen.map(i => characters.get(i))};
+    for (const i of next) {
+      const character = await layOutNext(candidates.pieces.slice(...candidates.spans[i]));
+      characters.set(i, character);
+      costs[i] = character === null ? NO_CHARACTER : Math.min(costOf(character.image), NO_CHARACTER);
+    }
+  }
 }
 
 // Lays pieces of the ink out as one character; null if nothing is left of them.
@@ -241,7 +260,7 @@ function bestOf({pieces, cuts, spans}, costs) {
     spans.forEach(([first, end], i) => {
       if (end !== last) return;
       const width = costOfWidth(boxOf(pieces.slice(first, last)));
-      const cost = best[first].cost + (Math.min(costs[i], NO_CHARACTER) + ANOTHER + CUT * cuts.has(first) + width);
+      const cost = best[first].cost + (costs[i] + ANOTHER + CUT * cuts.has(first) + width);
       if (cost < least.cost) least = {cost, chosen: [...best[first].chosen, i]};
     });
     best.push(least);
