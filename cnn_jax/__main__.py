@@ -1,5 +1,6 @@
 """The commands: `python -m cnn_jax COMMAND`, installed as `cnn-jax`."""
 
+import os
 import sys
 
 from cnn_jax.runtime.signals import end_on_signals
@@ -13,6 +14,7 @@ def program(command: str | None = None) -> None:
     """
     end_on_signals()  # first, because the next import takes 0.1 s
     guard_standard_streams()
+    os.environ.pop("MPLBACKEND", None)  # pictures go into files; one that is none would end a training at its report
     from cnn_jax.runtime.errors import one_line_failures, require_environment
 
     with one_line_failures(debug="--debug" in sys.argv):

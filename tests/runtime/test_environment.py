@@ -91,6 +91,13 @@ def test_jaxs_variables_change_no_number_of_a_run(trained_run, program, small_mn
     assert_same_run(tmp_path / "run", trained_run("--features", 2, 4, epochs=1, reported=False))
 
 
+@pytest.mark.slow
+def test_what_matplotlib_is_told_to_show_pictures_with_does_not_matter(started, trained_run, tmp_path):
+    run, page = trained_run("--features", 2, 4, epochs=1, reported=False), tmp_path / "page.html"
+    ended = started([sys.executable, "-m", "cnn_jax", "report", run, "--output", page], MPLBACKEND="no backend")
+    assert (ended.returncode, page.exists()) == (0, True), ended.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
