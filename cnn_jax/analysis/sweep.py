@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import statistics
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -189,12 +190,16 @@ def run_study(space: SearchSpace, shared: TrainSettings, trials: int, together: 
         for recipe in space.recipes:
             make_program(_with_arguments(tried, lowest, recipe), Sizes.of(dataset, tried), mesh)
         study = open_study(space, shared, dataset.sha256)
-        while missing := max(0, trials - len(_ended(study))):
-            with _failures_named(file, reading=True):
-                optuna.storages.fail_stale_trials(study)  # of processes that have died; others are queued for them
-            with _asked(study, space, min(together, missing)) as asked:
+        is_told = False
+        while len(_ended(study)) < trials:
+            with _asked(study, file, space, trials, together) as asked:
                 for group in asked:
                     _score(study, group, space, shared, dataset, display)
+            if not asked:
+                if not is_told:
+                    display.say("the last trials run in other processes; waiting for them")
+                is_told = True
+                time.sleep(1)
     best, pruned = (
         sorted(of_state, key=lambda scored: -scored[0])[:SHOWN_TRIALS]
         for of_state in (_scored(study), _scored(study, TrialState.PRUNED))
@@ -312,6 +317,11 @@ def _read_study(file: Path) -> optuna.Study:
 
 
 class _Storage(RDBStorage):
+    def alive(self) -> set[int]:
+        """Return the numbers of the trials of which some process has told that they are alive."""
+        with self.engine.begin() as connection:
+            return set(connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").scalars())
+
     def record_heartbeat(self, trial_id: int) -> None:
         # In a thread of Optuna's, whose failure nobody would see but as a traceback. The trial's own writes report it.
         with contextlib.suppress(SQLAlchemyError, StorageInternalError):
@@ -490,8 +500,12 @@ def _lock_before_reading(connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list[list[Trial]]]:
+def _asked(
+    study: optuna.Study, file: Path, space: SearchSpace, count: int, together: int
+) -> Iterator[list[list[Trial]]]:
     """Ask for trials, in groups that can train together, and tell that they are alive until the block ends.
+
+    There are none if all that are missing of `count` run in other processes.
 
     What is left of them where the program is stopped, or the disk fails, is queued: the next process goes on with it
     from its checkpoint. Where anything else fails they have failed.
@@ -508,18 +522,19 @@ def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list
     thread.start()
     sampler, groups = study.sampler, {}
     try:
-        for _ in range(count):
-            trial = study.ask(space.distributions())
-            study._storage.record_heartbeat(trial._trial_id)  # pyright: ignore[reportAttributeAccessIssue]
-            trials.append(trial)
-            shape = {name: trial.params[name] for name in SHAPING}
-            # One that was queued may be of another shape.
-            groups.setdefault(tuple(shape.values()), []).append(trial)
-            if len(trials) == 1:
-                study.sampler = optuna.samplers.PartialFixedSampler(shape, sampler)
+        with locked(file.with_name("lock"), wait=True):  # others count before or after all these are asked for
+            for _ in range(min(together, count - len(_ended(study)) - len(_running_elsewhere(study, file)))):
+                trial = study.ask(space.distributions())
+                study._storage.record_heartbeat(trial._trial_id)  # pyright: ignore[reportAttributeAccessIssue]
+                trials.append(trial)
+                shape = {name: trial.params[name] for name in SHAPING}
+                # One that was queued may be of another shape.
+                groups.setdefault(tuple(shape.values()), []).append(trial)
+                if len(trials) == 1:
+                    study.sampler = optuna.samplers.PartialFixedSampler(shape, sampler)
         yield list(groups.values())
     except BaseException as error:
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        for trial in study.get_trials(states=(TrialState.RUNNING,)) if trials else ():
             if trial.number in (own.number for own in trials):
                 if isinstance(error, StopSignalError | StorageError):
                     RetryHeartbeatStaleTrialCallback()(study, trial)
@@ -529,6 +544,15 @@ def _asked(study: optuna.Study, space: SearchSpace, count: int) -> Iterator[list
         study.sampler = sampler
         ended.set()
         thread.join()
+
+
+def _running_elsewhere(study: optuna.Study, file: Path) -> list[FrozenTrial]:
+    """Return the trials that other processes train; those of processes that have died are queued anew."""
+    with _failures_named(file, reading=True):
+        optuna.storages.fail_stale_trials(study)
+    alive = study._storage._backend.alive()  # pyright: ignore[reportAttributeAccessIssue]
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial for trial in running if trial._trial_id in alive]
 
 
 def _score(

@@ -220,6 +220,8 @@ class Network:
 
 
 def _of_numpy(value: Any) -> Any:
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise UsageError(f"{_kind(value)} is masked: give what it is without its mask, filled(0)")
     is_key = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
     # The keys of JAX are no numbers; NumPy's matrices, an array of another kind, always have two axes.
     return np.asarray(value) if isinstance(value, jax.Array | np.ndarray) and not is_key else value

@@ -122,9 +122,12 @@ def _read_names(file: Path, first_label: int) -> tuple[str, ...]:
             names = lines
         else:
             codes = {int(label): int(code) for label, code, *_ in map(str.split, lines)}
-            names = [chr(codes[label]) for label in range(first_label, first_label + len(codes))]
+            labels = range(first_label, first_label + len(codes))
+            if missing := [label for label in labels if label not in codes]:
+                raise ValueError(f"the label {missing[0]} is missing")
+            names = [chr(codes[label]) for label in labels]
         names = [name if name.isprintable() else "" for name in names]
-    except (OSError, ValueError, KeyError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise InputFileError(f"{file} is no list of class names ({error}); correct or remove it") from error
     if not names or "" in names or len(set(names)) < len(names):
         raise InputFileError(f"{file} has no names, one that cannot be shown, or one twice; correct or remove it")

@@ -190,6 +190,14 @@ def require_environment() -> None:
         )
 
 
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 def _remedy(error: OSError) -> str:
     """Return what to do where the system refused to read or write."""
     if error.filename == "standard output":
@@ -207,6 +215,8 @@ def _remedy(error: OSError) -> str:
             return "give a shorter name"
         case errno.ENOENT if error.filename is None and "temporary directory" in str(error):
             return f"set TMPDIR to a folder that can be written, or {ALLOW_LARGER}"  # Python tried to write in each
+        case errno.ENOENT if error.filename is None and not _has_current_folder():
+            return "the current folder is gone: change to another"
         case errno.ENOENT:
             return "see that it and its folder stay there"
         case errno.EEXIST | errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.EINVAL:

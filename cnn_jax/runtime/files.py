@@ -251,19 +251,23 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
     def open_itself(path: str, flags: int) -> int:  # a link could lead to a file that is somebody's
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
-    with open(file, "a+", opener=open_itself) as stream:
+    # Unbuffered, so that closing writes nothing, whose failure would have no name.
+    with open(file, "a+b", buffering=0, opener=open_itself) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             stream.seek(0)
-            number = stream.read().strip() or "?"
+            number = stream.read().decode(errors="replace").strip() or "?"
             itself = number == str(os.getpid())
             raise AlreadyLockedError("another thread" if itself else f"process {number}") from error
         if os.fstat(stream.fileno()).st_nlink == 0:  # who held it until now has removed it
             with locked(file, wait=wait):
                 yield
             return
-        stream.truncate(0)
-        stream.write(f"{os.getpid()}\n")
-        stream.flush()
+        try:
+            stream.truncate(0)
+            stream.write(f"{os.getpid()}\n".encode())
+        except OSError as error:
+            error.filename = str(file)
+            raise
         yield

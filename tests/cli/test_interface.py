@@ -125,6 +125,9 @@ def test_a_picture_in_colours_is_one_picture(network):
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_arrays_of_other_kinds_are_read_as_arrays(network):
     image = np.asarray(Image.open(ROOT / "docs" / "four.jpg").convert("L").resize((28, 28)))
+    with pytest.raises(CnnJaxError, match=r"^an array of uint8 with the shape .* is masked: ") as refused:
+        network.predict(np.ma.array(image, mask=image > 100))
+    assert refused.value.exit_code == 2
     plain, *others = (network.predict(each) for each in (image, np.matrix(image), np.ma.array(image)))
     for other in others:
         np.testing.assert_array_equal(other[0].symbols[0].probabilities, plain[0].symbols[0].probabilities)

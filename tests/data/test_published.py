@@ -114,7 +114,7 @@ def test_names_stand_in_a_file_beside_the_images(file, text, digits, tmp_path):
     ("file", "content", "complaint"),
     [
         ("mapping.txt", b"0 48\n1 49\n", "has the labels 0 to 2, but by .*/mapping.txt they are 0 to 1"),
-        ("mapping.txt", b"0 48\n2 49\n3 50", "mapping.txt is no list of class names"),
+        ("mapping.txt", b"0 48\n2 49\n3 50", r"mapping.txt is no list of class names \(the label 1 is missing\)"),
         ("mapping.txt", b"zero 48", "mapping.txt is no list of class names"),
         ("mapping.txt", b"0 48\n1 -1\n2 1", "mapping.txt is no list of class names"),
         ("labels.txt", b"a\nb\na\n", "has no names, one that cannot be shown, or one twice"),

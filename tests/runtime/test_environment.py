@@ -91,6 +91,14 @@ def test_jaxs_variables_change_no_number_of_a_run(trained_run, program, small_mn
     assert_same_run(tmp_path / "run", trained_run("--features", 2, 4, epochs=1, reported=False))
 
 
+def test_a_current_folder_that_is_gone_is_told(started, tmp_path):
+    gone = f"import os; os.chdir({str(tmp_path)!r}); os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
+    code = f"{gone}; from cnn_jax.cli.commands import main; main(['train', '--epochs', '1'])"
+    ended = started([sys.executable, "-c", code])
+    assert (ended.returncode, ended.stdout) == (4, "")
+    assert ended.stderr.endswith("; the current folder is gone: change to another\n")
+
+
 @pytest.mark.slow
 def test_what_matplotlib_is_told_to_show_pictures_with_does_not_matter(started, trained_run, tmp_path):
     run, page = trained_run("--features", 2, 4, epochs=1, reported=False), tmp_path / "page.html"

@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -195,6 +196,17 @@ def test_what_is_no_file_is_refused_and_stays_what_it_is(kind, tmp_path):
         assert str(refused.value.filename) == str(path)
     assert names(tmp_path) == before
     assert stat.S_ISCHR(os.stat(device()).st_mode)
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as failure, locked(tmp_path / "lock"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failure.value.filename == str(tmp_path / "lock")
 
 
 def test_a_lock_that_is_a_link_changes_no_other_file(tmp_path):
