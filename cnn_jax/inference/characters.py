@@ -329,11 +329,15 @@ def lay_out_pieces(pieces: Sequence[Piece], ink: np.ndarray, threshold: float) -
 def _read_line(line: Candidates, ink: np.ndarray, threshold: float, cost: Cost) -> tuple[float, list[Character]]:
     """Return what the most probable way to read a line costs, and its characters.
 
-    A character costs nothing as long as it is not laid out, and only those are that the cheapest way takes, until it
-    takes no others (Dellin and Srinivasa, ICAPS 2016: LazySP). That is the way that is cheapest if all are laid out,
-    which are 7.5 times as many in pictures of several digits.
+    Only the characters that the cheapest way takes are laid out, until it takes no others; before, one costs the least
+    that it can (Dellin and Srinivasa, ICAPS 2016: LazySP). If all were laid out, 7.5 times as many in pictures of
+    several digits, the same way would be the cheapest.
     """
-    costs, characters = [0.0] * len(line.spans), dict[int, Character | None]()
+    least = [
+        ANOTHER + CUT * (first in line.cuts) + _cost_of_width(_box(line.pieces[first:last]))
+        for first, last in line.spans
+    ]
+    costs, characters = least.copy(), dict[int, Character | None]()
     while True:
         as_line, chosen = _best(line, costs)
         new = [i for i in chosen if i not in characters]
@@ -343,7 +347,7 @@ def _read_line(line: Candidates, ink: np.ndarray, threshold: float, cost: Cost) 
         images = [each.image for i in new if (each := characters[i]) is not None]
         found = iter(cost(np.stack(images)) if images else [])
         for i in new:
-            costs[i] = NO_CHARACTER if characters[i] is None else min(next(found), NO_CHARACTER)
+            costs[i] = least[i] + (NO_CHARACTER if characters[i] is None else min(next(found), NO_CHARACTER))
 
 
 def _best(line: Candidates, costs: Sequence[float]) -> tuple[float, list[int]]:
@@ -355,10 +359,8 @@ def _best(line: Candidates, costs: Sequence[float]) -> tuple[float, list[int]]:
     for last in range(1, len(line.pieces) + 1):
         ways = [(best[-1][0] + LEFT_OUT, best[-1][1])]
         for i in ending.get(last, []):
-            first = line.spans[i][0]
-            width = _cost_of_width(_box(line.pieces[first:last]))
-            cost = costs[i] + ANOTHER + CUT * (first in line.cuts) + width
-            ways.append((best[first][0] + cost, [*best[first][1], i]))
+            before, chosen = best[line.spans[i][0]]
+            ways.append((before + costs[i], [*chosen, i]))
         best.append(min(ways, key=lambda way: way[0]))
     return best[-1]
 

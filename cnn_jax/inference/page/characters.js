@@ -219,17 +219,20 @@ async function readColumns(line, layOutNext) {
   return {cost: 0, characters};
 }
 
-// What the most probable way to read a line costs, and its characters. One costs nothing until the cheapest way takes it;
-// then it is laid out.
+// What the most probable way to read a line costs, and its characters. One costs the least that it can until the cheapest
+// way takes it; then it is laid out.
 async function readLine(line, layOutNext, costOf) {
-  const candidates = candidatesOf(line), costs = candidates.spans.map(() => 0), characters = new Map();
+  const candidates = candidatesOf(line), {pieces, cuts, spans} = candidates, characters = new Map();
+  const least = spans.map(([first, last]) =>
+    ANOTHER + CUT * cuts.has(first) + costOfWidth(boxOf(pieces.slice(first, last))));
+  const costs = [...least];
   for (;;) {
     const {cost, chosen} = bestOf(candidates, costs), next = chosen.filter(i => !characters.has(i));
     if (next.length === 0) return {cost, characters: chosen.map(i => characters.get(i))};
     for (const i of next) {
-      const character = await layOutNext(candidates.pieces.slice(...candidates.spans[i]));
+      const character = await layOutNext(pieces.slice(...spans[i]));
       characters.set(i, character);
-      costs[i] = character === null ? NO_CHARACTER : Math.min(costOf(character.image), NO_CHARACTER);
+      costs[i] = least[i] + (character === null ? NO_CHARACTER : Math.min(costOf(character.image), NO_CHARACTER));
     }
   }
 }
@@ -253,14 +256,13 @@ function layOutPieces(pieces, ink, threshold) {
 }
 
 // What the most probable way to read a line costs, and which of its spans are the characters.
-function bestOf({pieces, cuts, spans}, costs) {
+function bestOf({pieces, spans}, costs) {
   const best = [{cost: 0, chosen: []}];
   for (let last = 1; last <= pieces.length; last++) {
     let least = {cost: best[last - 1].cost + LEFT_OUT, chosen: best[last - 1].chosen};
     spans.forEach(([first, end], i) => {
       if (end !== last) return;
-      const width = costOfWidth(boxOf(pieces.slice(first, last)));
-      const cost = best[first].cost + (costs[i] + ANOTHER + CUT * cuts.has(first) + width);
+      const cost = best[first].cost + costs[i];
       if (cost < least.cost) least = {cost, chosen: [...best[first].chosen, i]};
     });
     best.push(least);
