@@ -57,7 +57,7 @@ Pairs = Annotated[tuple[int, ...], Must(lambda numbers: len(numbers) % 2 == 0, "
 SEARCHED_FEATURES = (16, 32, 32, 64, 48, 96)
 Range = Annotated[
     tuple[float, float],
-    Must(lambda ends: all(map(RATE.holds, ends)) and ends[0] <= ends[1], "two positive numbers in order", "g"),
+    Must(lambda ends: all(map(RATE.holds, ends)) and ends[0] <= ends[1], f"in order and each {RATE.needed}", "g"),
 ]
 
 

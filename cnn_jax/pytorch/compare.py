@@ -32,7 +32,9 @@ MARGIN = 0.0015  # accuracies that differ by less are equivalent: 15 of 10,000 i
 STEPS, FLOAT64_STEPS = 600, 100  # over which the agreement from equal weights is measured: an epoch, and its beginning
 # `python -m cnn_jax`, which ends with the process whose number is the first argument.
 COMMAND = """
-import sys
+import signal, sys
+for number in signal.SIGINT, signal.SIGQUIT, signal.SIGHUP:  # a terminal's reach the parent, too, which answers them
+    signal.signal(number, signal.SIG_IGN)
 from cnn_jax.__main__ import program
 from cnn_jax.runtime.signals import end_with_parent
 end_with_parent(int(sys.argv.pop(1)))

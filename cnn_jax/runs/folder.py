@@ -312,7 +312,8 @@ class RunFolder:
     def holds_metrics(self, metrics: list[EpochMetrics]) -> bool:
         """Whether metrics.jsonl begins with these lines, as `write_metrics` writes them."""
         file = self.path / "metrics.jsonl"
-        return file.is_file() and read_file(file).startswith(_lines(metrics).encode())
+        # Before the first epoch has ended, there is no file.
+        return not metrics or (file.is_file() and read_file(file).startswith(_lines(metrics).encode()))
 
     def _require_in_place(self) -> None:
         if self._lock is not None:

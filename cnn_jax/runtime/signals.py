@@ -54,7 +54,7 @@ _children_lock = threading.RLock()
 
 @contextlib.contextmanager
 def ending_together(child: int) -> Iterator[None]:
-    """Within the block, a signal that ends this process ends a child first, by SIGTERM, and waits for it."""
+    """Within the block, a signal that ends this process ends a child first, at once and without a word."""
     _children.add(child)
     try:
         yield
@@ -82,7 +82,7 @@ def _end_at_once(signal_number: int, line: str) -> NoReturn:
     _children_lock.acquire()
     for child in _children:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(child, signal.SIGTERM)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)  # macOS has had `waitid` since Python 3.13 alone
     # Imported, perhaps at this very moment, after the first ones, in which there are no files.
     remove = getattr(sys.modules.get("cnn_jax.runtime.files"), "remove_temporary_files", None)

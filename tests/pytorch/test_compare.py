@@ -1,6 +1,7 @@
 """A comparison is made of its own runs' results, each sound, by one process at a time."""
 
 import json
+import time
 
 import pytest
 
@@ -181,6 +182,18 @@ def test_a_training_that_fails_ends_the_comparison_with_its_line_and_its_exit_co
     (line,) = (line for line in err.splitlines() if "error" in line)
     assert (process.returncode, out) == (6, "")
     assert "is writing the run" in line
+
+
+def test_a_comparison_that_is_stopped_ends_its_training_and_tells_it_in_one_line(program, tmp_path):
+    process = program("-m", "cnn_jax", *ARGUMENTS, tmp_path)
+    while not (tmp_path / "runs" / "cnn-jax-seed5-epochs1" / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=300)  # the training has the same stderr, until it has ended
+    assert (process.returncode, out) == (143, "")
+    (line,) = (line for line in err.splitlines() if "stopped" in line)
+    assert line == "stopped by SIGTERM; run the same command again"
 
 
 def refuse(pipe):

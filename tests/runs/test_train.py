@@ -112,12 +112,13 @@ def test_a_killed_run_continues_to_the_same_bits(train, tmp_path, small_mnist, p
         "train.py", "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--run-name", "run",
         "--epochs", EPOCHS, "--checkpoint-every-steps", 1, *SMALL,
     )  # fmt: skip
-    wait_for_step(tmp_path / "run", 13)
+    wait_for_step(tmp_path / "run", 3)
     process.send_signal(signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
     code, out, err = train()
     assert (code, out.count("[Epoch:")) == (0, EPOCHS), err
     assert "continuing after step" in err
+    assert "metrics.jsonl" not in err
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
