@@ -14,7 +14,7 @@ def program(command: str | None = None) -> None:
     """
     end_on_signals()  # first, because the next import takes 0.1 s
     guard_standard_streams()
-    os.environ.pop("MPLBACKEND", None)  # pictures go into files; one that is none would end a training at its report
+    os.environ.pop("MPLBACKEND", None)  # pictures go into files; a wrong name would end a training at its report
     from cnn_jax.runtime.errors import one_line_failures, require_environment
 
     with one_line_failures(debug="--debug" in sys.argv):

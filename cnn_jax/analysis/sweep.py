@@ -523,7 +523,7 @@ def _asked(
     sampler, groups = study.sampler, {}
     try:
         with locked(file.with_name("lock"), wait=True):  # others count before or after all these are asked for
-            for _ in range(min(together, count - len(_ended(study)) - len(_running_elsewhere(study, file)))):
+            for _ in range(min(together, count - len(_ended(study)) - _count_running(study, file))):
                 trial = study.ask(space.distributions())
                 study._storage.record_heartbeat(trial._trial_id)  # pyright: ignore[reportAttributeAccessIssue]
                 trials.append(trial)
@@ -546,13 +546,14 @@ def _asked(
         thread.join()
 
 
-def _running_elsewhere(study: optuna.Study, file: Path) -> list[FrozenTrial]:
-    """Return the trials that other processes train; those of processes that have died are queued anew."""
+def _count_running(study: optuna.Study, file: Path) -> int:
+    """Return how many trials some process trains; those of processes that have died are queued anew."""
     with _failures_named(file, reading=True):
         optuna.storages.fail_stale_trials(study)
     alive = study._storage._backend.alive()  # pyright: ignore[reportAttributeAccessIssue]
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial for trial in running if trial._trial_id in alive]
+    # Of the others, a process was killed between asking for them and telling that they are alive.
+    return sum(trial._trial_id in alive for trial in running)
 
 
 def _score(

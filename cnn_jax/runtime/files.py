@@ -21,18 +21,24 @@ PATH_WITHIN = "/n" * 128  # as long as what libraries write within a folder may 
 _temporary_files: set[Path] = set()  # those of this process
 
 
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Let what fails in the block name a file: reading and writing name none, or a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(file)
+        raise
+
+
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Replace a file so that a reader finds the old content or the new, whenever the power fails.
 
     Raises:
       OSError: naming the file, if it could not be written.
     """
-    try:
-        with replaced(file) as new:
-            new.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        error.filename = str(file)  # the user does not know the temporary one
-        raise
+    with _named(file), replaced(file) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def read_file(file: Path) -> bytes:
@@ -42,14 +48,11 @@ def read_file(file: Path) -> bytes:
       OSError: naming the file; it cannot be read, or is a folder, a device or a pipe.
       InputFileError: no file that is read here is so large.
     """
-    try:
+    with _named(file):
         target = _target(file)
         if (size := target.stat().st_size) > MOST_BYTES:
             raise InputFileError(f"{file} is damaged: it has {size:,} bytes; put back what it was, or move it away")
         return target.read_bytes()
-    except OSError as error:
-        error.filename = str(file)  # what fails while it is read has no name
-        raise
 
 
 @contextlib.contextmanager
@@ -264,10 +267,7 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
             with locked(file, wait=wait):
                 yield
             return
-        try:
+        with _named(file):
             stream.truncate(0)
             stream.write(f"{os.getpid()}\n".encode())
-        except OSError as error:
-            error.filename = str(file)
-            raise
         yield
