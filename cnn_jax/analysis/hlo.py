@@ -77,7 +77,7 @@ def count_step(text: str, *, host_decides: bool) -> Step:
     """Count what the loop over the steps does in each: of all loops, the one with the most products in its own body.
 
     A loop within it counts as often as it turns, or once where that is not known; of the branches of a condition, the
-    larger number counts.
+    larger number counts. Of a single step XLA leaves no loop: then the whole program counts.
 
     Args:
       text: The optimised program.
@@ -85,9 +85,12 @@ def count_step(text: str, *, host_decides: bool) -> Step:
     """
     computations = read_computations(text)
     (entry,) = re.findall(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
-    loop = max(_loops(computations, entry), key=lambda loop: _own_products(computations, loop))
-    turns = _trip_count(computations, loop)
-    counts = _count(computations, loop.runs[0], host_decides)
+    products = {loop: _own_products(computations, loop) for loop in _loops(computations, entry)}
+    loop = max(products, key=products.__getitem__, default=None)
+    turns, body = 1, entry
+    if loop is not None and products[loop]:
+        turns, body = _trip_count(computations, loop), loop.runs[0]
+    counts = _count(computations, body, host_decides)
     counts["host_transfers"] += host_decides and turns is None
     return Step(**{name: counts[name] for name in Step._fields[:-1]}, known_trip_count=turns is not None)
 

@@ -213,7 +213,7 @@ def describe_confusion(inspection: Inspection) -> str:
     named = [f"{names[label]} as {names[prediction]} ({wrong[label, prediction]:,})" for label, prediction in pairs]
     if not named:
         return f"{text}."
-    return f"{text}; the others by class and predicted class, most often {', '.join(named)}."
+    return f"{text}; the most frequent mistakes, class and predicted class: {', '.join(named)}."
 
 
 def draw_pictures(inspection: Inspection, metrics: list[EpochMetrics], folder: Path) -> dict[str, Picture]:

@@ -125,7 +125,8 @@ def _settings(settings: TrainSettings) -> Rows:
     """Return the settings that have a value, by their names on the command line."""
     rows = []
     for name, value in vars(settings).items():
-        if value is not None and value is not False:
+        is_used = name != "dataset" or settings.dataset_dir is None
+        if value is not None and value is not False and is_used:
             values = value if isinstance(value, tuple) else (value,)
             text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
             rows.append((option_name(name), text))

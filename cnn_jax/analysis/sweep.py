@@ -446,13 +446,19 @@ def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
 def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[int, RunFolder]) -> None:
     """Refuse trials that this program did not make, or of which a run beside them tells otherwise.
 
-    Raises KeyError, TypeError or ValueError.
+    Raises KeyError, TypeError or ValueError; UsageError where a range has one end at 0 now and had none, or had one.
     """
     choices, distributions = space.choices(), space.distributions()
     for number, trial in enumerate(trials):
         if trial.number != number:
             raise ValueError(f"there is a trial {trial.number} and no trial {number}")
         for name, distribution in trial.distributions.items():
+            log = getattr(distribution, "log", None)
+            if log is not None and log != getattr(distributions[name], "log", log):
+                raise UsageError(
+                    f"--hyperparameters {name}: the study has searched it on a {'logarithmic' if log else 'linear'} "
+                    f"scale; give a range that begins {'above' if log else 'at'} 0, or another --study"
+                )
             check_distribution_compatibility(distribution, distributions[name])
             value = trial.params[name]
             if isinstance(distribution, FloatDistribution):

@@ -123,10 +123,10 @@ def find_target(name: str) -> Target:
         if len(shape) == tpu.axes and all(length % chips == 0 for length, chips in zip(shape, host, strict=False)):
             options = {"chips_per_host_bounds": (*host, 1), **tpu.options}
             return Target(name, "tpu", int(tpu.gibibytes * 2**30), name, options)
-    raise UsageError(f"TARGET {name}: there is no such accelerator; {_suggestions(name, kind)}")
+    raise UsageError(f"TARGET {name}: there is no such accelerator; {_suggestions(kind)}")
 
 
-def _suggestions(name: str, kind: str) -> str:
+def _suggestions(kind: str) -> str:
     """Return the targets that were perhaps meant, or some of every kind."""
     layouts = ("111", "221")
     tpus = {kind: [f"{kind}:{'x'.join(layout[: tpu.axes])}" for layout in layouts] for kind, tpu in TPUS.items()}

@@ -187,7 +187,7 @@ def report(run: str, common: CommonOptions, *, output: Path | None = None) -> No
 
 
 def diff(runs: tuple[str, ...], common: CommonOptions, *, output: Path | None = None, json: bool = False) -> None:
-    """Say in what runs differ, and whether their test accuracies do, each against the first.
+    """Say how runs differ, and whether their test accuracies do, each against the first.
 
     Options:
       runs (RUN...): Runs' folders, or their names in --checkpoint-dir; at least two.
@@ -217,7 +217,7 @@ def predict(
     json: bool = False,
     boxes: Path | None = None,
 ) -> None:
-    """Print what each picture shows, one line per file: its digits in reading order, and ? for what is none.
+    """Print what each picture shows, one line per file: its digits in reading order, and ? for anything else.
 
     Options:
       images (IMAGE...): Picture files, folders of them, or - for standard input.
@@ -433,7 +433,7 @@ def compare(
       seeds (N): Runs per framework; at least 2.
       epochs (N): Passes over the training set.
       output (DIR): Where the runs and the report are written; finished runs are not repeated.
-      untimed: Leave out how long these runs take, as they do beside other work.
+      untimed: Do not record how long these runs take, which other programs make longer.
 
     Examples:
       cnn-jax compare --seeds 5
@@ -465,7 +465,7 @@ def benchmark(*, rounds: Count = 20, output: Path = Path("benchmarks/results"), 
 
 
 def plan(target: str, settings: TrainSettings, *, json: bool = False, hlo: Path | None = None) -> None:
-    """Compile a training for a GPU or a TPU that need not be here, and tell what it would need and start there.
+    """Compile a training for a GPU or a TPU that need not be here, and tell what it would need and launch there.
 
     Options:
       target (TARGET): Which, and how many: a100, h100, h200 or b200, such as h100:8; v4, v5e, v5p or v6e with the

@@ -141,7 +141,6 @@ class Network:
         if isinstance(given, np.ndarray):
             coloured = given.ndim == 3 and given.shape[2] <= 4 and given.shape[1:] != own[:2]
             several = given.ndim > 2 and given.shape != own and not coloured
-        check_takes_pictures(self.trained.image_shape, self.trained.name)
         found = [self._image_or_answer(picture, one) for picture in (given if several else [given])]
         images = [each for each in found if isinstance(each, np.ndarray)]
         classes_of_images = iter(self.trained.probabilities(np.stack(images)) if images else ())
@@ -181,6 +180,7 @@ class Network:
         return self._answer([[reading]], lambda box: box)
 
     def _answer_to_picture(self, picture: Picture, one: bool) -> Answer:
+        check_takes_pictures(self.trained.image_shape, self.trained.name)
         return self._answer(self.trained.read(picture.colours, one=one), lambda box: in_file(box, picture))
 
     def _answer(self, lines: list[list[Reading]], place: Callable[[Box], Box]) -> Answer:

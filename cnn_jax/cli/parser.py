@@ -56,9 +56,10 @@ def parse(command: Command, arguments: Sequence[str], *, prog: str) -> functools
     """
     parser, parameters = _Parser(prog=prog, **_help_of(command)), parameters_of(command)
     _add(parser, parameters)
-    # An option may be typed with underscores, too, like its name in Python.
-    words = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), word) for word in arguments]
-    namespace, unknown = parser.parse_known_args(words)
+    # An option may be typed with underscores, too, like its name in Python; after "--" come no more options.
+    end = [*arguments, "--"].index("--")
+    words = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), word) for word in arguments[:end]]
+    namespace, unknown = parser.parse_known_args([*words, *arguments[end:]])
     if unknown:
         labels = {parameter.option: parameter.label for parameter in parameters if parameter.option}
         near = [difflib.get_close_matches(word.partition("=")[0], labels, n=1) for word in unknown]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 Pool = Literal["max", "avg"]
 
-# With fewer values than these in a kernel's window (height x width x channels), a product of one patch per pixel leaves
+# With fewer values than this in a kernel's window (height x width x channels), a product of one patch per pixel leaves
 # most of each vector register empty, and one patch per pooling window is faster: block 1, with 9 values, multiplies
 # 16 x 128 matrices then. For block 2, with 288 values, the larger patches cost more than they save.
 SMALLEST_PIXEL_PATCH = 64

@@ -1,8 +1,8 @@
 """Many seeds in one compiled program: which seeds and images each device of each process works on.
 
 The devices form a mesh with two axes: `seeds` divides the seeds, and `data` divides each batch. One seed on one device
-is the same program as thirty-two seeds on eight. Nothing here asks which devices are attached: a mesh may consist of
-devices that programs are only compiled for.
+is the same program as thirty-two seeds on eight. Nothing here but `to_host` asks which devices are attached: a mesh may
+consist of devices that programs are only compiled for.
 """
 
 import functools

@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
       params: The network's weights.
       opt_state: The optimiser's state.
       ema_params: The weights averaged over the steps, where the recipe averages them.
-      model_state: What the network keeps beside its weights, such as statistics of its batches; the tutorial's nothing.
+      model_state: What the network keeps beside its weights, such as batches' statistics; the tutorial's keeps none.
     """
 
     step: Int32[Array, ""]

@@ -122,6 +122,8 @@ def _read_names(file: Path, first_label: int) -> tuple[str, ...]:
             names = lines
         else:
             codes = {int(label): int(code) for label, code, *_ in map(str.split, lines)}
+            if len(codes) < len(lines):
+                raise ValueError("a label stands in it twice")
             labels = range(first_label, first_label + len(codes))
             if missing := [label for label in labels if label not in codes]:
                 raise ValueError(f"the label {missing[0]} is missing")

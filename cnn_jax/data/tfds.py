@@ -116,7 +116,7 @@ def read_tfds_sizes(name: str, data_dir: Path | None) -> DatasetSizes:
         splits["train"].num_examples,
         test_examples,
         tuple(features.image.shape),
-        len(_published(features.label, name).class_names),
+        len(_published(builder, features.label).class_names),
     )
 
 
@@ -258,7 +258,7 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
             raise
         raise _damaged(builder.data_dir, str(error)) from error
     assert isinstance(test_images, np.ndarray)  # however many they are
-    published = _published(features.label, name)
+    published = _published(builder, features.label)
     last = published.first_label + len(published.class_names) - 1
     for labels in (train_labels, test_labels):
         if labels.min() < published.first_label or labels.max() > last:
@@ -269,10 +269,11 @@ def _load(builder: tfds.core.DatasetBuilder, name: str, resident_bytes: int | No
     return upright(dataset, published)
 
 
-def _published(label: Any, name: str) -> Published:
+def _published(builder: tfds.core.DatasetBuilder, label: Any) -> Published:
     """Return what is known of a set: tfds's names of its classes, and that EMNIST is stored transposed."""
-    if split := re.match(r"emnist(?:/(\w+))?(?::|$)", name):
-        return emnist(split[1] or "byclass")
+    if builder.name == "emnist":  # however the user has written it
+        assert builder.builder_config is not None, "tfds's emnist is its six splits"
+        return emnist(builder.builder_config.name)
     return Published(tuple(label.names or numbers(label.num_classes)))
 
 

@@ -20,13 +20,13 @@ from cnn_jax.inference.torch_layout import params_to_torch, write_torch_file
 from cnn_jax.runs.settings import Platform
 from cnn_jax.runtime.devices import start_devices
 from cnn_jax.runtime.display import Display
-from cnn_jax.runtime.errors import StorageError, UsageError
+from cnn_jax.runtime.errors import StorageError, UsageError, lacks_memory
 from cnn_jax.runtime.files import output_errors, replaced
 
 # A file's logits may differ from ours by the absolute tolerance, or by the relative one times the largest logit if that
 # is more. Other programs sum in another order: on MNIST, logits of up to 54 differ by 3e-5.
 ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-6
-PLATFORMS = ("cpu", "cuda", "tpu")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # The oldest versions that support the whole graph, so that many runtimes can read it.
 ONNX_OPERATORS, ONNX_FORMAT = 17, 8
 
@@ -133,6 +133,8 @@ def check(to: str, file: Path, trained: TrainedModel, dataset: Dataset, takes: I
         batches = np.split(dataset.test_images, range(BATCH_SIZE, len(expected), BATCH_SIZE))
         logits = np.concatenate([compute(images) for images in batches])
     except Exception as error:  # each program raises its own exceptions
+        if lacks_memory(error):
+            raise
         raise StorageError(
             f"{name} was not written: the {to} export cannot be read ({type(error).__name__}: {error}); "
             "choose another --to"

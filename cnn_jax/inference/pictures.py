@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from cnn_jax.inference.preprocess import SMALLEST_SIDE, WORKING_SIZE, Box
-from cnn_jax.runtime.errors import InputFileError
+from cnn_jax.runtime.errors import InputFileError, lacks_memory
 from cnn_jax.runtime.streams import stderr_of_libraries_closed
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged
@@ -141,6 +141,8 @@ def _decode(file: str, content: bytes) -> Picture:
             raise InputFileError(f"{file} is damaged (its header cannot be read); save or copy it again") from error
         raise InputFileError(f"{file} is not a picture of a known format; save it as PNG or JPEG") from error
     except Exception as error:  # Pillow raises a dozen types for damaged files
+        if lacks_memory(error):
+            raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputFileError(f"{file} is damaged ({reason}); save or copy it again") from error
 

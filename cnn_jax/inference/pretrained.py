@@ -42,8 +42,8 @@ PACKAGED = Path(__file__).parent / "trained" / "mnist.safetensors"
 # Tells digits from all else; python -m benchmarks.detector trains it.
 DETECTOR = PACKAGED.with_name("detector.safetensors")
 DIGITS = numbers(10)
-# What is shown as a digit is one with at least this probability, as are 99.2 % of the 20,000 training images of MNIST
-# that the detector was not trained on.
+# An image is shown as a digit if that has at least this probability, as it has in 99.2 % of the 20,000 training images
+# of MNIST that the detector was not trained on.
 LEAST_PROBABILITY, LEAST_BESIDE_DIGITS = 0.17, 0.05
 # Of several characters in a picture, one has at least the first, and those of a line have on average the second: the
 # search tries so many pieces of the ink that of nearly every scribble some are read as digits with less.
@@ -294,7 +294,8 @@ def load_trained_run(
     accuracies = [epoch.accuracy[i] for epoch in tested]
     result = folder.read_result()
     if result is not None and result.step == restored.step:  # where images were held out, the only test
-        accuracies.append(result.test_accuracy if result.seeds is None else result.seeds[i].test_accuracy)
+        accuracies += [result.test_accuracy] if result.seeds is None else []
+        accuracies += [each.test_accuracy for each in result.seeds or () if each.seed == seed]
     variables = jax.tree.map(np.asarray, of_seed(restored.states.eval_variables, i))
     temperature = temperature_of(restored.model, variables, dataset, settings.validation)
     trained = TrainedModel(
@@ -354,7 +355,8 @@ def read_trained(file: Path) -> TrainedModel:
     del recorded["versions"], recorded["num_classes"]
     recorded["class_names"] = record.class_names or numbers(record.num_classes)  # earlier files have no names
     if len(recorded["class_names"]) != record.num_classes:
-        raise unreadable(file, "it has as many names of classes as classes", "export a network to safetensors again")
+        counts = f"it has {len(recorded['class_names'])} class names for {record.num_classes} classes"
+        raise unreadable(file, counts, "export a network to safetensors again")
     trained = TrainedModel(name=file.stem, params={}, **recorded)
     images = jax.ShapeDtypeStruct((1, *trained.image_shape), np.float32)
     init = jax.eval_shape(trained.model.init, jax.random.key(0), images)["params"]

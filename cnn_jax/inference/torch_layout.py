@@ -65,7 +65,7 @@ def params_from_torch(
     if complaints:
         shown = "; ".join(sorted(complaints)[:SHOWN]) + "; ..." * (len(complaints) > SHOWN)
         fits = all(complaint.endswith(", not float32") for complaint in complaints)
-        remedy = SAVE_FLOAT32 if fits else "give the weights of one that does"
+        remedy = SAVE_FLOAT32 if fits else "give the weights of a network of this shape"
         raise InputFileError(f"{source} does not fit the network: {shown}; {remedy}")
     params = jax.tree.map(np.asarray, template)
     for name, (layer, kind) in NAMES.items():

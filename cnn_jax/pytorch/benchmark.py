@@ -128,6 +128,7 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
     name = re.sub(r"[^\w]+", "-", f"{device_name()}-{time.strftime('%Y-%m-%d')}").strip("-").lower()
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     file = first_free(output / f"{each}.json" for each in names)  # an earlier result of the day is kept
+    text = ""
     for number, (timings, left_out) in enumerate(_measure_in_turn(variants, rounds, steps, data_dir, display), start=1):
         result = BenchmarkResult(
             date=time.strftime("%Y-%m-%d"),
@@ -142,8 +143,8 @@ def benchmark(*, rounds: int, output: Path, data_dir: Path | None = None) -> Non
         )
         # After each round: a benchmark that is stopped keeps those that it has measured.
         write_atomically(file, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-        write_report(result, file.with_suffix(".md"))
-    display.say(*file.with_suffix(".md").read_text().splitlines())
+        text = write_report(result, file.with_suffix(".md"))
+    display.say(*text.splitlines())
     display.say(f"written to {file.with_suffix('.md')}")
 
 
@@ -238,12 +239,14 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def write_report(result: BenchmarkResult, file: Path) -> None:
-    """Write the benchmark as Markdown, and its plot under the same name."""
+def write_report(result: BenchmarkResult, file: Path) -> str:
+    """Write the benchmark as Markdown, which is returned, and its plot under the same name."""
     plot = file.with_suffix(".png")
-    write_atomically(file, to_markdown(result, plot=plot.name))
+    text = to_markdown(result, plot=plot.name)
+    write_atomically(file, text)
     timings = [(name, each.framework, each.low, each.milliseconds, each.high) for name, each in result.variants.items()]
     plot_benchmark(timings, plot, floor=result.floor.milliseconds, title=result.device)
+    return text
 
 
 def to_markdown(result: BenchmarkResult, *, plot: str) -> str:

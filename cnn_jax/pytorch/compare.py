@@ -167,7 +167,7 @@ def _agreement(seed: int, output: Path, data_dir: Path | None, display: Display)
     summary = decode(read_file(file), AgreementSummary, source=file, remedy=REMEDY)
     steps = {name: len(values) for name, values in summary.items() if isinstance(values, list)}
     if steps != dict.fromkeys(steps, STEPS) | {"float64_costs": FLOAT64_STEPS}:
-        raise unreadable(file, f"it has not {STEPS} and {FLOAT64_STEPS} steps", REMEDY)
+        raise unreadable(file, f"it does not have {STEPS} and {FLOAT64_STEPS} steps", REMEDY)
     return summary
 
 
@@ -288,6 +288,7 @@ def to_markdown(report: Report) -> str:
     timed = len(_timed_seeds({name: side.runs for name, side in report.frameworks.items()}))
     times = f" Its `compiling` is its first step. Times are medians over {'the' if timed == count else timed} seeds."
     package_versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    costs, pytorch_costs = (agreement[name][:FLOAT64_STEPS] for name in ("costs", "pytorch_costs"))
     return "\n".join(
         [
             "# cnn-jax and PyTorch on the tutorial",
@@ -303,9 +304,9 @@ def to_markdown(report: Report) -> str:
             "",
             "Given equal weights and the same order of the images, the logits agree within "
             f"{agreement['logits']:.0e} and every gradient within {agreement['gradients']:.0e} of its largest entry. "
-            f"Over 100 Adam steps, the costs agree within {max(agreement['float64_costs']):.0e} in float64 and within "
-            f"{max(agreement['costs'][:100]):.0e} in float32. The latter is rounding: over the same steps, PyTorch's "
-            f"costs change by up to {max(agreement['pytorch_costs'][:100]):.0e} if only its memory format is changed.",
+            f"Over {FLOAT64_STEPS} Adam steps, the costs agree within {max(agreement['float64_costs']):.0e} in float64 "
+            f"and within {max(costs):.0e} in float32. The latter is rounding: over the same steps, PyTorch's costs "
+            f"change by up to {max(pytorch_costs):.0e} if only its memory format is changed.",
             "",
             "![cost of each epoch, test accuracy of each seed, and distance from equal weights](report.png)",
             "",

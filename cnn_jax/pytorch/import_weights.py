@@ -1,6 +1,7 @@
 """Make a run from a file of PyTorch weights, after checking the file."""
 
 import contextlib
+import dataclasses
 import warnings
 import zipfile
 from pathlib import Path
@@ -32,7 +33,8 @@ def import_weights(file: Path, run: TrainSettings) -> None:
     """
     tensors = read_torch_file(file)
     start_devices(run.platform)
-    dataset = load_run_data(run)
+    dataset = load_run_data(dataclasses.replace(run, batch_size=1))  # no step is taken, and any set will do
+    run = dataclasses.replace(run, batch_size=min(run.batch_size, len(dataset.train_images)))
     program = make_program(run, Sizes.of(dataset, run), make_mesh(1, jax.devices()))
     states = jax.device_get(start_states(program))
     template = of_seed(states.params, 0)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cnn_jax.data.loading import load_dataset
-from cnn_jax.pytorch.variants import BATCH_SIZE, Variant
+from cnn_jax.pytorch.variants import BATCH_SIZE, LEARNING_RATE, Variant
 from cnn_jax.runtime.errors import StorageError, one_line_failures, with_tracebacks
 from cnn_jax.runtime.records import Fraction, NonEmpty, NotNegative, Record, Seed
 from cnn_jax.runtime.signals import end_with_parent
@@ -246,7 +246,8 @@ def train_in_pytorch(pipe: Connection, seed: int, epochs: int, data_dir: Path | 
 
     dataset = load_dataset("mnist", None, data_dir)
     starting = time.perf_counter() - begin
-    run = train_torch(dataset, seed=seed, epochs=epochs, batch_size=BATCH_SIZE, learning_rate=0.001, report=_report)
+    settings = {"seed": seed, "epochs": epochs, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
+    run = train_torch(dataset, **settings, report=_report)
     seconds = {"starting": starting, **run.seconds}
     numbers = {"costs": run.costs, "accuracy": run.accuracy, "unscaled_accuracy": run.unscaled_accuracy}
     pipe.send(ComparedRun(seed=seed, **numbers, seconds=seconds))

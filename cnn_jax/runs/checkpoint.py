@@ -123,6 +123,7 @@ class Checkpoints:
             except Exception as error:  # a full disk comes as any of several types
                 reason = _describe(error)
                 remedy = ALLOW_LARGER if os.strerror(errno.EFBIG) in str(error) else "make room there"
+                remedy = "allow more memory" if lacks_memory(error) else remedy
             _let_orbax_end()
             _remove_unfinished(self.folder)
         require_in_place(self.folder, self._identity)

@@ -275,7 +275,7 @@ def _own_model(code: OwnCode, settings: TrainSettings, sizes: Sizes) -> tuple[nn
     found = _spec_of(logits)
     wanted = f"float32 {(2, sizes.num_classes)}"
     if found != wanted:
-        raise UsageError(f"--model {code}: of images {images.shape} it makes {found}, and logits would be {wanted}")
+        raise UsageError(f"--model {code}: it returns {found} for images {images.shape}; logits must be {wanted}")
     if "params" not in variables:
         raise UsageError(f"--model {code}: it has no weights to train")
     return model, variables
@@ -298,7 +298,7 @@ def require_trainable(code: OwnCode, option: str, model: nn.Module, recipe: Reci
             found.append(("images", jax.eval_shape(recipe.augment, keys, pixels), pixels))
         for what, made, wanted in found:
             if not isinstance(made, jax.ShapeDtypeStruct) or (made.shape, made.dtype) != (wanted.shape, wanted.dtype):
-                raise TypeError(f"of two images it makes {_spec_of(made)}, and the {what} would be {_spec_of(wanted)}")
+                raise TypeError(f"for two images it returns {_spec_of(made)}; the {what} must be {_spec_of(wanted)}")
         before, state = jax.eval_shape(lambda key: _step_of_two(key, model, recipe, sizes), key)
     if jax.tree.map(_spec_of, before) != jax.tree.map(_spec_of, state):
         raise UsageError(
@@ -360,9 +360,7 @@ def make_recipe(settings: TrainSettings, steps: int, arguments: Mapping[str, rec
     if inspect.iscoroutine(recipe):
         recipe.close()  # or Python says that it was never awaited
     if not isinstance(recipe, Recipe):
-        raise UsageError(
-            f"--recipe {code}: it returns {type(recipe).__name__}, and should a cnn_jax.core.recipes.Recipe"
-        )
+        raise UsageError(f"--recipe {code}: it returns {type(recipe).__name__}, not a cnn_jax.core.recipes.Recipe")
     decay = recipe.ema_decay
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise UsageError(f"--recipe {code}: its ema_decay is {decay}; it must be at least 0 and below 1")

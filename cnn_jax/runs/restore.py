@@ -106,7 +106,7 @@ def evaluate_trained(trained: TrainedRun, *, unscaled: bool = False) -> list[Eva
 
 def evaluate_as_tutorial(trained: TrainedRun) -> list[float] | None:
     """Return every seed's accuracy on unscaled pixels; None for data other than MNIST, which have no tutorial."""
-    if trained.dataset.name != "mnist":
+    if trained.settings.dataset_dir is not None or trained.dataset.name != "mnist":
         return None
     return [test.accuracy for test in evaluate_trained(trained, unscaled=True)]
 
@@ -168,7 +168,8 @@ def restore_latest(
             return jax.eval_shape(program.start)
         if saved.get("model") != now.get("model") or saved["recipe"] not in RECIPE_DEFAULTS:
             raise UsageError("; ".join(differences(saved, now)))
-        its_own = dataclasses.replace(settings, recipe=saved["recipe"])
+        given = tuple(saved.get("hyperparameters", ()))
+        its_own = dataclasses.replace(settings, recipe=saved["recipe"], hyperparameters=given)
         return jax.eval_shape(make_program(its_own, sizes, program.mesh).start)
 
     return checkpoints.restore_latest(structure)

@@ -137,7 +137,7 @@ class TrainSettings:
       precision (DTYPE): Type of the convolutions' operands: float32 or bfloat16.
       dataset (NAME): A tfds data set that is prepared here, or can be.
       dataset_dir (DIR): A folder of four IDX files (plain, .gz or .xz) to use in place of --dataset.
-      class_names (NAMES): Of the classes: cat,dog. (default: the data set's)
+      class_names (NAMES): Class names: cat,dog. (default: the data set's)
       transposed: Exchange rows and columns of --dataset-dir's images.
       validation (N): Training images to test on after each epoch, and not to train on; the test set is used at the end.
 

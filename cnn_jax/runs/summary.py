@@ -97,7 +97,7 @@ def speed(settings: TrainSettings, steps: int, seconds: float) -> float:
     return steps * settings.batch_size * settings.seeds / seconds
 
 
-def show_epoch(display: Display, settings: TrainSettings, program: Program, metrics: EpochMetrics) -> None:
+def show_epoch(display: Display, program: Program, metrics: EpochMetrics) -> None:
     """Show an epoch that is done."""
     display.epoch_cost(metrics.epoch, statistics.fmean(metrics.cost))
     display.epoch_line(

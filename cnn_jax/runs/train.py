@@ -194,7 +194,7 @@ def train_run(settings: TrainSettings, run: Run) -> Result | None:
                     on_process_0(run.folder.write_metrics, metrics)
                 save(checkpoints, progress, metrics, meta, clock)
                 write_scalars(metrics[-1])
-                show_epoch(display, settings, program, metrics[-1])
+                show_epoch(display, program, metrics[-1])
             if settings.profile is not None and next(calls) == 2:
                 display.say("no trace was written: the training was over with its first segment of steps")
     trained = TrainedRun(settings, program, to_host(progress.states), dataset, metrics, meta)
@@ -548,6 +548,8 @@ def restore_progress(
         if step == program.last_step:
             longer = "a larger --epochs continues it, " if settings.recipe == "tutorial" else ""
             run.display.say(f"this run is finished: {longer}--fresh starts anew")
+        elif step == 0:
+            run.display.say("training on from the imported weights")
         else:
             run.display.say(f"continuing after step {step:,} of {program.last_step:,}")
     # An epoch's metrics are written before its checkpoint: after a kill between the two, the epoch comes again. So
@@ -622,6 +624,6 @@ def stop_run(
     saved = "which is saved; run the same command again to continue"
     raise StopSignalError(
         f"stopped by {signal.Signals(stop.signal_number).name} after step {progress.step:,} of {program.last_step:,}, "
-        + (saved if progress.step > 0 else "before anything was to be saved; run the same command again to start"),
+        + (saved if progress.step > 0 else "before there was anything to save; run the same command again to start"),
         stop.signal_number,
     )

@@ -195,7 +195,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 
 def escape_markdown(text: str) -> str:
     """Return Markdown that shows a text, in one line."""
-    return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(" ".join(text.split())))
+    # "_" means something at the edge of a word alone.
+    return re.sub(r"[\\`*~\[\]<>|&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(" ".join(text.split())))
 
 
 def describe_seconds(seconds: float) -> str:

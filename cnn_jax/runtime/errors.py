@@ -211,6 +211,8 @@ def _remedy(error: OSError) -> str:
             return "allow more open files"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "see to its permissions"
+        case errno.ENOLCK | errno.ENOTSUP:
+            return "choose a folder on a file system with locks"
         case errno.ENAMETOOLONG:
             return "give a shorter name"
         case errno.ENOENT if error.filename is None and "temporary directory" in str(error):

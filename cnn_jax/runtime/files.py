@@ -257,7 +257,8 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
     # Unbuffered, so that closing writes nothing, whose failure would have no name.
     with open(file, "a+b", buffering=0, opener=open_itself) as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with _named(file):
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             stream.seek(0)
             number = stream.read().decode(errors="replace").strip() or "?"

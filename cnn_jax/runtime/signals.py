@@ -55,7 +55,8 @@ _children_lock = threading.RLock()
 @contextlib.contextmanager
 def ending_together(child: int) -> Iterator[None]:
     """Within the block, a signal that ends this process ends a child first, at once and without a word."""
-    _children.add(child)
+    with _children_lock:
+        _children.add(child)
     try:
         yield
     finally:

@@ -125,6 +125,16 @@ def test_a_loop_of_unknown_length_is_asked_of_the_host_after_every_step():
     assert count_step(text, host_decides=False).host_transfers == 0
 
 
+def test_of_a_single_step_which_needs_no_loop_the_whole_program_counts():
+    text = GPU.replace("GROUPS", "1").replace("KNOWN", KNOWN)
+    in_a_loop = count_step(text, host_decides=True)
+    # The step's computation takes the place of the program that runs it in a loop.
+    before = text.partition("ENTRY ")[0]
+    unrolled = before.replace("\n%step ", "\nENTRY %step ")
+    assert unrolled != before
+    assert count_step(unrolled, host_decides=True) == in_a_loop
+
+
 def test_a_convolution_of_several_groups_is_told():
     assert count_step(GPU.replace("GROUPS", "32").replace("KNOWN", KNOWN), host_decides=True).grouped_convolutions == 1
 

@@ -127,8 +127,8 @@ def test_the_most_frequent_confusions_are_told_by_the_classes_names(inspection):
     confusion[1, 0], confusion[0, 1], confusion[3, 2], confusion[2, 3] = 1234, 7, 5, 1
     of_four = dataclasses.replace(inspection, class_names=names, confusion=confusion)
     assert describe_confusion(of_four) == (
-        "1,232 of 2,479 test images are classified correctly; the others by class and predicted class, "
-        "most often Shirt as Coat (1,234), Coat as Shirt (7), bag as 猫 (5)."
+        "1,232 of 2,479 test images are classified correctly; the most frequent mistakes, class and predicted class: "
+        "Shirt as Coat (1,234), Coat as Shirt (7), bag as 猫 (5)."
     )
     perfect = dataclasses.replace(of_four, confusion=np.diag([3, 4, 5, 6]))
     assert describe_confusion(perfect).endswith("18 test images are classified correctly.")

@@ -126,7 +126,7 @@ def test_text_from_the_settings_is_escaped(trained_run, small_mnist, tmp_path):
 def test_classes_that_have_names_are_told_by_them(trained_run):
     names = ["T-shirt/top", "<b>", *"cdefghij"]
     text = read(trained_run("--features", 4, 8, "--class-names", ",".join(names), epochs=1)).text
-    confusions = re.search(r"predicted class, most often (.*?)\. ", text)[1]
+    confusions = re.search(r"predicted class: (.*?)\. ", text)[1]
     named = re.findall(r"(\S+) as (\S+) \(\d+\)", confusions)
     assert len(named) == 3
     assert {name for pair in named for name in pair} <= set(names)

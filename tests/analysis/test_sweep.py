@@ -219,6 +219,9 @@ def test_a_study_searches_the_recipes_arguments_too(command, arguments, tmp_path
     assert_one_line(err, "hyperparameters was smoothing weight_decay and is weight_decay")
     assert files_of(tmp_path / "sweep") == before
     assert command("sweep", *same, "--hyperparameters", "weight_decay=0.1:0.2", "smoothing=0:0.1")[0] == 0
+    code, _, err = command("sweep", *same, "--hyperparameters", "weight_decay=0.1:0.2", "smoothing=0.01:0.1")
+    assert code == 2
+    assert_one_line(err, "smoothing: the study has searched it on a linear scale; give a range that begins at 0, or")
 
 
 def test_arguments_that_a_recipe_does_not_take_are_refused_before_there_is_a_trial(command, arguments, tmp_path):

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import pytest
 
-from cnn_jax.cli.commands import COMMANDS, CommonOptions, main, train
+from cnn_jax.cli.commands import COMMANDS, CommonOptions, main, predict, train
 from cnn_jax.cli.parser import parse, parse_command
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.settings import RECIPE_DEFAULTS, TrainSettings
@@ -266,6 +266,7 @@ def test_what_is_mistyped_or_missing_is_reported_with_what_was_perhaps_meant(arg
 def test_an_option_may_be_typed_with_equals_underscores_or_its_other_name():
     assert read("--batch_size", "7", "--learning_rate=0.5") == read("--batch-size=7", "--lr", "0.5")
     assert read("--run_name=a_b").run_name == "a_b"
+    assert parse(predict, ["--", "--a_b.png"], prog="predict").keywords["images"] == ("--a_b.png",)
 
 
 def test_settings_cannot_be_changed_and_are_checked_wherever_they_are_made():

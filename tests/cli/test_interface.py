@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 import cnn_jax
+from cnn_jax.cli.interface import Network
 from cnn_jax.data.idx import read_idx
 from cnn_jax.inference.pictures import read_picture
 from cnn_jax.runtime.errors import CnnJaxError, InputFileError, NoCheckpointError, StorageError, UsageError
@@ -120,6 +122,16 @@ def test_what_is_neither_a_file_nor_an_array_is_refused_with_what_there_may_be(v
 def test_a_picture_in_colours_is_one_picture(network):
     colours = np.asarray(Image.open(ROOT / "docs" / "four.jpg").convert("RGB"))
     assert [answer.text for answer in network.predict(colours)] == ["4"]
+
+
+def test_images_of_the_networks_shape_need_no_preparation_and_so_no_colours(network):
+    shape = (28, 28, 4)
+    layer1 = network.trained.params["layer1"] | {"kernel": np.ones((3, 3, 4, 32), np.float32)}
+    params = network.trained.params | {"layer1": layer1}
+    of_four = Network(dataclasses.replace(network.trained, params=params, image_shape=shape), None, None)
+    assert len(of_four.predict([np.zeros(shape, np.uint8)] * 2)) == 2
+    with pytest.raises(UsageError, match="have 1 or 3 channels"):
+        of_four.predict(ROOT / "docs" / "four.jpg")
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")

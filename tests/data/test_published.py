@@ -13,7 +13,7 @@ from cnn_jax.data.dataset import RecordedImages
 from cnn_jax.data.idx import read_idx
 from cnn_jax.data.loading import load_dataset, read_sizes
 from cnn_jax.data.published import EMNIST, emnist, numbers, upright
-from cnn_jax.data.tfds import _published
+from cnn_jax.data.tfds import _find_builder, _published
 from cnn_jax.runtime.errors import InputFileError
 from tests.helpers import write_idx
 
@@ -53,16 +53,21 @@ def test_emnists_letters_are_26_classes_and_upright(digits, tmp_path):
 def test_each_of_emnists_splits_has_its_published_number_of_classes(split, classes):
     names = emnist(split).class_names
     assert len(names) == len(set(names)) == classes
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    {"emnist": "byclass", "emnist/letters": "letters", "EMNIST/letters:3.*.*": "letters", "Emnist": "byclass"}.items(),
+)
+def test_tfdss_emnist_is_known_however_its_name_is_written(name, split, tmp_path):
     label = SimpleNamespace(names=numbers(99), num_classes=99)
-    assert _published(label, f"emnist/{split}") == _published(label, f"emnist/{split}:3.1.0") == emnist(split)
+    assert _published(_find_builder(name, tmp_path), label) == emnist(split)
 
 
-def test_tfds_names_the_classes_of_its_other_sets():
-    label = SimpleNamespace(names=["cat", "dog"], num_classes=2)
-    assert _published(label, "cats_vs_dogs").class_names == ("cat", "dog")
-    label = SimpleNamespace(names=None, num_classes=3)
-    assert _published(label, "some").class_names == ("0", "1", "2")
-    assert _published(label, "emnist").class_names == tuple(EMNIST["byclass"])
+def test_tfds_names_the_classes_of_its_other_sets(tmp_path):
+    builder = _find_builder("kmnist", tmp_path)
+    assert _published(builder, SimpleNamespace(names=["cat", "dog"], num_classes=2)).class_names == ("cat", "dog")
+    assert _published(builder, SimpleNamespace(names=None, num_classes=3)).class_names == ("0", "1", "2")
 
 
 def test_recorded_images_are_read_upright_too(digits, tmp_path):
@@ -115,6 +120,11 @@ def test_names_stand_in_a_file_beside_the_images(file, text, digits, tmp_path):
     [
         ("mapping.txt", b"0 48\n1 49\n", "has the labels 0 to 2, but by .*/mapping.txt they are 0 to 1"),
         ("mapping.txt", b"0 48\n2 49\n3 50", r"mapping.txt is no list of class names \(the label 1 is missing\)"),
+        (
+            "mapping.txt",
+            b"0 48\n0 50\n1 49\n2 51\n",
+            "mapping.txt is no list of class names .a label stands in it twice",
+        ),
         ("mapping.txt", b"zero 48", "mapping.txt is no list of class names"),
         ("mapping.txt", b"0 48\n1 -1\n2 1", "mapping.txt is no list of class names"),
         ("labels.txt", b"a\nb\na\n", "has no names, one that cannot be shown, or one twice"),

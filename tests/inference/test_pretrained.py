@@ -123,6 +123,10 @@ def with_metadata_of_another_kind(tensors, metadata):
     metadata["network"] = "[1, 2]"
 
 
+def with_a_class_name_less(tensors, metadata):
+    metadata["network"] = json.dumps(json.loads(metadata["network"]) | {"class_names": list("012345678")})
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -131,6 +135,7 @@ def with_metadata_of_another_kind(tensors, metadata):
         (not_finite, "fc.bias holds values that are not finite"),
         (without_metadata, "is not a network of this program"),
         (with_metadata_of_another_kind, "is damaged or was edited"),
+        (with_a_class_name_less, "is damaged or was edited (it has 9 class names for 10 classes)"),
     ],
 )
 def test_a_file_that_is_no_sound_network_is_refused(change, complaint, tmp_path):

@@ -1,7 +1,6 @@
 """Both frameworks compute the same function, and weights move between them unchanged or not at all."""
 
 import dataclasses
-import re
 
 import jax
 import numpy as np
@@ -125,11 +124,12 @@ def test_an_imported_run_is_tested_as_pytorch_tests_it_and_exported_unchanged(st
     "options",
     [
         ("--learning-rate", 0.002),
+        ("--recipe", "fast", "--hyperparameters", "momentum=0.9"),
         pytest.param(
             ("--batch-size", 200, "--validation", 30, "--recipe", "accurate", "--seeds", 2), marks=pytest.mark.slow
         ),
     ],
-    ids=["as it was", "otherwise"],
+    ids=["as it was", "with a recipe's argument", "otherwise"],
 )
 @pytest.mark.usefixtures("without_report")
 def test_an_imported_run_can_be_trained_on_with_any_settings(options, state_dict, command, small_mnist, tmp_path):
@@ -137,9 +137,16 @@ def test_an_imported_run_can_be_trained_on_with_any_settings(options, state_dict
     assert command("import-torch", state_dict[1], *where, "--run-name", "on")[0] == 0
     code, out, err = command("train", *where, "--run-name", "on", "--epochs", 1, *options)
     assert code == 0, err
-    assert re.search("continuing after step 0 of (5|10)", err)
+    assert "training on from the imported weights\n" in err
     assert out.startswith("[Epoch:    1] cost = ")
     assert "damaged" not in err
+
+
+def test_weights_are_imported_for_a_set_of_fewer_images_than_a_batch(state_dict, command, tmp_path):
+    write_small_mnist(tmp_path, train=30, test=30)
+    code, _, err = command("import-torch", state_dict[1], "--checkpoint-dir", tmp_path, "--dataset-dir", tmp_path)
+    assert code == 0, err
+    assert RunFolder(tmp_path / "trained").read_settings().batch_size == 30
 
 
 def test_an_imported_run_goes_on_from_its_weights_whatever_changes_beside_them(state_dict, command, small_mnist,
@@ -251,7 +258,7 @@ def too_large(tensors):
     [
         (without, "fc.bias is missing"),
         (with_another, "fc2.weight is not part of the network"),
-        (transposed, "fc.weight has shape (3136, 10), not (10, 3136); give the weights of one that does"),
+        (transposed, "fc.weight has shape (3136, 10), not (10, 3136); give the weights of a network of this shape"),
         (in_half, "layer1.0.weight is float16, not float32; save plain float32 tensors, such as model.float()"),
         (not_finite, "layer2.0.bias holds values that are not finite"),
         (too_large, "fc.bias holds values that are not finite, or so large that the logits may overflow"),

@@ -196,7 +196,7 @@ WRONG_MODELS = {
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return 1 / 0":
         "line 4: ZeroDivisionError: division by zero",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x":
-        "of images (2, 28, 28, 1) it makes float32 (2, 28, 28, 1), and logits would be float32 (2, 10)",
+        "it returns float32 (2, 28, 28, 1) for images (2, 28, 28, 1); logits must be float32 (2, 10)",
     "from flax import linen as nn\nclass Idea(nn.Module):\n    def __call__(self, x):\n        return x[:, :10, 0, 0]":
         "it has no weights to train",
     """from flax import linen as nn
@@ -276,17 +276,17 @@ WRONG_RECIPES = {
     "return Recipe(5)": "Error: ",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 1 / 0)": "line 4: ZeroDivisionError: division by zero",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 'x')": "TypeError: ",
-    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 5)": "TypeError: of two images it makes ",
-    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits)": "and the losses would be float32 (2,)",
-    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits.mean())": "and the losses would be ",
-    "return Recipe(optax.sgd(0.1), augment=lambda keys, images: images[:1])": "and the images would be ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 5)": "TypeError: for two images it returns ",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits)": "the losses must be float32 (2,)",
+    "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: logits.mean())": "; the losses must be ",
+    "return Recipe(optax.sgd(0.1), augment=lambda keys, images: images[:1])": "; the images must be ",
     "return Recipe(optax.sgd(0.1), augment=lambda images: images)": "TypeError: ",
     "return Recipe(optax.sgd(0.1), ema_decay='x')": "Error: ",
     "return Recipe(optax.sgd(0.1), ema_decay=1.5)": "its ema_decay is 1.5; it must be at least 0 and below 1",
     "return Recipe(optax.sgd(0.1), ema_decay=float('nan'))": "its ema_decay is nan; it must be ",
     "return Recipe(optax.add_noise(0.1, 0.5, 0))": "it keeps opt_state.rng_key, key<fry> (), which no checkpoint holds",
     "return Recipe(optax.GradientTransformation(optax.sgd(1).init, lambda g, s, _: (g, (s, s))))": "changes the form",
-    "return 3": "it returns int, and should a cnn_jax.core.recipes.Recipe",
+    "return 3": "it returns int, not a cnn_jax.core.recipes.Recipe",
 }
 
 
@@ -318,7 +318,7 @@ def test_a_recipe_that_is_a_coroutine_is_refused_without_pythons_warning(train, 
         (["--recipe", "slow"], "--recipe slow: it must be one of accurate, fast, tutorial, or a function in a Python"),
         (["--features", 4, 8], "--features 4 8: it must be left out: "),
         (["--precision", "bfloat16"], "--precision bfloat16: it must be left out: "),
-        (["--recipe", f"{EXAMPLES / 'mlp.py'}:MLP"], "it returns MLP, and should a cnn_jax.core.recipes.Recipe"),
+        (["--recipe", f"{EXAMPLES / 'mlp.py'}:MLP"], "it returns MLP, not a cnn_jax.core.recipes.Recipe"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(options, complaint, train, tmp_path):

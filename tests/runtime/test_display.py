@@ -8,7 +8,7 @@ import select
 import numpy as np
 import pytest
 
-from cnn_jax.runtime.display import Display, describe_seconds, markdown_table
+from cnn_jax.runtime.display import Display, describe_seconds, escape_markdown, markdown_table
 from tests.helpers import TRAIN
 
 
@@ -134,3 +134,4 @@ def test_a_cell_of_a_table_in_markdown_is_text():
     assert markdown_table(("a|b", "*c*"), [("<d>", "e\n[f]")]) == (
         "| a\\|b | \\*c\\* |\n| --- | --- |\n| \\<d\\> | e \\[f\\] |"
     )
+    assert escape_markdown("__init__() _of_ batch_norm ~~here~~") == (r"\_\_init\_\_() \_of\_ batch_norm \~\~here\~\~")

@@ -1,5 +1,6 @@
 """A file is replaced as a whole or not at all, and no other is touched; what cannot be written is refused first."""
 
+import errno
 import fcntl
 import functools
 import os
@@ -13,7 +14,7 @@ import threading
 import pytest
 
 from cnn_jax.runtime import files
-from cnn_jax.runtime.errors import StorageError
+from cnn_jax.runtime.errors import StorageError, describe_failure
 from cnn_jax.runtime.files import (
     AlreadyLockedError,
     check_output_file,
@@ -207,6 +208,19 @@ def test_a_lock_that_cannot_be_written_is_named(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert failure.value.filename == str(tmp_path / "lock")
+
+
+def test_where_nothing_can_be_locked_the_file_is_named(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("cnn_jax.runtime.files.fcntl.flock", fail)
+    with pytest.raises(OSError, match="No locks available") as failure, locked(tmp_path / "lock"):
+        pass
+    line = (
+        f"error: cannot read or write {tmp_path}/lock: No locks available; choose a folder on a file system with locks"
+    )
+    assert describe_failure(failure.value) == (line, 4)
 
 
 def test_a_lock_that_is_a_link_changes_no_other_file(tmp_path):
