@@ -55,7 +55,7 @@ WIDEST, LOWEST, TALLEST, MOST_PIECES = 1.3, 0.3, 1.5, 12
 # all costs no more than the third, and to leave a piece out even more. All are negative logarithms of probabilities.
 ANOTHER, CUT, NO_CHARACTER, LEFT_OUT = 0.2, 0.3, 5.0, 6.0
 # A character is seldom wider than the first, in its own heights; each height more costs the second.
-USUAL_WIDTH, WIDER = 0.5, 4.0
+USUAL_WIDTH, WIDER = 0.5, 5.0
 # All that is found may be one character if the largest has this share of the box around it,
 # and if to read it costs at most this.
 ONE, READABLE = 0.7, 0.6

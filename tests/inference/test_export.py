@@ -199,7 +199,7 @@ def test_opencvs_blobs_of_bytes_need_a_file_with_the_channels_first(odd_program,
 @pytest.mark.parametrize("takes", INPUTS, ids="-".join)
 def test_stablehlo_is_one_program_for_cpus_gpus_and_tpus_and_any_number_of_images(takes, odd_program, odd_images):
     program = jax.export.deserialize(bytearray(odd_program("stablehlo", takes).read_bytes()))
-    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert program.platforms == ("cpu", "cuda", "rocm", "tpu")
     images, expected = odd_images
     for count in (1, 3):
         np.testing.assert_allclose(program.call(as_documented(images[:count], takes)), expected[:count], atol=1e-4)
