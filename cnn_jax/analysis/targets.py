@@ -83,6 +83,9 @@ TPUS = {
     "v5p": Tpu(3, 95.74, {}),
     "v6e": Tpu(2, 31.25, {}),
 }
+# Chips along an axis of the largest layouts, by their axes: v5e's and v6e's are 16x16, v5p's 16x20x28. XLA ends the
+# program where it is given more.
+LONGEST = {2: 16, 3: 28}
 
 
 class Target(NamedTuple):
@@ -120,7 +123,8 @@ def find_target(name: str) -> Target:
         tpu, shape = TPUS[kind], [int(length) for length in layout.split("x")]
         # A host has chips in two rows of two, or is the only one and has fewer.
         host = [min(length, 2) for length in shape[:2]]
-        if len(shape) == tpu.axes and all(length % chips == 0 for length, chips in zip(shape, host, strict=False)):
+        fits = len(shape) == tpu.axes and max(shape) <= LONGEST[tpu.axes]
+        if fits and all(length % chips == 0 for length, chips in zip(shape, host, strict=False)):
             options = {"chips_per_host_bounds": (*host, 1), **tpu.options}
             return Target(name, "tpu", int(tpu.gibibytes * 2**30), name, options)
     raise UsageError(f"TARGET {name}: there is no such accelerator; {_suggestions(kind)}")

@@ -72,15 +72,23 @@ class OwnCode(str):
         Raises:
           UsageError: it fails, or defines nothing of that name.
         """
+        import jax  # refusals of settings do without it
+
+        from cnn_jax.runtime.devices import SETTINGS
+
+        kept = (*SETTINGS, "jax_disable_jit")
         place = f"{OWN_MODULE}{hashlib.sha256(self.source).hexdigest()}"
         module = sys.modules.get(place)
         if module is None:
             # Dataclasses, as Flax's modules are, look their module up while they are made.
             module = sys.modules[place] = types.ModuleType(place)
             module.__file__ = str(self.file)
+            before = {name: jax.config.values[name] for name in kept}
             try:
                 with self.failures_named(option):
                     exec(compile(self.source, str(self.file), "exec"), vars(module))
+                if changed := [name for name in kept if jax.config.values[name] != before[name]]:
+                    raise UsageError(f"{option} {self}: it changes JAX's setting {changed[0]}; leave that as it is")
             except BaseException:
                 del sys.modules[place]
                 raise

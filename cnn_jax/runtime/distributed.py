@@ -5,11 +5,13 @@ Process 0 prints and writes. It does so inside `on_process_0`, which passes its 
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -67,7 +69,25 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
         _leave_at_once(*describe_failure(error), grace)
 
 
+def _require_free_port(coordinator: str) -> None:
+    """Refuse a port at which this process cannot listen: JAX dies of that, or shares it with another run."""
+    port = coordinator.rpartition(":")[2]
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        return  # JAX refuses it
+    try:
+        socket.create_server(("::", int(port)), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            reason = os.strerror(error.errno)
+            line = f"--coordinator {coordinator}: process 0 cannot listen there ({reason}); give another port"
+            raise UsageError(line) from error
+    except ValueError:  # this machine has no addresses of version 6
+        pass
+
+
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if coordinator is not None and process_id == 0:
+        _require_free_port(coordinator)
     watchdog = threading.Timer(START_SECONDS, _give_up, args=(coordinator or "the cluster",))
     watchdog.daemon = True
     watchdog.start()

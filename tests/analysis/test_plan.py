@@ -181,6 +181,7 @@ def test_what_the_jobs_for_clusters_start_compiles_and_fits_and_exchanges_nothin
         ("h100:", "it takes h100, h100:8 and the like"),
         ("v5e", "it takes v5e:1x1, v5e:2x2 and the like"),
         ("v5e:3x3", "it takes v5e:1x1, v5e:2x2 and the like"),
+        ("v5e:18x2", "it takes v5e:1x1, v5e:2x2 and the like"),
         ("v5e:2x2x1", "it takes v5e:1x1, v5e:2x2 and the like"),
         ("v4:2x2", "it takes v4:1x1x1, v4:2x2x1 and the like"),
         ("abacus", "there are a100, a100:8, h100, h100:8, h200,"),

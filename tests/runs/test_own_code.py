@@ -272,6 +272,17 @@ def test_what_the_environment_forbids_is_not_blamed_on_the_code(train, tmp_path)
     assert err.startswith("error: JAX_TRANSFER_GUARD forbids what the program does (")
 
 
+@pytest.mark.parametrize("setting", ["jax_disable_jit", "jax_enable_x64"])
+def test_code_that_changes_jaxs_settings_is_refused(setting, train, tmp_path):
+    (tmp_path / "idea.py").write_text(f"import jax\njax.config.update({setting!r}, True)\n{NOISY}\n")
+    try:
+        code, _, err = train()
+    finally:
+        jax.config.update(setting, False)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith(f"it changes JAX's setting {setting}; leave that as it is\n")
+
+
 WRONG_RECIPES = {
     "return Recipe(5)": "Error: ",
     "return Recipe(optax.sgd(0.1), loss=lambda logits, labels: 1 / 0)": "line 4: ZeroDivisionError: division by zero",

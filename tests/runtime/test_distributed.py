@@ -163,6 +163,18 @@ def test_a_cluster_that_is_not_there_is_reported_in_one_line(program, small_mnis
     assert "the processes of this run do not find each other at 127.0.0.1:9" in err.splitlines()[-1]
 
 
+def test_a_port_at_which_another_program_listens_is_named(program, small_mnist, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = program(
+            *TRAIN, "--dataset-dir", small_mnist, "--checkpoint-dir", tmp_path, "--coordinator", place,
+            "--num-processes", 2, "--process-id", 0,
+        )  # fmt: skip
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    assert f"--coordinator {place}: process 0 cannot listen there (Address already in use)" in err.splitlines()[-1]
+
+
 JOINED = """
 import logging, sys, time
 logging.basicConfig(level="WARNING", format="%(message)s")
