@@ -446,7 +446,7 @@ def _check_runs(folder: Path, runs: dict[int, RunFolder], trials: int) -> None:
 def _check_trials(trials: Sequence[FrozenTrial], space: SearchSpace, runs: dict[int, RunFolder]) -> None:
     """Refuse trials that this program did not make, or of which a run beside them tells otherwise.
 
-    Raises KeyError, TypeError or ValueError; UsageError where a range has one end at 0 now and had none, or had one.
+    Raises KeyError, TypeError or ValueError; UsageError where a range begins at 0 that did not, or the other way round.
     """
     choices, distributions = space.choices(), space.distributions()
     for number, trial in enumerate(trials):

@@ -76,7 +76,7 @@ class OwnCode(str):
 
         from cnn_jax.runtime.devices import SETTINGS
 
-        kept = (*SETTINGS, "jax_disable_jit")
+        kept = (*SETTINGS, "jax_disable_jit")  # without jit nothing can be compiled before it runs
         place = f"{OWN_MODULE}{hashlib.sha256(self.source).hexdigest()}"
         module = sys.modules.get(place)
         if module is None:

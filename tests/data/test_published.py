@@ -50,9 +50,12 @@ def test_emnists_letters_are_26_classes_and_upright(digits, tmp_path):
     ("split", "classes"),
     {"byclass": 62, "bymerge": 47, "balanced": 47, "letters": 26, "digits": 10, "mnist": 10}.items(),
 )
-def test_each_of_emnists_splits_has_its_published_number_of_classes(split, classes):
+def test_each_of_emnists_splits_has_its_published_number_of_classes(split, classes, tmp_path):
     names = emnist(split).class_names
     assert len(names) == len(set(names)) == classes
+    label = SimpleNamespace(names=numbers(99), num_classes=99)
+    for name in (f"emnist/{split}", f"emnist/{split}:3.1.0"):
+        assert _published(_find_builder(name, tmp_path), label) == emnist(split)
 
 
 @pytest.mark.parametrize(
